@@ -1,0 +1,181 @@
+//! The memory of one request: where a read puts its bytes and a write takes them from.
+//!
+//! It may be guest memory that its owner changes at any time, so no reference to the bytes is ever made: they are moved with raw
+//! copies, or by the kernel. Whoever needs stable bytes (to hash or compare them) copies them first.
+
+use std::any::Any;
+use std::ptr;
+use std::rc::Rc;
+
+use smallvec::SmallVec;
+
+use crate::buffer::Buffer;
+
+/// Scattered memory and what keeps it mapped.
+pub struct Memory {
+    segments: SmallVec<[libc::iovec; 2]>,
+    len: usize,
+    owner: Owner,
+}
+
+enum Owner {
+    Buffer(Buffer),
+    Shared(#[expect(dead_code, reason = "held only to keep the memory mapped")] Rc<dyn Any>),
+}
+
+impl Memory {
+    /// The first `len` bytes of `buffer`. Panics if the buffer is shorter.
+    pub fn from_buffer(buffer: Buffer, len: usize) -> Memory {
+        assert!(len <= buffer.capacity());
+        let segment = libc::iovec { iov_base: buffer.as_ptr().cast(), iov_len: len };
+        Memory { segments: SmallVec::from_slice(&[segment]), len, owner: Owner::Buffer(buffer) }
+    }
+
+    /// Memory of somebody else, such as a guest's.
+    ///
+    /// # Safety
+    /// Each segment must stay mapped, readable and writable as long as `owner` lives.
+    pub unsafe fn from_segments(segments: SmallVec<[libc::iovec; 2]>, owner: Rc<dyn Any>) -> Memory {
+        let len = segments.iter().map(|segment| segment.iov_len).sum();
+        Memory { segments, len, owner: Owner::Shared(owner) }
+    }
+
+    /// Total length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The segments, in order. They stay valid as long as this value lives.
+    pub fn segments(&self) -> &[libc::iovec] {
+        &self.segments
+    }
+
+    /// The pooled buffer behind this memory, where there is one.
+    pub fn into_buffer(self) -> Option<Buffer> {
+        match self.owner {
+            Owner::Buffer(buffer) => Some(buffer),
+            Owner::Shared(_) => None,
+        }
+    }
+
+    /// True if every segment's address and length is a multiple of `alignment` (a power of two).
+    pub fn is_aligned(&self, alignment: usize) -> bool {
+        let mask = alignment - 1;
+        self.segments.iter().all(|segment| (segment.iov_base as usize | segment.iov_len) & mask == 0)
+    }
+
+    /// Fills all of it with `byte`.
+    pub fn fill(&mut self, byte: u8) {
+        for segment in &self.segments {
+            // SAFETY: the segment is mapped and writable as long as `self` lives.
+            unsafe { ptr::write_bytes(segment.iov_base.cast::<u8>(), byte, segment.iov_len) };
+        }
+    }
+
+    /// Copies `source` to `offset` of this memory. Panics if it does not fit.
+    pub fn copy_from(&mut self, offset: usize, source: &[u8]) {
+        let mut done = 0;
+        self.walk(offset, source.len(), |address, len| {
+            // SAFETY: `walk` hands out mapped ranges of this memory; `source` is borrowed, and no reference to shared memory is made.
+            unsafe { ptr::copy(source[done..].as_ptr(), address, len) };
+            done += len;
+        });
+    }
+
+    /// Copies `len` bytes from `source` to `offset` of this memory. Panics if they do not fit.
+    ///
+    /// # Safety
+    /// `source` must be readable for `len` bytes.
+    pub unsafe fn copy_raw(&mut self, offset: usize, source: *const u8, len: usize) {
+        let mut done = 0;
+        self.walk(offset, len, |address, len| {
+            // SAFETY: the caller vouches for `source`, `walk` for `address`; the areas may overlap.
+            unsafe { ptr::copy(source.wrapping_add(done), address, len) };
+            done += len;
+        });
+    }
+
+    /// Copies from `offset` of this memory to `target`. Panics if there is not enough.
+    pub fn copy_to(&self, offset: usize, target: &mut [u8]) {
+        let mut done = 0;
+        self.walk(offset, target.len(), |address, len| {
+            // SAFETY: as in `copy_from`, with `target` borrowed exclusively.
+            unsafe { ptr::copy(address, target[done..].as_mut_ptr(), len) };
+            done += len;
+        });
+    }
+
+    /// The iovecs of the range `offset..offset + len`, for resubmitting the rest of a short transfer. Panics if out of range.
+    pub fn slice(&self, offset: usize, len: usize) -> SmallVec<[libc::iovec; 2]> {
+        let mut part = SmallVec::new();
+        self.walk(offset, len, |address, len| {
+            part.push(libc::iovec { iov_base: address.cast(), iov_len: len });
+        });
+        part
+    }
+
+    fn walk(&self, mut offset: usize, mut len: usize, mut visit: impl FnMut(*mut u8, usize)) {
+        assert!(offset.checked_add(len).is_some_and(|end| end <= self.len), "range beyond this memory");
+        for segment in &self.segments {
+            if len == 0 {
+                return;
+            }
+            if offset >= segment.iov_len {
+                offset -= segment.iov_len;
+                continue;
+            }
+            let part = (segment.iov_len - offset).min(len);
+            visit(segment.iov_base.cast::<u8>().wrapping_add(offset), part);
+            offset = 0;
+            len -= part;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::buffer::BufferPool;
+
+    fn scattered() -> (Memory, Rc<Vec<std::cell::UnsafeCell<u8>>>) {
+        let bytes: Rc<Vec<_>> = Rc::new((0..32).map(std::cell::UnsafeCell::new).collect());
+        let at = |start: usize, len| libc::iovec { iov_base: bytes[start].get().cast(), iov_len: len };
+        let segments = SmallVec::from_slice(&[at(20, 4), at(0, 8)]);
+        // SAFETY: the vector lives as long as its Rc.
+        let memory = unsafe { Memory::from_segments(segments, bytes.clone()) };
+        (memory, bytes)
+    }
+
+    #[test]
+    fn copies_cross_segments() {
+        let (mut memory, _bytes) = scattered();
+        let mut out = [0; 6];
+        memory.copy_to(2, &mut out);
+        assert_eq!(out, [22, 23, 0, 1, 2, 3]);
+        memory.copy_from(3, &[90, 91]);
+        memory.copy_to(2, &mut out);
+        assert_eq!(out, [22, 90, 91, 1, 2, 3]);
+        assert_eq!(memory.slice(3, 5).iter().map(|part| part.iov_len).collect::<Vec<_>>(), [1, 4]);
+        memory.fill(7);
+        memory.copy_to(0, &mut out);
+        assert_eq!(out, [7; 6]);
+    }
+
+    #[test]
+    #[should_panic(expected = "beyond")]
+    fn out_of_range_panics() {
+        scattered().0.copy_to(10, &mut [0; 3]);
+    }
+
+    #[test]
+    fn buffers_come_back() {
+        let pool = BufferPool::new(1 << 16, 0);
+        let memory = Memory::from_buffer(pool.try_get(512).unwrap(), 512);
+        assert!(memory.is_aligned(512) && !memory.is_aligned(1024));
+        assert!(memory.into_buffer().is_some());
+    }
+}
