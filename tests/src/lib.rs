@@ -1,1 +1,17 @@
+//! End-to-end tests of novastor, and the rigs they run on.
+//!
+//! ```text
+//!   tests/tests/*.rs     one file per subject; a file whose name holds `guest` boots guests, `ceph` starts a Ceph
+//!        │
+//!   rig::guest           QEMU guest running a shell job          rig::ceph    one-node Ceph on loopback
+//!   rig::daemon          the novastor under test, and its CLI    rig::xfs     a file system with reflink
+//!        │
+//!   rig::{tools, scratch, process, deadline}
+//! ```
+//!
+//! Invariants:
+//! - What a rig starts, dropping it stops; nothing outlives a test.
+//! - A test that lacks a tool fails, and the failure names the command that installs it.
+//! - A rig never asserts anything about novastor; tests do.
 
+pub mod rig;

@@ -1,0 +1,269 @@
+//! The novastor under test: its daemon as a child process, and its command line.
+//!
+//! ```text
+//!   Daemon::new ─▶ folder with novastor.toml, pool/, data/
+//!      start    ─▶ novastor serve --config …   waits for `ready` on its output
+//!      cli(…)   ─▶ novastor …                  against this daemon's admin socket
+//!      stop (SIGTERM, must drain) · kill (SIGKILL) · start again: the folder stays
+//! ```
+
+use crate::rig::console::{Console, Position};
+use crate::rig::process::{Running, capture};
+use crate::rig::scratch;
+use anyhow::{Context, Result, bail};
+use rustix::process::Signal;
+use serde_json::Value;
+use std::env;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+use tempfile::TempDir;
+
+/// For starting, draining, and one command: far more than they take.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// The binary under test: `$NOVASTOR_BIN`, or the one built beside the running test.
+pub fn binary() -> Result<PathBuf> {
+    if let Some(path) = env::var_os("NOVASTOR_BIN") {
+        return Ok(path.into());
+    }
+    // A test runs as <target>/<profile>/deps/<test>.
+    let test = env::current_exe().context("finding this test's own path")?;
+    let profile = test
+        .ancestors()
+        .find(|folder| folder.ends_with("deps"))
+        .and_then(Path::parent);
+    let binary = profile.map(|folder| folder.join("novastor"));
+    match binary.filter(|path| path.exists()) {
+        Some(path) => Ok(path),
+        None => bail!(
+            "no novastor binary beside {}: run `cargo build -p novastor`",
+            test.display()
+        ),
+    }
+}
+
+#[derive(Debug)]
+pub struct Daemon {
+    process: Option<Running>,
+    log: Console,
+    sockets: TempDir,
+    disk: TempDir,
+    environment: Vec<(String, String)>,
+}
+
+impl Daemon {
+    /// Prepares a daemon with one file pool `local` on the workspace's disk. `extra` is appended to the
+    /// configuration; `{dir}` in it stands for [`Daemon::folder`].
+    pub fn new(extra: &str) -> Result<Self> {
+        let (sockets, disk) = (scratch::short_dir()?, scratch::disk_dir()?);
+        let configuration = format!(
+            "[daemon]\ndata_dir = \"{disk}/data\"\nadmin = \"unix:{dir}/admin.sock\"\n\
+             metrics = \"127.0.0.1:0\"\nnbd = [\"unix:{dir}/nbd.sock\"]\nnode = \"test\"\n\n\
+             [pool.local]\ndriver = \"file\"\npath = \"{disk}/pool\"\n\n{extra}\n",
+            dir = sockets.path().display(),
+            disk = disk.path().display(),
+        );
+        Self::with_configuration(sockets, disk, &configuration)
+    }
+
+    /// Prepares a daemon with this whole configuration; `{dir}` stands for [`Daemon::folder`] and `{disk}`
+    /// for [`Daemon::disk`].
+    pub fn configured(configuration: &str) -> Result<Self> {
+        Self::with_configuration(scratch::short_dir()?, scratch::disk_dir()?, configuration)
+    }
+
+    fn with_configuration(sockets: TempDir, disk: TempDir, configuration: &str) -> Result<Self> {
+        for name in ["data", "pool"] {
+            fs::create_dir(disk.path().join(name))?;
+        }
+        let daemon = Self {
+            process: None,
+            log: Console::new(),
+            sockets,
+            disk,
+            environment: Vec::new(),
+        };
+        daemon.configure(configuration)?;
+        Ok(daemon)
+    }
+
+    /// Replaces the configuration; it counts from the next start or reload.
+    pub fn configure(&self, configuration: &str) -> Result<()> {
+        let text = configuration
+            .replace("{dir}", &self.folder().display().to_string())
+            .replace("{disk}", &self.disk().display().to_string());
+        fs::write(self.config_file(), text)
+            .with_context(|| format!("writing {}", self.config_file().display()))
+    }
+
+    /// Sets an environment variable for the next start.
+    pub fn set_env(&mut self, name: &str, value: &str) {
+        self.environment.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// A folder with a short path, for sockets.
+    pub fn folder(&self) -> &Path {
+        self.sockets.path()
+    }
+
+    /// A folder on the workspace's disk, with `pool` and `data` in it.
+    pub fn disk(&self) -> &Path {
+        self.disk.path()
+    }
+
+    pub fn config_file(&self) -> PathBuf {
+        self.folder().join("novastor.toml")
+    }
+
+    pub fn nbd_socket(&self) -> PathBuf {
+        self.folder().join("nbd.sock")
+    }
+
+    /// The URI of a volume on the shared NBD socket.
+    pub fn nbd_uri(&self, volume: &str) -> String {
+        format!(
+            "nbd+unix:///{volume}?socket={}",
+            self.nbd_socket().display()
+        )
+    }
+
+    /// Starts the daemon and waits until its exports accept.
+    pub fn start(&mut self) -> Result<()> {
+        if self.process.is_some() {
+            bail!("the daemon runs already");
+        }
+        let mut command = Command::new(binary()?);
+        command
+            .arg("serve")
+            .arg("--config")
+            .arg(self.config_file())
+            .current_dir(self.folder());
+        command.envs(self.environment.iter().cloned());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut process = Running::spawn("novastor", &mut command)?;
+        self.log = Console::new();
+        let ready = Console::new();
+        ready.attach(process.child.stdout.take().context("the daemon's output")?);
+        self.log.attach(
+            process
+                .child
+                .stderr
+                .take()
+                .context("the daemon's error output")?,
+        );
+        let is_ready = |line: &str| (line.trim() == "ready").then_some(());
+        ready
+            .wait_for(
+                &mut Position::default(),
+                "`ready` from the daemon",
+                LIMIT,
+                is_ready,
+            )
+            .with_context(|| format!("the daemon's log ends with\n{}", self.log.tail()))?;
+        self.process = Some(process);
+        Ok(())
+    }
+
+    fn process(&mut self) -> Result<&mut Running> {
+        self.process.as_mut().context("the daemon does not run")
+    }
+
+    pub fn id(&mut self) -> Result<u32> {
+        Ok(self.process()?.id())
+    }
+
+    /// Fails, with the log, if the daemon has ended by itself.
+    pub fn check_alive(&mut self) -> Result<()> {
+        match self.process()?.has_ended()? {
+            None => Ok(()),
+            Some(status) => bail!(
+                "the daemon ended with {status}; its log ends with\n{}",
+                self.log.tail()
+            ),
+        }
+    }
+
+    /// SIGTERM; the daemon must drain and end with status 0.
+    pub fn stop(&mut self) -> Result<()> {
+        let mut process = self.process.take().context("the daemon does not run")?;
+        let status = process.terminate(LIMIT)?;
+        if !status.success() {
+            bail!(
+                "the daemon ended with {status} on SIGTERM; its log ends with\n{}",
+                self.log.tail()
+            );
+        }
+        Ok(())
+    }
+
+    /// Kills the daemon as a crash would.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process
+            .take()
+            .context("the daemon does not run")?
+            .kill()
+    }
+
+    pub fn restart(&mut self) -> Result<()> {
+        self.stop()?;
+        self.start()
+    }
+
+    pub fn signal(&mut self, signal: Signal) -> Result<()> {
+        self.process()?.signal(signal)
+    }
+
+    /// What the daemon has logged since it last started.
+    pub fn log(&self) -> String {
+        self.log.text()
+    }
+
+    /// Runs `novastor ARGUMENTS` against this daemon, whatever comes of it.
+    pub fn try_cli<S: AsRef<OsStr>>(
+        &self,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Result<Output> {
+        let mut command = Command::new(binary()?);
+        command.env(
+            "NOVASTOR_ADMIN",
+            format!("unix:{}", self.folder().join("admin.sock").display()),
+        );
+        capture(command.args(arguments).current_dir(self.folder()), LIMIT)
+    }
+
+    /// Runs `novastor ARGUMENTS`, which must succeed, and returns its output.
+    pub fn cli<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<String> {
+        let arguments: Vec<S> = arguments.into_iter().collect();
+        let shown: Vec<_> = arguments
+            .iter()
+            .map(|argument| argument.as_ref().to_string_lossy())
+            .collect();
+        let shown = format!("novastor {}", shown.join(" "));
+        let output = self.try_cli(arguments)?;
+        if !output.status.success() {
+            let error = String::from_utf8_lossy(&output.stderr);
+            bail!(
+                "{shown} failed ({}): {error}; the daemon's log ends with\n{}",
+                output.status,
+                self.log.tail()
+            );
+        }
+        String::from_utf8(output.stdout).with_context(|| format!("the output of {shown}"))
+    }
+
+    /// Runs `novastor ARGUMENTS --json` and parses what it prints.
+    pub fn json<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<Value> {
+        let arguments = arguments
+            .into_iter()
+            .map(|argument| argument.as_ref().to_owned());
+        let output = self.cli(arguments.chain([OsStr::new("--json").to_owned()]))?;
+        serde_json::from_str(&output)
+            .with_context(|| format!("novastor printed no JSON: {output:?}"))
+    }
+}

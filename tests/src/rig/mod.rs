@@ -1,0 +1,15 @@
+//! Real machinery around novastor: guests, clusters, file systems, the daemon itself.
+//! `cargo xtask rig install` brings what they need.
+
+pub mod archive;
+pub mod ceph;
+pub mod console;
+pub mod daemon;
+pub mod deadline;
+pub mod guest;
+pub mod hugepages;
+pub mod process;
+pub mod qmp;
+pub mod scratch;
+pub mod tools;
+pub mod xfs;
