@@ -62,12 +62,18 @@ impl Client {
     }
 
     /// Carries out `op`. `data`: the bytes of a write, else empty. `done` is called on the data-plane thread and must not block.
-    pub fn submit(&self, op: Op, offset: u64, len: u64, data: Vec<u8>, done: impl FnOnce(Result<Answer, Errno>) + Send + 'static) {
+    pub fn submit(
+        &self,
+        op: Op,
+        offset: u64,
+        len: u64,
+        data: Vec<u8>,
+        done: impl FnOnce(Result<Answer, Errno>) + Send + 'static,
+    ) {
         let key = self.key.clone();
         self.reactor.spawn(move |_| {
-            let found = CLIENTS.with(|clients| {
-                clients.borrow().iter().find(|(id, _)| *id == key.id).and_then(|(_, inner)| inner.upgrade())
-            });
+            let found = CLIENTS
+                .with(|clients| clients.borrow().iter().find(|(id, _)| *id == key.id).and_then(|(_, inner)| inner.upgrade()));
             match found {
                 Some(inner) => inner.submit(Waiting { op, done: Box::new(done), _key: key }, offset, len, &data),
                 None => done(Err(Errno::ESHUTDOWN)),

@@ -92,7 +92,9 @@ impl Bench<'_> {
 
     fn round_trips_of_many_sizes(&self, device: Arc<dyn BlockDevice>) {
         let client = self.open(device);
-        for (offset, len) in [(0, 512), (512, 512), (4096, 4096), (1, 1), (511, 2), (4095, 4098), (MIB - 1, 3 * MIB), (DEVICE_SIZE - 513, 513)] {
+        for (offset, len) in
+            [(0, 512), (512, 512), (4096, 4096), (1, 1), (511, 2), (4095, 4098), (MIB - 1, 3 * MIB), (DEVICE_SIZE - 513, 513)]
+        {
             let data = pattern(offset + len, len as usize);
             client.write(offset, data.clone()).unwrap();
             assert!(client.read(offset, len).unwrap() == data, "{len} bytes at {offset}");
@@ -231,9 +233,8 @@ impl Bench<'_> {
 
     fn random_sequences(&self, suite: Suite, fresh: &impl Fn() -> Arc<dyn BlockDevice>) {
         let mut runner = TestRunner::new(Config { cases: suite.sequences, failure_persistence: None, ..Config::default() });
-        let outcome = runner.run(&proptest::collection::vec(step(), 1..60), |steps| {
-            self.sequence(fresh(), &steps).map_err(TestCaseError::fail)
-        });
+        let outcome = runner
+            .run(&proptest::collection::vec(step(), 1..60), |steps| self.sequence(fresh(), &steps).map_err(TestCaseError::fail));
         if let Err(failure) = outcome {
             panic!("{failure}");
         }

@@ -34,8 +34,13 @@ impl MemoryDisk {
     pub fn new(size: u64, block_size: u32) -> MemoryDisk {
         let shards = (0..SHARDS).map(|_| RwLock::default()).collect();
         let pages = Arc::new(Pages { size: AtomicU64::new(size), shards });
-        let geometry =
-            Geometry { size, block_size, memory_alignment: 1, preferred_size: 4096.max(block_size), discard_granularity: PAGE as u32 };
+        let geometry = Geometry {
+            size,
+            block_size,
+            memory_alignment: 1,
+            preferred_size: 4096.max(block_size),
+            discard_granularity: PAGE as u32,
+        };
         MemoryDisk { pages, geometry }
     }
 

@@ -136,7 +136,15 @@ pub struct CompletionQueue {
 
 impl Request {
     /// A request whose completion carries `token` into `queue`.
-    pub fn new(op: Op, offset: u64, len: u64, payload: Payload, arrived: Instant, queue: &Rc<CompletionQueue>, token: u64) -> Request {
+    pub fn new(
+        op: Op,
+        offset: u64,
+        len: u64,
+        payload: Payload,
+        arrived: Instant,
+        queue: &Rc<CompletionQueue>,
+        token: u64,
+    ) -> Request {
         Request { op, offset, len, arrived, payload, completer: Completer { queue: Some(queue.clone()), token } }
     }
 
@@ -191,11 +199,7 @@ impl CompletionQueue {
     /// A queue for `handler`'s completions: its `ready` runs when there are some. `capacity` is the most requests the handler
     /// has in flight; it is allocated here.
     pub fn new(reactor: &Rc<Reactor>, handler: HandlerId, capacity: usize) -> Rc<CompletionQueue> {
-        Rc::new(CompletionQueue {
-            waiting: RefCell::new(VecDeque::with_capacity(capacity)),
-            reactor: reactor.clone(),
-            handler,
-        })
+        Rc::new(CompletionQueue { waiting: RefCell::new(VecDeque::with_capacity(capacity)), reactor: reactor.clone(), handler })
     }
 
     /// The oldest completion not yet taken.

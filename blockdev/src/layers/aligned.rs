@@ -112,7 +112,10 @@ enum Step {
     /// Whole blocks of a discard or zeroing, or one of its edges, are being written; the next edge follows.
     Middle,
     /// The block around a partial one is being read.
-    ReadEdge { from: u64, to: u64 },
+    ReadEdge {
+        from: u64,
+        to: u64,
+    },
     /// Block status of the whole blocks around.
     Status,
 }

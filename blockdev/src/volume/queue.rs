@@ -113,7 +113,10 @@ impl Drop for VolumeQueue {
 }
 
 impl Inner {
-    fn submit(&self, request: Request) {
+    fn submit(&self, mut request: Request) {
+        if request.op == Op::Flush {
+            (request.offset, request.len) = (0, 0);
+        }
         let class = OpClass::from(request.op);
         self.stats.started(class);
         if let Err(errno) = self.check(&request) {
@@ -139,7 +142,11 @@ impl Inner {
         }
         let end = request.offset.checked_add(request.len).ok_or(Errno::EINVAL)?;
         if end > self.volume.size() {
-            return Err(if matches!(request.op, Op::Write { .. } | Op::WriteZeroes { .. }) { Errno::ENOSPC } else { Errno::EINVAL });
+            return Err(if matches!(request.op, Op::Write { .. } | Op::WriteZeroes { .. }) {
+                Errno::ENOSPC
+            } else {
+                Errno::EINVAL
+            });
         }
         if request.op.modifies() {
             if self.volume.is_read_only() {
@@ -174,7 +181,7 @@ impl Inner {
         let slot = Slot {
             op: request.op,
             offset: request.offset,
-            end: if request.op == Op::Flush { request.offset } else { request.end() },
+            end: request.end(),
             len: request.len,
             arrived: request.arrived,
             submitted: now,
@@ -248,9 +255,8 @@ impl Inner {
 
     /// The next piece of a long request, or the flush that makes its FUA true.
     fn next_step(&self, slot: &mut Slot, token: u32) -> Option<Request> {
-        let request = |op, offset, len| {
-            Request::new(op, offset, len, Payload::None, slot.arrived, &self.completions, u64::from(token))
-        };
+        let request =
+            |op, offset, len| Request::new(op, offset, len, Payload::None, slot.arrived, &self.completions, u64::from(token));
         if matches!(slot.op, Op::Discard | Op::WriteZeroes { .. }) {
             let done = (slot.offset + PIECE) / PIECE * PIECE;
             if done < slot.end {
