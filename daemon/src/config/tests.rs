@@ -1,0 +1,135 @@
+use super::*;
+
+fn problems(text: &str) -> String {
+    load_text("t.toml", text, Vec::new()).unwrap_err().to_string()
+}
+
+fn with(text: &str, variables: &[(&str, &str)]) -> Result<Config, ConfigError> {
+    load_text("t.toml", text, variables.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect())
+}
+
+#[test]
+fn the_example_is_valid_with_and_without_its_comments() {
+    load_text("example", EXAMPLE, Vec::new()).unwrap();
+    let key = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(key.path(), "0123456789abcdef").unwrap();
+    let everything: Vec<String> = EXAMPLE
+        .lines()
+        .map(|line| match line.strip_prefix("# ") {
+            Some(rest) if rest.contains(" = ") || rest.starts_with('[') => rest.to_owned(),
+            Some(_) => String::new(),
+            None => line.to_owned(),
+        })
+        .collect();
+    let everything = everything.join("\n").replace("/etc/novastor/token", &key.path().display().to_string());
+    let everything = everything.replace("/etc/novastor/tls.key", &key.path().display().to_string());
+    let config = load_text("example", &everything, Vec::new()).unwrap();
+    assert_eq!(config.export.len(), 1);
+    assert_eq!(config.pool.len(), 3);
+}
+
+#[test]
+fn unknown_keys_name_the_nearest_the_file_and_the_line() {
+    assert_eq!(
+        problems("[daemon]\nthreads = 2\nsokcet_mode = \"0660\"\n"),
+        "t.toml:3: unknown key `sokcet_mode` in [daemon]: did you mean `socket_mode`?"
+    );
+    assert_eq!(problems("[deamon]\n"), "t.toml:1: unknown key `deamon` in the file: did you mean `daemon`?");
+    let far = problems("[log]\ncolour = 1\n");
+    assert_eq!(far, "t.toml:2: unknown key `colour` in [log]: it knows format, level");
+    assert!(problems("[pool.a]\ndriver = \"file\"\npaht = \"/a\"\n").contains("did you mean `path`"));
+    assert!(problems("[[export]]\nvolume = \"a\"\nnbd = true\nqueue = 1\n").starts_with("t.toml:4: "));
+}
+
+#[test]
+fn wrong_types_name_the_line() {
+    let text = problems("[daemon]\nnode = \"a\"\nthreads = \"two\"\n");
+    assert!(text.starts_with("t.toml:3: daemon.threads: invalid type: string \"two\""), "{text}");
+    assert!(problems("[daemon]\nthreads = -1\n").starts_with("t.toml:2: daemon.threads"));
+    assert!(problems("[daemon]\nnbd = \"unix:a\"\n").starts_with("t.toml:2: daemon.nbd"));
+    assert!(problems("[daemon]\nnbd = [\n \"unix:a\",\n 7]\n").starts_with("t.toml:4: daemon.nbd.1"));
+    assert!(problems("[log]\nformat = \"xml\"\n").starts_with("t.toml:2: log.format"));
+    assert!(problems("daemon = 3\n").starts_with("t.toml:1: daemon"));
+    assert!(problems("[daemon\n").starts_with("t.toml:1: "));
+    assert!(problems("[daemon]\nthreads = 1\nthreads = 2\n").starts_with("t.toml:3: "));
+}
+
+#[test]
+fn what_cannot_be_honoured_is_refused() {
+    assert!(problems("[pool.n]\ndriver = \"nfs\"\nurl = \"nfs://a/b\"\n").contains("file, rbd, memory, null"));
+    assert!(problems("[pool.n]\ndriver = \"fiel\"\n").contains("did you mean \"file\"?"));
+    assert!(problems("[pool.n]\npath = \"/a\"\n").contains("needs a driver"));
+    assert!(problems("[pool.n]\ndriver = \"null\"\npath = \"/a\"\n").contains("has no key `path`"));
+    assert!(problems("[pool.n]\ndriver = \"rbd\"\n").contains("needs the key `pool`"));
+    assert!(problems("[pool.Bad]\ndriver = \"null\"\n").contains("pool name"));
+    assert!(problems("[policy.gold]\niops = 5\n").contains("`iops` is not in this version"));
+    assert!(problems("[policy.gold]\ndurability = \"local\"\n").contains("\"remote\" works"));
+    assert!(problems("[daemon]\nfaults = \"x\"\n").contains("no fault injection") || cfg!(feature = "fault-injection"));
+}
+
+#[test]
+fn listeners_beyond_loopback_need_tls() {
+    assert!(problems("[daemon]\nnbd = [\"tcp:0.0.0.0:10809\"]\n").contains("needs [tls]"));
+    assert!(problems("[daemon]\nadmin = \"tcp:192.0.2.1:1\"\n").contains("needs [tls]"));
+    assert!(problems("[[export]]\nvolume = \"a\"\nnbd = \"tcp:[::]:1\"\n").contains("needs [tls]"));
+    load_text("t", "[daemon]\nnbd = [\"tcp:127.0.0.1:10809\", \"tcp:[::1]:10809\"]\n", Vec::new()).unwrap();
+}
+
+#[test]
+fn socket_paths_and_modes_are_checked() {
+    let long = format!("[daemon]\nadmin = \"unix:/{}\"\n", "a".repeat(107));
+    assert!(problems(&long).contains("108 bytes"));
+    let long = format!("[[export]]\nvolume = \"a\"\nvhost_user = \"/{}\"\n", "a".repeat(107));
+    assert!(problems(&long).contains("108 bytes"));
+    for mode in ["\"rw\"", "\"0888\"", "\"01777\"", "\"+660\""] {
+        assert!(problems(&format!("[daemon]\nsocket_mode = {mode}\n")).contains("no mode"), "{mode}");
+    }
+}
+
+#[test]
+fn secrets_stay_out_of_the_file_and_out_of_readable_files() {
+    assert!(problems("[daemon]\nadmin_token = \"x\"\n").contains("NOVASTOR_DAEMON__ADMIN_TOKEN"));
+    assert!(problems("[tls]\ncert = \"a\"\nkey = \"x\"\n").contains("key_file"));
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "0123456789abcdef\n").unwrap();
+    let text = format!("[daemon]\nadmin_token_file = {:?}\n", file.path());
+    let config = load_text("t", &text, Vec::new()).unwrap();
+    assert_eq!(admin_token(&config).unwrap().as_deref(), Some("0123456789abcdef"));
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+    std::fs::set_permissions(file.path(), open).unwrap();
+    assert!(problems(&text).contains("chmod 0600"));
+    let config = with("", &[("NOVASTOR_DAEMON__ADMIN_TOKEN", "0123456789abcdef")]).unwrap();
+    assert_eq!(admin_token(&config).unwrap().as_deref(), Some("0123456789abcdef"));
+}
+
+#[test]
+fn the_environment_overrides_every_kind_of_key() {
+    let text = "[pool.fast-one]\ndriver = \"file\"\npath = \"/a\"\n[[export]]\nvolume = \"a\"\nnbd = true\n";
+    let variables = [
+        ("NOVASTOR_DAEMON__THREADS", "7"),
+        ("NOVASTOR_DAEMON__NBD", "unix:/run/a.sock, tcp:127.0.0.1:1"),
+        ("NOVASTOR_POOL__FAST_ONE__PATH", "/b"),
+        ("NOVASTOR_POOL__NEW__DRIVER", "null"),
+        ("NOVASTOR_LOG__FORMAT", "json"),
+        ("NOVASTOR_EXPORT__0__READ_ONLY", "true"),
+        ("NOVASTOR_ADMIN", "unix:/ignored"),
+        ("HOME", "/root"),
+    ];
+    let config = with(text, &variables).unwrap();
+    assert_eq!(config.daemon.threads, 7);
+    assert_eq!(config.daemon.nbd, ["unix:/run/a.sock", "tcp:127.0.0.1:1"]);
+    assert_eq!(config.pool["fast-one"].path.as_deref(), Some(std::path::Path::new("/b")));
+    assert_eq!(config.pool["new"].driver, "null");
+    assert_eq!(config.log.format, LogFormat::Json);
+    assert!(config.export[0].read_only);
+}
+
+#[test]
+fn wrong_overrides_name_the_variable() {
+    let text = with("", &[("NOVASTOR_DAEMON__THRAEDS", "7")]).unwrap_err().to_string();
+    assert_eq!(text, "environment NOVASTOR_DAEMON__THRAEDS: unknown key `thraeds` in [daemon]: did you mean `threads`?");
+    let text = with("", &[("NOVASTOR_DAEMON__THREADS", "many")]).unwrap_err().to_string();
+    assert!(text.starts_with("environment NOVASTOR_DAEMON__THREADS: daemon.threads: invalid type"), "{text}");
+    let text = with("", &[("NOVASTOR_EXPORT__3__VOLUME", "a")]).unwrap_err().to_string();
+    assert!(text.contains("no [[export]] number 3"), "{text}");
+}
