@@ -13,16 +13,7 @@ fn write_and_read_back(ceph: &Ceph, image: &str) -> Result<()> {
     ceph.create_image(image, 64)?;
     let uri = format!("rbd:{POOL}/{image}:conf={}", ceph.conf().display());
     let mut qemu_io = Command::new(tools::require("qemu-io")?);
-    qemu_io.args([
-        "-f",
-        "raw",
-        "-c",
-        "write -P 0x5a 4M 64k",
-        "-c",
-        "flush",
-        "-c",
-        "read -P 0x5a 4M 64k",
-    ]);
+    qemu_io.args(["-f", "raw", "-c", "write -P 0x5a 4M 64k", "-c", "flush", "-c", "read -P 0x5a 4M 64k"]);
     let output = run(qemu_io.arg(uri), LIMIT)?;
     assert!(output.contains("read 65536/65536 bytes"), "{output}");
     Ok(())
@@ -38,16 +29,9 @@ fn one_storage_daemon_serves_an_image() -> Result<()> {
 
 #[test]
 fn keys_are_required_when_asked_for_and_a_copy_may_die() -> Result<()> {
-    let mut ceph = Ceph::start(CephSpec {
-        osds: 2,
-        min_copies: 1,
-        authenticate: true,
-    })?;
+    let mut ceph = Ceph::start(CephSpec { osds: 2, min_copies: 1, authenticate: true })?;
     write_and_read_back(&ceph, "before")?;
-    assert!(
-        ceph.rbd(&["--keyring", "/dev/null", "ls", POOL]).is_err(),
-        "a client without a key is refused"
-    );
+    assert!(ceph.rbd(&["--keyring", "/dev/null", "ls", POOL]).is_err(), "a client without a key is refused");
     ceph.kill_osd(0)?;
     write_and_read_back(&ceph, "after")
 }

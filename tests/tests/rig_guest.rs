@@ -28,36 +28,20 @@ struct Peer {
 impl Peer {
     fn start(size_mib: u64) -> Result<Self> {
         let folder = scratch::short_dir()?;
-        let (socket, image) = (
-            folder.path().join("disk.sock"),
-            folder.path().join("disk.raw"),
-        );
+        let (socket, image) = (folder.path().join("disk.sock"), folder.path().join("disk.raw"));
         File::create(&image)?.set_len(size_mib << 20)?;
         let server = Self::serve(&image, &socket)?;
-        Ok(Self {
-            server,
-            socket,
-            image,
-            _folder: folder,
-        })
+        Ok(Self { server, socket, image, _folder: folder })
     }
 
     fn serve(image: &Path, socket: &Path) -> Result<Running> {
         let mut command = Command::new(tools::require("qemu-storage-daemon")?);
-        let file = format!(
-            "driver=file,node-name=file,filename={},discard=unmap",
-            image.display()
-        );
+        let file = format!("driver=file,node-name=file,filename={},discard=unmap", image.display());
         let address = format!("addr.type=unix,addr.path={}", socket.display());
         command.args(["--blockdev", &file]);
-        command.args([
-            "--blockdev",
-            "driver=raw,node-name=disk,file=file,discard=unmap",
-        ]);
+        command.args(["--blockdev", "driver=raw,node-name=disk,file=file,discard=unmap"]);
         command.arg("--export");
-        command.arg(format!(
-            "vhost-user-blk,id=e0,node-name=disk,{address},writable=on,num-queues=2"
-        ));
+        command.arg(format!("vhost-user-blk,id=e0,node-name=disk,{address},writable=on,num-queues=2"));
         let mut server = Running::spawn("qemu-storage-daemon", &mut command)?;
         let deadline = Deadline::after(LIMIT);
         while !socket.exists() {
@@ -94,14 +78,8 @@ fn host_and_guest_take_turns_under_verified_load() -> Result<()> {
     guest.wait_ready()?;
     guest.send("ignored: the job waits for another word")?;
     guest.send("begin")?;
-    assert_eq!(
-        guest.wait_mark("written", LIMIT)?,
-        (64u64 << 20).to_string()
-    );
-    assert!(
-        fs::read(&peer.image)?.starts_with(b"guest was here"),
-        "the guest's write reached the host"
-    );
+    assert_eq!(guest.wait_mark("written", LIMIT)?, (64u64 << 20).to_string());
+    assert!(fs::read(&peer.image)?.starts_with(b"guest was here"), "the guest's write reached the host");
 
     peer.restart()?;
     guest.send("restarted")?;
@@ -110,10 +88,7 @@ fn host_and_guest_take_turns_under_verified_load() -> Result<()> {
     assert_eq!(status["status"], "running");
     guest.send("finish")?;
     let console = guest.finish(LIMIT)?;
-    assert!(
-        console.contains("err= 0"),
-        "fio's verdict is on the console:\n{console}"
-    );
+    assert!(console.contains("err= 0"), "fio's verdict is on the console:\n{console}");
     Ok(())
 }
 
@@ -122,10 +97,7 @@ fn a_failing_job_is_an_error_with_its_console() -> Result<()> {
     let mut guest = Guest::start(&GuestSpec::new("echo 'something broke'; exit 7"))?;
     guest.wait_ready()?;
     let error = guest.wait_mark("never", LIMIT).unwrap_err().to_string();
-    assert!(
-        error.contains("the job ended with 7") && error.contains("something broke"),
-        "{error}"
-    );
+    assert!(error.contains("the job ended with 7") && error.contains("something broke"), "{error}");
     Ok(())
 }
 
@@ -152,20 +124,34 @@ fn the_tools_of_jobs_work_in_a_guest_on_huge_pages_as_another_user() -> Result<(
          dd if=/dev/dm-0 of=/dev/null bs=1M count=1
          cat /hello; ping -c 1 -W 5 10.0.2.2",
     );
-    let spec = spec
-        .vhost_user_disk("disk0", &peer.socket, 2)
-        .memory(512, Memory::HugePages2M);
-    let spec = spec
-        .network()
-        .file("hello", "hello from the test\n")
-        .run_as(NOBODY, NOBODY);
+    let spec = spec.vhost_user_disk("disk0", &peer.socket, 2).memory(512, Memory::HugePages2M);
+    let spec = spec.network().file("hello", "hello from the test\n").run_as(NOBODY, NOBODY);
     let guest = Guest::start(&spec)?;
     let status = fs::read_to_string(format!("/proc/{}/status", guest.id()))?;
-    assert!(
-        status.contains(&format!("Uid:\t{NOBODY}\t{NOBODY}")),
-        "{status}"
-    );
+    assert!(status.contains(&format!("Uid:\t{NOBODY}\t{NOBODY}")), "{status}");
     let console = guest.finish(LIMIT)?;
     assert!(console.contains("hello from the test"), "{console}");
+    Ok(())
+}
+
+#[test]
+fn a_guest_goes_on_where_it_was_after_a_migration() -> Result<()> {
+    let spec = GuestSpec::new(
+        "count=0
+         mark before
+         while ! [ -e /tmp/moved ]; do count=$((count + 1)); mark tick $count; read -t 1 -r REPLY <&8 && touch /tmp/moved; done
+         mark after $count $REPLY",
+    );
+    let mut source = Guest::start(&spec)?;
+    let mut target = Guest::start(&spec.incoming())?;
+    source.wait_mark("before", LIMIT)?;
+    source.migrate(&mut target, LIMIT)?;
+    source.kill()?;
+    target.wait_mark("tick", LIMIT)?;
+    target.send("moved")?;
+    let text = target.wait_mark("after", LIMIT)?;
+    let (count, word) = text.split_once(' ').context("two words")?;
+    assert!(count.parse::<u32>()? > 1 && word == "moved", "{text}");
+    target.finish(LIMIT)?;
     Ok(())
 }

@@ -15,9 +15,7 @@ pub fn cargo() -> Command {
 
 /// Runs a command whose output the user sees.
 pub fn show(command: &mut Command) -> Result<()> {
-    let status = command
-        .status()
-        .with_context(|| format!("starting {command:?}"))?;
+    let status = command.status().with_context(|| format!("starting {command:?}"))?;
     if !status.success() {
         bail!("{command:?} failed ({status})");
     }
@@ -26,9 +24,7 @@ pub fn show(command: &mut Command) -> Result<()> {
 
 /// Runs a command quietly and returns its output; an error shows what it printed.
 pub fn output(command: &mut Command) -> Result<Vec<u8>> {
-    let output = command
-        .output()
-        .with_context(|| format!("starting {command:?}"))?;
+    let output = command.output().with_context(|| format!("starting {command:?}"))?;
     if !output.status.success() {
         bail!(
             "{command:?} failed ({}):\n{}{}",

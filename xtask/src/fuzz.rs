@@ -26,16 +26,7 @@ pub fn run(seconds: u32) -> Result<()> {
     let targets = targets(&manifest)?;
     let mut build = commands::cargo();
     build.env("RUSTC_BOOTSTRAP", "1").env("RUSTFLAGS", FLAGS);
-    build
-        .args([
-            "build",
-            "--release",
-            "--bins",
-            "--target",
-            PLATFORM,
-            "--manifest-path",
-        ])
-        .arg(&manifest);
+    build.args(["build", "--release", "--bins", "--target", PLATFORM, "--manifest-path"]).arg(&manifest);
     build.arg("--target-dir").arg(folder.join("target"));
     commands::show(&mut build)?;
     for target in &targets {
@@ -46,48 +37,24 @@ pub fn run(seconds: u32) -> Result<()> {
 
 fn targets(manifest: &Path) -> Result<Vec<String>> {
     let mut metadata = commands::cargo();
-    metadata
-        .args([
-            "metadata",
-            "--no-deps",
-            "--format-version",
-            "1",
-            "--manifest-path",
-        ])
-        .arg(manifest);
+    metadata.args(["metadata", "--no-deps", "--format-version", "1", "--manifest-path"]).arg(manifest);
     let metadata: Value = serde_json::from_slice(&commands::output(&mut metadata)?)?;
-    let all = metadata["packages"][0]["targets"]
-        .as_array()
-        .context("cargo metadata shows no targets")?;
+    let all = metadata["packages"][0]["targets"].as_array().context("cargo metadata shows no targets")?;
     let programs = all.iter().filter(|target| target["kind"][0] == "bin");
-    Ok(programs
-        .filter_map(|target| target["name"].as_str().map(str::to_owned))
-        .collect())
+    Ok(programs.filter_map(|target| target["name"].as_str().map(str::to_owned)).collect())
 }
 
 fn fuzz(folder: &Path, target: &str, seconds: u32) -> Result<()> {
     println!("fuzz: {target} for {seconds} s");
-    let (corpus, artifacts) = (
-        folder.join("corpus").join(target),
-        folder.join("artifacts").join(target),
-    );
+    let (corpus, artifacts) = (folder.join("corpus").join(target), folder.join("artifacts").join(target));
     for path in [&corpus, &artifacts] {
         fs::create_dir_all(path).with_context(|| format!("creating {}", path.display()))?;
     }
     // libFuzzer adds what it finds to the first folder.
     let found = scratch::short_dir()?;
-    let mut program = Command::new(
-        folder
-            .join("target")
-            .join(PLATFORM)
-            .join("release")
-            .join(target),
-    );
-    program
-        .arg(format!("-max_total_time={seconds}"))
-        .arg("-print_final_stats=1");
+    let mut program = Command::new(folder.join("target").join(PLATFORM).join("release").join(target));
+    program.arg(format!("-max_total_time={seconds}")).arg("-print_final_stats=1");
     program.arg(format!("-artifact_prefix={}/", artifacts.display()));
-    commands::output(program.arg(found.path()).arg(&corpus))
-        .with_context(|| format!("fuzz target {target}"))?;
+    commands::output(program.arg(found.path()).arg(&corpus)).with_context(|| format!("fuzz target {target}"))?;
     Ok(())
 }

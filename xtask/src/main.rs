@@ -16,6 +16,7 @@ mod tidy;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use rig::Selection;
+use std::process::ExitCode;
 
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", about = "The chores of novastor")]
@@ -56,11 +57,19 @@ enum RigAction {
     },
 }
 
-fn main() -> Result<()> {
-    match Arguments::parse().task {
-        Task::Rig {
-            action: RigAction::Install { what },
-        } => rig::install(what),
+fn main() -> ExitCode {
+    match run(Arguments::parse().task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<()> {
+    match task {
+        Task::Rig { action: RigAction::Install { what } } => rig::install(what),
         Task::Test { quick } => test::run(quick),
         Task::Tidy => tidy::run(),
         Task::Fuzz { seconds } => fuzz::run(seconds),

@@ -21,12 +21,7 @@ const FUZZ_SECONDS: u32 = 20;
 
 pub fn run(quick: bool) -> Result<()> {
     let clock = Deadline::after(Duration::MAX);
-    let stage = |name: &str| {
-        println!(
-            "\n── {name} ({:.0} s since start)",
-            clock.elapsed().as_secs_f64()
-        )
-    };
+    let stage = |name: &str| println!("\n── {name} ({:.0} s since start)", clock.elapsed().as_secs_f64());
 
     stage("rigs");
     if quick {
@@ -38,14 +33,7 @@ pub fn run(quick: bool) -> Result<()> {
     stage("style");
     cargo(&["fmt", "--all", "--check"])?;
     tidy::run()?;
-    cargo(&[
-        "clippy",
-        "--workspace",
-        "--all-targets",
-        "--",
-        "-D",
-        "warnings",
-    ])?;
+    cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
     stage("build");
     cargo(&["build", "--workspace", "--bins"])?;
     stage("tests");
@@ -56,15 +44,8 @@ pub fn run(quick: bool) -> Result<()> {
         stage("fuzz targets");
         fuzz::run(FUZZ_SECONDS)?;
     }
-    let left_out = if quick {
-        "; guests, Ceph, examples in docs and fuzz targets were left out"
-    } else {
-        ""
-    };
-    println!(
-        "\nall tests passed in {:.1} min{left_out}",
-        clock.elapsed().as_secs_f64() / 60.0
-    );
+    let left_out = if quick { "; guests, Ceph, examples in docs and fuzz targets were left out" } else { "" };
+    println!("\nall tests passed in {:.1} min{left_out}", clock.elapsed().as_secs_f64() / 60.0);
     Ok(())
 }
 
@@ -89,33 +70,19 @@ fn run_tests(quick: bool) -> Result<()> {
 /// Without cargo-nextest: builds all test programs, then runs those wanted, one after another.
 fn run_plainly(quick: bool) -> Result<()> {
     let mut build = commands::cargo();
-    build.args([
-        "test",
-        "--workspace",
-        "--lib",
-        "--bins",
-        "--tests",
-        "--no-run",
-        "--message-format",
-        "json",
-    ]);
+    build.args(["test", "--workspace", "--lib", "--bins", "--tests", "--no-run", "--message-format", "json"]);
     let messages = String::from_utf8(commands::output(&mut build)?).context("cargo's messages")?;
     let mut failed = Vec::new();
     for message in messages.lines() {
         let message: Value = serde_json::from_str(message)?;
-        let (Some(name), Some(program)) = (
-            message["target"]["name"].as_str(),
-            message["executable"].as_str(),
-        ) else {
+        let (Some(name), Some(program)) = (message["target"]["name"].as_str(), message["executable"].as_str()) else {
             continue;
         };
         let is_slow = SLOW.iter().any(|word| name.contains(word));
         if message["profile"]["test"] != true || (quick && is_slow) {
             continue;
         }
-        let manifest = message["manifest_path"]
-            .as_str()
-            .context("a target without a package")?;
+        let manifest = message["manifest_path"].as_str().context("a target without a package")?;
         let mut test = Command::new(program);
         test.current_dir(manifest.trim_end_matches("Cargo.toml"));
         if is_slow {

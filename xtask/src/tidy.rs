@@ -17,31 +17,22 @@ use std::process::Command;
 const RUST_LINES_MAX: usize = 800;
 
 /// Each word is written in two halves, lest this very list break the rule.
-const FORBIDDEN_IN_RUST: [&str; 4] = [
-    concat!("todo", "!("),
-    concat!("unimplemented", "!("),
-    concat!("dbg", "!("),
-    concat!("#[", "ignore"),
-];
+const FORBIDDEN_IN_RUST: [&str; 4] =
+    [concat!("todo", "!("), concat!("unimplemented", "!("), concat!("dbg", "!("), concat!("#[", "ignore")];
 const FORBIDDEN_ANYWHERE: [&str; 2] = [concat!("/wo", "rk/"), concat!("/ro", "ot/")];
 
 pub fn run() -> Result<()> {
     let mut problems = Vec::new();
     let files = files()?;
     for name in &files {
-        let bytes =
-            fs::read(workspace_root().join(name)).with_context(|| format!("reading {name}"))?;
+        let bytes = fs::read(workspace_root().join(name)).with_context(|| format!("reading {name}"))?;
         if let Ok(text) = str::from_utf8(&bytes) {
             problems.extend(check(name, text));
         }
     }
     problems.extend(check_fio_jobs(&files)?);
     if !problems.is_empty() {
-        bail!(
-            "tidy found {} problems:\n{}",
-            problems.len(),
-            problems.join("\n")
-        );
+        bail!("tidy found {} problems:\n{}", problems.len(), problems.join("\n"));
     }
     println!("tidy: {} files are fine", files.len());
     Ok(())
@@ -50,50 +41,25 @@ pub fn run() -> Result<()> {
 /// Tracked files and new ones, as they are in the work tree.
 fn files() -> Result<Vec<String>> {
     let mut git = Command::new("git");
-    git.args([
-        "ls-files",
-        "-z",
-        "--cached",
-        "--others",
-        "--exclude-standard",
-    ])
-    .current_dir(workspace_root());
-    let listing = String::from_utf8(commands::output(&mut git)?)
-        .context("git lists a file whose name is no UTF-8")?;
+    git.args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"]).current_dir(workspace_root());
+    let listing = String::from_utf8(commands::output(&mut git)?).context("git lists a file whose name is no UTF-8")?;
     let exists = |name: &&str| workspace_root().join(name).is_file();
-    Ok(listing
-        .split_terminator('\0')
-        .filter(exists)
-        .map(str::to_owned)
-        .collect())
+    Ok(listing.split_terminator('\0').filter(exists).map(str::to_owned).collect())
 }
 
 fn check(name: &str, text: &str) -> Vec<String> {
     let mut problems = Vec::new();
-    let is_rust = Path::new(name)
-        .extension()
-        .is_some_and(|extension| extension == "rs");
+    let is_rust = Path::new(name).extension().is_some_and(|extension| extension == "rs");
     let lines = text.lines().count();
     if is_rust && lines > RUST_LINES_MAX {
-        problems.push(format!(
-            "{name}: {lines} lines, more than {RUST_LINES_MAX}: split it by purpose"
-        ));
+        problems.push(format!("{name}: {lines} lines, more than {RUST_LINES_MAX}: split it by purpose"));
     }
-    let words = FORBIDDEN_IN_RUST
-        .iter()
-        .filter(|_| is_rust)
-        .chain(&FORBIDDEN_ANYWHERE);
+    let words = FORBIDDEN_IN_RUST.iter().filter(|_| is_rust).chain(&FORBIDDEN_ANYWHERE);
     for word in words {
-        let found = text
-            .lines()
-            .enumerate()
-            .filter(|(_, line)| line.contains(word));
-        problems.extend(
-            found.map(|(index, _)| format!("{name}:{}: `{word}` is not allowed", index + 1)),
-        );
+        let found = text.lines().enumerate().filter(|(_, line)| line.contains(word));
+        problems.extend(found.map(|(index, _)| format!("{name}:{}: `{word}` is not allowed", index + 1)));
     }
-    let is_crate =
-        name.ends_with("Cargo.toml") && text.contains("[package]") && !name.starts_with("fuzz/");
+    let is_crate = name.ends_with("Cargo.toml") && text.contains("[package]") && !name.starts_with("fuzz/");
     if is_crate && !text.contains("[lints]\nworkspace = true") {
         problems.push(format!("{name}: lacks `[lints] workspace = true`"));
     }
@@ -104,11 +70,7 @@ fn check_fio_jobs(files: &[String]) -> Result<Vec<String>> {
     let mut problems = Vec::new();
     for job in files.iter().filter(|name| name.ends_with(".fio")) {
         let mut fio = Command::new(tools::require("fio")?);
-        let checked = commands::output(
-            fio.arg("--parse-only")
-                .arg(job)
-                .current_dir(workspace_root()),
-        );
+        let checked = commands::output(fio.arg("--parse-only").arg(job).current_dir(workspace_root()));
         problems.extend(checked.err().map(|error| format!("{job}: {error:#}")));
     }
     Ok(problems)
@@ -124,15 +86,9 @@ mod tests {
         assert_eq!(check("a.rs", &long).len(), 1);
         assert_eq!(check("a.md", &long), Vec::<String>::new());
         for word in FORBIDDEN_IN_RUST.iter().chain(&FORBIDDEN_ANYWHERE) {
-            assert_eq!(
-                check("a.rs", &format!("first\n{word}")),
-                [format!("a.rs:2: `{word}` is not allowed")]
-            );
+            assert_eq!(check("a.rs", &format!("first\n{word}")), [format!("a.rs:2: `{word}` is not allowed")]);
         }
         assert_eq!(check("a/Cargo.toml", "[package]\n").len(), 1);
-        assert_eq!(
-            check("a/Cargo.toml", "[package]\n[lints]\nworkspace = true\n"),
-            Vec::<String>::new()
-        );
+        assert_eq!(check("a/Cargo.toml", "[package]\n[lints]\nworkspace = true\n"), Vec::<String>::new());
     }
 }

@@ -39,21 +39,12 @@ impl Archive {
         let (uid, gid, links, modified) = (0, 0, 1, 0);
         let device = [0; 4];
         self.bytes.extend_from_slice(b"070701");
-        let fields = [
-            inode,
-            mode,
-            uid,
-            gid,
-            links,
-            modified,
-            contents.len() as u32,
-        ]
-        .into_iter()
-        .chain(device)
-        .chain([name.len() as u32 + 1, 0]);
+        let fields = [inode, mode, uid, gid, links, modified, contents.len() as u32]
+            .into_iter()
+            .chain(device)
+            .chain([name.len() as u32 + 1, 0]);
         for field in fields {
-            self.bytes
-                .extend_from_slice(format!("{field:08x}").as_bytes());
+            self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
         }
         self.bytes.extend_from_slice(name.as_bytes());
         self.bytes.push(0);
@@ -84,26 +75,12 @@ mod tests {
         archive.add("empty", 0o644, b"");
         archive.add("seven", 0o644, b"1234567");
         fs::write(dir.path().join("a.cpio"), archive.finish()).unwrap();
-        let unpack = format!(
-            "{} -idm --quiet <{}",
-            tools::require("cpio").unwrap().display(),
-            dir.path().join("a.cpio").display()
-        );
+        let unpack =
+            format!("{} -idm --quiet <{}", tools::require("cpio").unwrap().display(), dir.path().join("a.cpio").display());
         let mut shell = Command::new("sh");
-        process::run(
-            shell.args(["-c", &unpack]).current_dir(dir.path()),
-            Duration::from_secs(60),
-        )
-        .unwrap();
+        process::run(shell.args(["-c", &unpack]).current_dir(dir.path()), Duration::from_secs(60)).unwrap();
         assert_eq!(fs::read(dir.path().join("job.sh")).unwrap(), b"#!/bin/sh\n");
         assert_eq!(fs::read(dir.path().join("seven")).unwrap(), b"1234567");
-        assert_eq!(
-            File::open(dir.path().join("empty"))
-                .unwrap()
-                .metadata()
-                .unwrap()
-                .len(),
-            0
-        );
+        assert_eq!(File::open(dir.path().join("empty")).unwrap().metadata().unwrap().len(), 0);
     }
 }

@@ -37,11 +37,7 @@ pub struct CephSpec {
 
 impl Default for CephSpec {
     fn default() -> Self {
-        Self {
-            osds: 1,
-            min_copies: 1,
-            authenticate: false,
-        }
+        Self { osds: 1, min_copies: 1, authenticate: false }
     }
 }
 
@@ -65,18 +61,11 @@ impl Ceph {
         }
         let [fsid, port] = [new_uuid()?, free_port_pair()?.to_string()];
         let monitors = monitor_addresses(&port)?;
-        fs::write(
-            path.join("ceph.conf"),
-            configuration(path, spec, &fsid, &monitors),
-        )?;
+        fs::write(path.join("ceph.conf"), configuration(path, spec, &fsid, &monitors))?;
         make_keys(path, spec.osds)?;
         make_monitor(path, &fsid, &monitors)?;
         let monitor = daemon(path, "mon", "a")?;
-        let mut cluster = Self {
-            osds: Vec::new(),
-            _monitor: monitor,
-            folder,
-        };
+        let mut cluster = Self { osds: Vec::new(), _monitor: monitor, folder };
         for id in 0..spec.osds {
             cluster.add_osd(id)?;
         }
@@ -93,12 +82,7 @@ impl Ceph {
 
     /// Runs `ceph ARGUMENTS`.
     pub fn ceph(&self, arguments: &[&str]) -> Result<String> {
-        run(
-            command(self.folder.path(), "ceph")?
-                .args(["--connect-timeout", "30"])
-                .args(arguments),
-            LIMIT,
-        )
+        run(command(self.folder.path(), "ceph")?.args(["--connect-timeout", "30"]).args(arguments), LIMIT)
     }
 
     /// Runs `rbd ARGUMENTS`.
@@ -108,36 +92,22 @@ impl Ceph {
 
     /// Creates an image in [`POOL`].
     pub fn create_image(&self, name: &str, size_mib: u64) -> Result<()> {
-        self.rbd(&[
-            "create",
-            "--size",
-            &format!("{size_mib}M"),
-            &format!("{POOL}/{name}"),
-        ])?;
+        self.rbd(&["create", "--size", &format!("{size_mib}M"), &format!("{POOL}/{name}")])?;
         Ok(())
     }
 
     /// Kills a storage daemon; what it held in memory is lost.
     pub fn kill_osd(&mut self, index: usize) -> Result<()> {
-        self.osds
-            .get_mut(index)
-            .with_context(|| format!("no storage daemon {index}"))?
-            .kill()
+        self.osds.get_mut(index).with_context(|| format!("no storage daemon {index}"))?.kill()
     }
 
     /// Stops a storage daemon from running at all, without closing its connections.
     pub fn pause_osd(&self, index: usize) -> Result<()> {
-        self.osds
-            .get(index)
-            .with_context(|| format!("no storage daemon {index}"))?
-            .signal(Signal::STOP)
+        self.osds.get(index).with_context(|| format!("no storage daemon {index}"))?.signal(Signal::STOP)
     }
 
     pub fn resume_osd(&self, index: usize) -> Result<()> {
-        self.osds
-            .get(index)
-            .with_context(|| format!("no storage daemon {index}"))?
-            .signal(Signal::CONT)
+        self.osds.get(index).with_context(|| format!("no storage daemon {index}"))?.signal(Signal::CONT)
     }
 
     fn add_osd(&mut self, id: u32) -> Result<()> {
@@ -145,10 +115,7 @@ impl Ceph {
         let (id, uuid) = (id.to_string(), new_uuid()?);
         fs::create_dir(path.join(format!("osd.{id}")))?;
         self.ceph(&["osd", "new", &uuid, &id])?;
-        run(
-            command(path, "ceph-osd")?.args(["-i", &id, "--mkfs", "--osd-uuid", &uuid]),
-            LIMIT,
-        )?;
+        run(command(path, "ceph-osd")?.args(["-i", &id, "--mkfs", "--osd-uuid", &uuid]), LIMIT)?;
         self.osds.push(daemon(path, "osd", &id)?);
         Ok(())
     }
@@ -156,35 +123,23 @@ impl Ceph {
     fn wait_for_osds(&self, count: u32) -> Result<()> {
         let deadline = Deadline::after(LIMIT);
         loop {
-            let status: Value =
-                serde_json::from_str(&self.ceph(&["osd", "stat", "--format", "json"])?)?;
+            let status: Value = serde_json::from_str(&self.ceph(&["osd", "stat", "--format", "json"])?)?;
             if status["num_up_osds"] == count {
                 return Ok(());
             }
             if !deadline.pause() {
-                bail!(
-                    "{} of {count} storage daemons came up:\n{}",
-                    status["num_up_osds"],
-                    self.logs()
-                );
+                bail!("{} of {count} storage daemons came up:\n{}", status["num_up_osds"], self.logs());
             }
         }
     }
 
     /// The end of each daemon's log, for an error.
     fn logs(&self) -> String {
-        let files = fs::read_dir(self.folder.path().join("log"))
-            .into_iter()
-            .flatten()
-            .flatten();
+        let files = fs::read_dir(self.folder.path().join("log")).into_iter().flatten().flatten();
         let tails = files.map(|file| {
             let text = fs::read_to_string(file.path()).unwrap_or_default();
             let lines: Vec<&str> = text.lines().rev().take(20).collect();
-            format!(
-                "{}:\n{}\n",
-                file.path().display(),
-                lines.into_iter().rev().collect::<Vec<_>>().join("\n")
-            )
+            format!("{}:\n{}\n", file.path().display(), lines.into_iter().rev().collect::<Vec<_>>().join("\n"))
         });
         tails.collect()
     }
@@ -192,50 +147,27 @@ impl Ceph {
 
 fn command(folder: &Path, program: &str) -> Result<Command> {
     let mut command = Command::new(tools::require(program)?);
-    command
-        .env("CEPH_CONF", folder.join("ceph.conf"))
-        .env("LANG", "C")
-        .current_dir(folder);
+    command.env("CEPH_CONF", folder.join("ceph.conf")).env("LANG", "C").current_dir(folder);
     Ok(command)
 }
 
 fn daemon(folder: &Path, kind: &str, id: &str) -> Result<Running> {
     let mut command = command(folder, &format!("ceph-{kind}"))?;
-    command
-        .args(["-f", "-i", id])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null());
-    command.stderr(fs::File::create(
-        folder.join(format!("log/{kind}.{id}.stderr")),
-    )?);
+    command.args(["-f", "-i", id]).stdin(Stdio::null()).stdout(Stdio::null());
+    command.stderr(fs::File::create(folder.join(format!("log/{kind}.{id}.stderr")))?);
     Running::spawn(format!("ceph-{kind} {id}"), &mut command)
 }
 
 fn make_keys(folder: &Path, osds: u32) -> Result<()> {
     let key = |name: &str, extra: &[&str]| {
         let mut tool = command(folder, "ceph-authtool")?;
-        run(
-            tool.args(["keyring", "--gen-key", "-n", name]).args(extra),
-            LIMIT,
-        )
+        run(tool.args(["keyring", "--gen-key", "-n", name]).args(extra), LIMIT)
     };
-    let everything = [
-        "--cap", "mon", "allow *", "--cap", "osd", "allow *", "--cap", "mgr", "allow *",
-    ];
+    let everything = ["--cap", "mon", "allow *", "--cap", "osd", "allow *", "--cap", "mgr", "allow *"];
     key("mon.", &["--create-keyring", "--cap", "mon", "allow *"])?;
     key("client.admin", &everything)?;
     for id in 0..osds {
-        key(
-            &format!("osd.{id}"),
-            &[
-                "--cap",
-                "mon",
-                "allow profile osd",
-                "--cap",
-                "osd",
-                "allow *",
-            ],
-        )?;
+        key(&format!("osd.{id}"), &["--cap", "mon", "allow profile osd", "--cap", "osd", "allow *"])?;
     }
     Ok(())
 }
@@ -243,40 +175,14 @@ fn make_keys(folder: &Path, osds: u32) -> Result<()> {
 /// The monitor learns every key at its creation, which spares a round trip per key later.
 fn make_monitor(folder: &Path, fsid: &str, monitors: &str) -> Result<()> {
     let mut map = command(folder, "monmaptool")?;
-    run(
-        map.args([
-            "--create",
-            "--clobber",
-            "--fsid",
-            fsid,
-            "--addv",
-            "a",
-            monitors,
-            "monmap",
-        ]),
-        LIMIT,
-    )?;
+    run(map.args(["--create", "--clobber", "--fsid", fsid, "--addv", "a", monitors, "monmap"]), LIMIT)?;
     let mut monitor = command(folder, "ceph-mon")?;
-    run(
-        monitor.args([
-            "--mkfs",
-            "-i",
-            "a",
-            "--monmap",
-            "monmap",
-            "--keyring",
-            "keyring",
-        ]),
-        LIMIT,
-    )?;
+    run(monitor.args(["--mkfs", "-i", "a", "--monmap", "monmap", "--keyring", "keyring"]), LIMIT)?;
     Ok(())
 }
 
 fn monitor_addresses(port: &str) -> Result<String> {
-    let second = port
-        .parse::<u16>()?
-        .checked_add(1)
-        .context("no port after the last one")?;
+    let second = port.parse::<u16>()?.checked_add(1).context("no port after the last one")?;
     Ok(format!("[v2:127.0.0.1:{port},v1:127.0.0.1:{second}]"))
 }
 
@@ -286,10 +192,7 @@ fn free_port_pair() -> Result<u16> {
     loop {
         let first = TcpListener::bind("127.0.0.1:0")?;
         let port = first.local_addr()?.port();
-        if port
-            .checked_add(1)
-            .is_some_and(|next| TcpListener::bind(("127.0.0.1", next)).is_ok())
-        {
+        if port.checked_add(1).is_some_and(|next| TcpListener::bind(("127.0.0.1", next)).is_ok()) {
             return Ok(port);
         }
         if !deadline.pause() {
@@ -299,17 +202,14 @@ fn free_port_pair() -> Result<u16> {
 }
 
 fn new_uuid() -> Result<String> {
-    let uuid = fs::read_to_string("/proc/sys/kernel/random/uuid")
-        .context("asking the kernel for a UUID")?;
+    let uuid = fs::read_to_string("/proc/sys/kernel/random/uuid").context("asking the kernel for a UUID")?;
     Ok(uuid.trim().to_owned())
 }
 
 fn configuration(folder: &Path, spec: CephSpec, fsid: &str, monitors: &str) -> String {
     let folder = folder.display();
     let auth = if spec.authenticate { "cephx" } else { "none" };
-    let CephSpec {
-        osds, min_copies, ..
-    } = spec;
+    let CephSpec { osds, min_copies, .. } = spec;
     format!(
         "[global]
 fsid = {fsid}

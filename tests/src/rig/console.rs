@@ -57,13 +57,8 @@ impl Console {
         let mut reader = BufReader::new(source);
         let mut line = Vec::new();
         // A read error means the writer is gone, as does an empty read.
-        while reader
-            .read_until(b'\n', &mut line)
-            .is_ok_and(|length| length > 0)
-        {
-            let text = String::from_utf8_lossy(&line)
-                .trim_end_matches(['\r', '\n'])
-                .to_owned();
+        while reader.read_until(b'\n', &mut line).is_ok_and(|length| length > 0) {
+            let text = String::from_utf8_lossy(&line).trim_end_matches(['\r', '\n']).to_owned();
             self.state().lines.push(text);
             self.shared.changed.notify_all();
             line.clear();
@@ -71,10 +66,7 @@ impl Console {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.shared
-            .state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits for a line from `position` on that `accept` takes, and returns what it made of it.
@@ -97,21 +89,10 @@ impl Console {
             }
             let ended = state.open_sources == 0;
             if ended || deadline.has_passed() {
-                let reason = if ended {
-                    "the output ended"
-                } else {
-                    "time ran out"
-                };
-                bail!(
-                    "no {what}: {reason} after {:?}; the last lines were\n{}",
-                    deadline.elapsed(),
-                    tail(&state)
-                );
+                let reason = if ended { "the output ended" } else { "time ran out" };
+                bail!("no {what}: {reason} after {:?}; the last lines were\n{}", deadline.elapsed(), tail(&state));
             }
-            let woken = self
-                .shared
-                .changed
-                .wait_timeout(state, deadline.remaining());
+            let woken = self.shared.changed.wait_timeout(state, deadline.remaining());
             state = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
@@ -121,10 +102,7 @@ impl Console {
         let deadline = Deadline::after(limit);
         let mut state = self.state();
         while state.open_sources > 0 && !deadline.has_passed() {
-            let woken = self
-                .shared
-                .changed
-                .wait_timeout(state, deadline.remaining());
+            let woken = self.shared.changed.wait_timeout(state, deadline.remaining());
             state = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
@@ -161,26 +139,10 @@ mod tests {
         let console = Console::new();
         console.attach(&b"text\r\n7\n8"[..]);
         let mut position = Position::default();
-        assert_eq!(
-            console
-                .wait_for(&mut position, "number", LIMIT, number)
-                .unwrap(),
-            7
-        );
-        assert_eq!(
-            console
-                .wait_for(&mut position, "number", LIMIT, number)
-                .unwrap(),
-            8
-        );
-        let error = console
-            .wait_for(&mut position, "number", LIMIT, number)
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("the output ended") && error.contains("text\n7\n8"),
-            "{error}"
-        );
+        assert_eq!(console.wait_for(&mut position, "number", LIMIT, number).unwrap(), 7);
+        assert_eq!(console.wait_for(&mut position, "number", LIMIT, number).unwrap(), 8);
+        let error = console.wait_for(&mut position, "number", LIMIT, number).unwrap_err().to_string();
+        assert!(error.contains("the output ended") && error.contains("text\n7\n8"), "{error}");
     }
 
     #[test]
@@ -192,16 +154,8 @@ mod tests {
         let mut position = Position::default();
         let error = console.wait_for(&mut position, "number", Duration::from_millis(200), number);
         let error = error.unwrap_err().to_string();
-        assert!(
-            error.contains("time ran out") && error.contains("working"),
-            "{error}"
-        );
+        assert!(error.contains("time ran out") && error.contains("working"), "{error}");
         writer.write_all(b"9\n").unwrap();
-        assert_eq!(
-            console
-                .wait_for(&mut position, "number", LIMIT, number)
-                .unwrap(),
-            9
-        );
+        assert_eq!(console.wait_for(&mut position, "number", LIMIT, number).unwrap(), 9);
     }
 }

@@ -31,17 +31,11 @@ pub fn binary() -> Result<PathBuf> {
     }
     // A test runs as <target>/<profile>/deps/<test>.
     let test = env::current_exe().context("finding this test's own path")?;
-    let profile = test
-        .ancestors()
-        .find(|folder| folder.ends_with("deps"))
-        .and_then(Path::parent);
+    let profile = test.ancestors().find(|folder| folder.ends_with("deps")).and_then(Path::parent);
     let binary = profile.map(|folder| folder.join("novastor"));
     match binary.filter(|path| path.exists()) {
         Some(path) => Ok(path),
-        None => bail!(
-            "no novastor binary beside {}: run `cargo build -p novastor`",
-            test.display()
-        ),
+        None => bail!("no novastor binary beside {}: run `cargo build -p novastor`", test.display()),
     }
 }
 
@@ -79,13 +73,7 @@ impl Daemon {
         for name in ["data", "pool"] {
             fs::create_dir(disk.path().join(name))?;
         }
-        let daemon = Self {
-            process: None,
-            log: Console::new(),
-            sockets,
-            disk,
-            environment: Vec::new(),
-        };
+        let daemon = Self { process: None, log: Console::new(), sockets, disk, environment: Vec::new() };
         daemon.configure(configuration)?;
         Ok(daemon)
     }
@@ -95,8 +83,7 @@ impl Daemon {
         let text = configuration
             .replace("{dir}", &self.folder().display().to_string())
             .replace("{disk}", &self.disk().display().to_string());
-        fs::write(self.config_file(), text)
-            .with_context(|| format!("writing {}", self.config_file().display()))
+        fs::write(self.config_file(), text).with_context(|| format!("writing {}", self.config_file().display()))
     }
 
     /// Sets an environment variable for the next start.
@@ -124,10 +111,7 @@ impl Daemon {
 
     /// The URI of a volume on the shared NBD socket.
     pub fn nbd_uri(&self, volume: &str) -> String {
-        format!(
-            "nbd+unix:///{volume}?socket={}",
-            self.nbd_socket().display()
-        )
+        format!("nbd+unix:///{volume}?socket={}", self.nbd_socket().display())
     }
 
     /// Starts the daemon and waits until its exports accept.
@@ -136,35 +120,17 @@ impl Daemon {
             bail!("the daemon runs already");
         }
         let mut command = Command::new(binary()?);
-        command
-            .arg("serve")
-            .arg("--config")
-            .arg(self.config_file())
-            .current_dir(self.folder());
+        command.arg("serve").arg("--config").arg(self.config_file()).current_dir(self.folder());
         command.envs(self.environment.iter().cloned());
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = Running::spawn("novastor", &mut command)?;
         self.log = Console::new();
         let ready = Console::new();
         ready.attach(process.child.stdout.take().context("the daemon's output")?);
-        self.log.attach(
-            process
-                .child
-                .stderr
-                .take()
-                .context("the daemon's error output")?,
-        );
+        self.log.attach(process.child.stderr.take().context("the daemon's error output")?);
         let is_ready = |line: &str| (line.trim() == "ready").then_some(());
         ready
-            .wait_for(
-                &mut Position::default(),
-                "`ready` from the daemon",
-                LIMIT,
-                is_ready,
-            )
+            .wait_for(&mut Position::default(), "`ready` from the daemon", LIMIT, is_ready)
             .with_context(|| format!("the daemon's log ends with\n{}", self.log.tail()))?;
         self.process = Some(process);
         Ok(())
@@ -182,10 +148,7 @@ impl Daemon {
     pub fn check_alive(&mut self) -> Result<()> {
         match self.process()?.has_ended()? {
             None => Ok(()),
-            Some(status) => bail!(
-                "the daemon ended with {status}; its log ends with\n{}",
-                self.log.tail()
-            ),
+            Some(status) => bail!("the daemon ended with {status}; its log ends with\n{}", self.log.tail()),
         }
     }
 
@@ -194,20 +157,14 @@ impl Daemon {
         let mut process = self.process.take().context("the daemon does not run")?;
         let status = process.terminate(LIMIT)?;
         if !status.success() {
-            bail!(
-                "the daemon ended with {status} on SIGTERM; its log ends with\n{}",
-                self.log.tail()
-            );
+            bail!("the daemon ended with {status} on SIGTERM; its log ends with\n{}", self.log.tail());
         }
         Ok(())
     }
 
     /// Kills the daemon as a crash would.
     pub fn kill(&mut self) -> Result<()> {
-        self.process
-            .take()
-            .context("the daemon does not run")?
-            .kill()
+        self.process.take().context("the daemon does not run")?.kill()
     }
 
     pub fn restart(&mut self) -> Result<()> {
@@ -225,45 +182,29 @@ impl Daemon {
     }
 
     /// Runs `novastor ARGUMENTS` against this daemon, whatever comes of it.
-    pub fn try_cli<S: AsRef<OsStr>>(
-        &self,
-        arguments: impl IntoIterator<Item = S>,
-    ) -> Result<Output> {
+    pub fn try_cli<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<Output> {
         let mut command = Command::new(binary()?);
-        command.env(
-            "NOVASTOR_ADMIN",
-            format!("unix:{}", self.folder().join("admin.sock").display()),
-        );
+        command.env("NOVASTOR_ADMIN", format!("unix:{}", self.folder().join("admin.sock").display()));
         capture(command.args(arguments).current_dir(self.folder()), LIMIT)
     }
 
     /// Runs `novastor ARGUMENTS`, which must succeed, and returns its output.
     pub fn cli<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<String> {
         let arguments: Vec<S> = arguments.into_iter().collect();
-        let shown: Vec<_> = arguments
-            .iter()
-            .map(|argument| argument.as_ref().to_string_lossy())
-            .collect();
+        let shown: Vec<_> = arguments.iter().map(|argument| argument.as_ref().to_string_lossy()).collect();
         let shown = format!("novastor {}", shown.join(" "));
         let output = self.try_cli(arguments)?;
         if !output.status.success() {
             let error = String::from_utf8_lossy(&output.stderr);
-            bail!(
-                "{shown} failed ({}): {error}; the daemon's log ends with\n{}",
-                output.status,
-                self.log.tail()
-            );
+            bail!("{shown} failed ({}): {error}; the daemon's log ends with\n{}", output.status, self.log.tail());
         }
         String::from_utf8(output.stdout).with_context(|| format!("the output of {shown}"))
     }
 
     /// Runs `novastor ARGUMENTS --json` and parses what it prints.
     pub fn json<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<Value> {
-        let arguments = arguments
-            .into_iter()
-            .map(|argument| argument.as_ref().to_owned());
+        let arguments = arguments.into_iter().map(|argument| argument.as_ref().to_owned());
         let output = self.cli(arguments.chain([OsStr::new("--json").to_owned()]))?;
-        serde_json::from_str(&output)
-            .with_context(|| format!("novastor printed no JSON: {output:?}"))
+        serde_json::from_str(&output).with_context(|| format!("novastor printed no JSON: {output:?}"))
     }
 }

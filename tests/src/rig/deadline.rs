@@ -25,10 +25,7 @@ impl Deadline {
     }
 
     pub fn after(limit: Duration) -> Self {
-        Self {
-            start: Self::now(),
-            limit,
-        }
+        Self { start: Self::now(), limit }
     }
 
     pub fn elapsed(&self) -> Duration {

@@ -25,7 +25,7 @@ use crate::rig::process::Running;
 use crate::rig::qmp::Qmp;
 use crate::rig::{scratch, tools};
 use anyhow::{Context, Result, bail};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::fs::{self, OpenOptions, Permissions};
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -41,10 +41,11 @@ const CONTROL_LIMIT: Duration = Duration::from_secs(60);
 /// From start to `READY`; takes about five seconds on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
 
+/// An emulated guest under load dirties memory fast: a short downtime might never be reached.
+const MIGRATION_DOWNTIME_MS: u32 = 2000;
 const LAST_WORDS_LIMIT: Duration = Duration::from_secs(2);
 
-const KERNEL_ARGUMENTS: &str =
-    "console=ttyS0 panic=-1 mitigations=off nokaslr random.trust_cpu=on tsc=unstable quiet";
+const KERNEL_ARGUMENTS: &str = "console=ttyS0 panic=-1 mitigations=off nokaslr random.trust_cpu=on tsc=unstable quiet";
 
 /// The kernel and initramfs that `cargo xtask rig install guest` makes.
 #[derive(Debug)]
@@ -56,20 +57,14 @@ pub struct Images {
 impl Images {
     pub fn expected() -> Self {
         let folder = scratch::rig_dir().join("guest");
-        Self {
-            kernel: folder.join("vmlinux"),
-            initramfs: folder.join("initramfs.cpio"),
-        }
+        Self { kernel: folder.join("vmlinux"), initramfs: folder.join("initramfs.cpio") }
     }
 
     fn require() -> Result<Self> {
         let images = Self::expected();
         for path in [&images.kernel, &images.initramfs] {
             if !path.exists() {
-                bail!(
-                    "{} is missing: run `cargo xtask rig install guest`",
-                    path.display()
-                );
+                bail!("{} is missing: run `cargo xtask rig install guest`", path.display());
             }
         }
         Ok(images)
@@ -131,10 +126,7 @@ impl GuestSpec {
     /// Adds a vhost-user disk; QEMU reconnects by itself when the back end restarts. Disks appear in the
     /// order they are added: vda, vdb, …
     pub fn vhost_user_disk(self, id: &str, socket: &Path, queues: u32) -> Self {
-        let chardev = format!(
-            "socket,id=chr-{id},path={},reconnect-ms=100",
-            socket.display()
-        );
+        let chardev = format!("socket,id=chr-{id},path={},reconnect-ms=100", socket.display());
         let device = format!("vhost-user-blk-pci,id={id},chardev=chr-{id},num-queues={queues}");
         self.args(["-chardev", &chardev, "-device", &device])
     }
@@ -151,6 +143,11 @@ impl GuestSpec {
         self
     }
 
+    /// Starts without a guest, to take one in by [`Guest::migrate`].
+    pub fn incoming(self) -> Self {
+        self.args(["-incoming", "defer"])
+    }
+
     /// Runs QEMU as this user and group, and no other groups.
     pub fn run_as(mut self, user: u32, group: u32) -> Self {
         self.run_as = Some((user, group));
@@ -165,72 +162,28 @@ impl GuestSpec {
         }
         fs::copy(base, target).with_context(|| format!("copying {}", base.display()))?;
         let mut file = OpenOptions::new().append(true).open(target)?;
-        file.write_all(&archive.finish())
-            .with_context(|| format!("writing {}", target.display()))
+        file.write_all(&archive.finish()).with_context(|| format!("writing {}", target.display()))
     }
 
     fn command(&self, folder: &Path, kernel: &Path) -> Result<Command> {
         let mut command = Command::new(tools::require("qemu-system-x86_64")?);
         let path = |name: &str| folder.join(name).display().to_string();
-        let huge = if self.memory == Memory::HugePages2M {
-            ",hugetlb=on,hugetlbsize=2M"
-        } else {
-            ""
-        };
+        let huge = if self.memory == Memory::HugePages2M { ",hugetlb=on,hugetlbsize=2M" } else { "" };
         let network = if self.network { " net=1" } else { "" };
-        command.args([
-            "-accel",
-            "tcg,thread=multi,tb-size=512",
-            "-cpu",
-            "max",
-            "-machine",
-            "q35,memory-backend=mem",
-        ]);
+        command.args(["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-machine", "q35,memory-backend=mem"]);
         command.arg("-object");
-        command.arg(format!(
-            "memory-backend-memfd,id=mem,size={}M,share=on{huge}",
-            self.memory_mib
-        ));
-        command.args([
-            "-m",
-            &self.memory_mib.to_string(),
-            "-smp",
-            &self.vcpus.to_string(),
-        ]);
-        command.args([
-            "-bios",
-            "/usr/share/qemu/qboot.rom",
-            "-nodefaults",
-            "-no-user-config",
-        ]);
-        command.args([
-            "-display",
-            "none",
-            "-no-reboot",
-            "-serial",
-            "stdio",
-            "-monitor",
-            "none",
-        ]);
-        command.args([
-            "-chardev",
-            &format!("socket,id=control,path={}", path("control")),
-        ]);
+        command.arg(format!("memory-backend-memfd,id=mem,size={}M,share=on{huge}", self.memory_mib));
+        command.args(["-m", &self.memory_mib.to_string(), "-smp", &self.vcpus.to_string()]);
+        command.args(["-bios", "/usr/share/qemu/qboot.rom", "-nodefaults", "-no-user-config"]);
+        command.args(["-display", "none", "-no-reboot", "-serial", "stdio", "-monitor", "none"]);
+        command.args(["-chardev", &format!("socket,id=control,path={}", path("control"))]);
         command.args(["-device", "isa-serial,chardev=control"]);
         command.args(["-chardev", &format!("socket,id=qmp,path={}", path("qmp"))]);
         command.args(["-mon", "chardev=qmp,mode=control"]);
-        command
-            .arg("-kernel")
-            .arg(kernel)
-            .args(["-initrd", &path("initramfs")]);
+        command.arg("-kernel").arg(kernel).args(["-initrd", &path("initramfs")]);
         command.args(["-append", &format!("{KERNEL_ARGUMENTS}{network}")]);
         if self.network {
-            command.args([
-                "-netdev",
-                "user,id=net0",
-                "-device",
-                "virtio-net-pci,netdev=net0,romfile=",
-            ]);
+            command.args(["-netdev", "user,id=net0", "-device", "virtio-net-pci,netdev=net0,romfile="]);
         }
         command.args(&self.arguments);
         if let Some((user, group)) = self.run_as {
@@ -251,7 +204,7 @@ pub struct Guest {
     console_seen: Position,
     control: UnixStream,
     qmp: Qmp,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 impl Guest {
@@ -267,10 +220,7 @@ impl Guest {
         };
 
         let mut command = spec.command(folder.path(), &kernel)?;
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = Running::spawn("QEMU", &mut command)?;
         let console = Console::new();
         console.attach(process.child.stdout.take().context("QEMU's output")?);
@@ -292,7 +242,7 @@ impl Guest {
             console_seen: Position::default(),
             control,
             qmp,
-            _folder: folder,
+            folder,
         })
     }
 
@@ -302,9 +252,7 @@ impl Guest {
 
     /// Waits until the kernel is up and the job starts. Lines sent earlier are lost.
     pub fn wait_ready(&mut self) -> Result<()> {
-        self.wait_control("READY from the guest", BOOT_LIMIT, |line| {
-            (line == "READY").then_some(())
-        })
+        self.wait_control("READY from the guest", BOOT_LIMIT, |line| (line == "READY").then_some(()))
     }
 
     /// Waits for the job's `mark NAME [TEXT]`, and returns the text.
@@ -316,29 +264,17 @@ impl Guest {
         })
     }
 
-    fn wait_control<T>(
-        &mut self,
-        what: &str,
-        limit: Duration,
-        mut accept: impl FnMut(&str) -> Option<T>,
-    ) -> Result<T> {
+    fn wait_control<T>(&mut self, what: &str, limit: Duration, mut accept: impl FnMut(&str) -> Option<T>) -> Result<T> {
         let seen = &mut self.marks_seen;
-        let found = self
-            .marks
-            .wait_for(seen, what, limit, |line| match accept(line) {
-                Some(value) => Some(Ok(value)),
-                // A job that ended sends no more marks.
-                None => line.strip_prefix("RC=").map(|code| Err(code.to_owned())),
-            });
-        match found
-            .with_context(|| format!("the guest's console ends with\n{}", self.console.tail()))?
-        {
+        let found = self.marks.wait_for(seen, what, limit, |line| match accept(line) {
+            Some(value) => Some(Ok(value)),
+            // A job that ended sends no more marks.
+            None => line.strip_prefix("RC=").map(|code| Err(code.to_owned())),
+        });
+        match found.with_context(|| format!("the guest's console ends with\n{}", self.console.tail()))? {
             Ok(value) => Ok(value),
             Err(code) => {
-                bail!(
-                    "no {what}: the job ended with {code}; its console ends with\n{}",
-                    self.console.tail()
-                )
+                bail!("no {what}: the job ended with {code}; its console ends with\n{}", self.console.tail())
             }
         }
     }
@@ -347,9 +283,7 @@ impl Guest {
     pub fn wait_console(&mut self, text: &str, limit: Duration) -> Result<String> {
         let seen = &mut self.console_seen;
         self.console
-            .wait_for(seen, &format!("{text:?} on the console"), limit, |line| {
-                line.contains(text).then(|| line.to_owned())
-            })
+            .wait_for(seen, &format!("{text:?} on the console"), limit, |line| line.contains(text).then(|| line.to_owned()))
     }
 
     /// Sends a line to the job's `await`.
@@ -365,6 +299,30 @@ impl Guest {
         self.qmp.execute(command, arguments)
     }
 
+    /// Moves the running guest into `target`, which was started from the same specification with
+    /// [`GuestSpec::incoming`]. Afterwards `self` is paused for good.
+    pub fn migrate(&mut self, target: &mut Guest, limit: Duration) -> Result<()> {
+        let uri = format!("unix:{}", self.folder.path().join("migration").display());
+        let parameters = json!({ "downtime-limit": MIGRATION_DOWNTIME_MS });
+        self.execute("migrate-set-parameters", parameters)?;
+        target.execute("migrate-incoming", json!({ "uri": uri }))?;
+        self.execute("migrate", json!({ "uri": uri }))?;
+        let deadline = Deadline::after(limit);
+        loop {
+            let state = self.execute("query-migrate", json!({}))?;
+            match state["status"].as_str() {
+                Some("completed") => return Ok(()),
+                Some("failed" | "cancelled") => {
+                    bail!("the migration failed: {state}; the target's console ends with\n{}", target.console.tail())
+                }
+                _ => {}
+            }
+            if !deadline.pause() {
+                bail!("the migration did not end within {limit:?}: {state}");
+            }
+        }
+    }
+
     /// Everything on the console so far.
     pub fn console(&self) -> String {
         self.console.text()
@@ -373,20 +331,14 @@ impl Guest {
     /// Waits for the job to end well and the guest to power off; returns the console.
     pub fn finish(mut self, limit: Duration) -> Result<String> {
         let deadline = Deadline::after(limit);
-        let wait = self.wait_control("end of the job", limit, |line| {
-            line.strip_prefix("RC=").map(str::to_owned)
-        });
+        let wait = self.wait_control("end of the job", limit, |line| line.strip_prefix("RC=").map(str::to_owned));
         let code = wait?;
         if code != "0" {
-            bail!(
-                "the job ended with {code}; its console ends with\n{}",
-                self.console.tail()
-            );
+            bail!("the job ended with {code}; its console ends with\n{}", self.console.tail());
         }
         let seen = &mut self.console_seen;
         let ended = |line: &str| line.contains("GUEST-RC=").then_some(());
-        self.console
-            .wait_for(seen, "GUEST-RC on the console", deadline.remaining(), ended)?;
+        self.console.wait_for(seen, "GUEST-RC on the console", deadline.remaining(), ended)?;
         self.process.wait(deadline.remaining())?;
         Ok(self.console.text())
     }
@@ -398,11 +350,7 @@ impl Guest {
     }
 }
 
-fn connect(
-    control: &UnixListener,
-    qmp: &UnixListener,
-    process: &mut Running,
-) -> Result<(UnixStream, Qmp)> {
+fn connect(control: &UnixListener, qmp: &UnixListener, process: &mut Running) -> Result<(UnixStream, Qmp)> {
     let control = accept(control, process)?;
     let qmp = accept(qmp, process)?;
     Ok((control, Qmp::negotiate(qmp, CONTROL_LIMIT)?))
@@ -410,8 +358,7 @@ fn connect(
 
 /// QEMU connects to us, so that no byte is sent before someone listens.
 fn listen(path: &Path) -> Result<UnixListener> {
-    let listener =
-        UnixListener::bind(path).with_context(|| format!("listening on {}", path.display()))?;
+    let listener = UnixListener::bind(path).with_context(|| format!("listening on {}", path.display()))?;
     listener.set_nonblocking(true)?;
     Ok(listener)
 }
@@ -442,11 +389,9 @@ fn hand_over(folder: &Path, kernel: &Path, (user, group): (u32, u32)) -> Result<
     fs::copy(kernel, &own).with_context(|| format!("copying {}", kernel.display()))?;
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
-        chown(&path, Some(user), Some(group))
-            .with_context(|| format!("giving away {} (needs root)", path.display()))?;
+        chown(&path, Some(user), Some(group)).with_context(|| format!("giving away {} (needs root)", path.display()))?;
     }
-    chown(folder, Some(user), Some(group))
-        .with_context(|| format!("giving away {}", folder.display()))?;
+    chown(folder, Some(user), Some(group)).with_context(|| format!("giving away {}", folder.display()))?;
     fs::set_permissions(folder, Permissions::from_mode(0o700))?;
     Ok(own)
 }

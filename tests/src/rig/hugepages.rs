@@ -16,8 +16,7 @@ impl HugePages {
         let before = pool_size()?;
         let wanted = before + memory_mib.div_ceil(PAGE_MIB);
         let reserved = Self { before };
-        fs::write(POOL, wanted.to_string())
-            .with_context(|| format!("writing {POOL} (needs root)"))?;
+        fs::write(POOL, wanted.to_string()).with_context(|| format!("writing {POOL} (needs root)"))?;
         let got = pool_size()?;
         if got < wanted {
             bail!("only {got} of {wanted} huge pages could be reserved: free some memory");
@@ -28,9 +27,7 @@ impl HugePages {
 
 fn pool_size() -> Result<u64> {
     let text = fs::read_to_string(POOL).with_context(|| format!("reading {POOL}"))?;
-    text.trim()
-        .parse()
-        .with_context(|| format!("{POOL} holds {text:?}"))
+    text.trim().parse().with_context(|| format!("{POOL} holds {text:?}"))
 }
 
 impl Drop for HugePages {

@@ -24,23 +24,14 @@ pub fn run(command: &mut Command, limit: Duration) -> Result<String> {
 
 /// Runs a command to its end, whatever its exit status, killing it after `limit`.
 pub fn capture(command: &mut Command, limit: Duration) -> Result<Output> {
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let child = command
-        .spawn()
-        .with_context(|| format!("starting {command:?}"))?;
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().with_context(|| format!("starting {command:?}"))?;
     let mut child = Running::new(format!("{command:?}"), child);
     let stdout = drain(child.child.stdout.take());
     let stderr = drain(child.child.stderr.take());
     let status = child.wait(limit)?;
     let collect = |reader: thread::JoinHandle<Vec<u8>>| reader.join().unwrap_or_default();
-    Ok(Output {
-        status,
-        stdout: collect(stdout),
-        stderr: collect(stderr),
-    })
+    Ok(Output { status, stdout: collect(stdout), stderr: collect(stderr) })
 }
 
 /// Reads a pipe to its end on a thread of its own, so that the child never blocks on it.
@@ -64,17 +55,12 @@ pub struct Running {
 
 impl Running {
     pub fn new(name: impl Into<String>, child: Child) -> Self {
-        Self {
-            name: name.into(),
-            child,
-        }
+        Self { name: name.into(), child }
     }
 
     /// Starts a server whose output is not needed.
     pub fn spawn(name: impl Into<String>, command: &mut Command) -> Result<Self> {
-        let child = command
-            .spawn()
-            .with_context(|| format!("starting {command:?}"))?;
+        let child = command.spawn().with_context(|| format!("starting {command:?}"))?;
         Ok(Self::new(name, child))
     }
 
@@ -83,9 +69,7 @@ impl Running {
     }
 
     pub fn has_ended(&mut self) -> Result<Option<ExitStatus>> {
-        self.child
-            .try_wait()
-            .with_context(|| format!("waiting for {}", self.name))
+        self.child.try_wait().with_context(|| format!("waiting for {}", self.name))
     }
 
     pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
@@ -101,10 +85,7 @@ impl Running {
     }
 
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        let pid = i32::try_from(self.child.id())
-            .ok()
-            .and_then(Pid::from_raw)
-            .context("no process id")?;
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).context("no process id")?;
         kill_process(pid, signal).with_context(|| format!("sending {signal:?} to {}", self.name))
     }
 
@@ -119,12 +100,8 @@ impl Running {
 
     /// Kills the process as a crash would.
     pub fn kill(&mut self) -> Result<()> {
-        self.child
-            .kill()
-            .with_context(|| format!("killing {}", self.name))?;
-        self.child
-            .wait()
-            .with_context(|| format!("waiting for {}", self.name))?;
+        self.child.kill().with_context(|| format!("killing {}", self.name))?;
+        self.child.wait().with_context(|| format!("waiting for {}", self.name))?;
         Ok(())
     }
 }
@@ -145,15 +122,9 @@ mod tests {
 
     #[test]
     fn a_failing_command_shows_its_output_and_status() {
-        let error = run(
-            Command::new("sh").args(["-c", "echo out; echo err >&2; exit 3"]),
-            LIMIT,
-        );
+        let error = run(Command::new("sh").args(["-c", "echo out; echo err >&2; exit 3"]), LIMIT);
         let error = error.unwrap_err().to_string();
-        assert!(
-            error.contains("out\nerr") && error.contains("exit status: 3"),
-            "{error}"
-        );
+        assert!(error.contains("out\nerr") && error.contains("exit status: 3"), "{error}");
     }
 
     #[test]

@@ -18,11 +18,7 @@ impl Qmp {
     pub fn negotiate(stream: UnixStream, answer_limit: Duration) -> Result<Self> {
         stream.set_read_timeout(Some(answer_limit))?;
         let writer = stream.try_clone()?;
-        let mut qmp = Self {
-            reader: BufReader::new(stream),
-            writer,
-            events: Vec::new(),
-        };
+        let mut qmp = Self { reader: BufReader::new(stream), writer, events: Vec::new() };
         let greeting = qmp.receive()?;
         if greeting.get("QMP").is_none() {
             bail!("QEMU greeted with {greeting}");
@@ -36,9 +32,7 @@ impl Qmp {
         let request = json!({ "execute": command, "arguments": arguments });
         writeln!(self.writer, "{request}").with_context(|| format!("sending {command} to QEMU"))?;
         loop {
-            let mut message = self
-                .receive()
-                .with_context(|| format!("waiting for QEMU's answer to {command}"))?;
+            let mut message = self.receive().with_context(|| format!("waiting for QEMU's answer to {command}"))?;
             if let Some(error) = message.get("error") {
                 bail!("QEMU refused {command}: {error}");
             }
@@ -55,9 +49,7 @@ impl Qmp {
             if let Some(index) = self.events.iter().position(|event| event["event"] == name) {
                 return Ok(self.events.remove(index));
             }
-            let message = self
-                .receive()
-                .with_context(|| format!("waiting for QEMU's event {name}"))?;
+            let message = self.receive().with_context(|| format!("waiting for QEMU's event {name}"))?;
             self.events.push(message);
         }
     }

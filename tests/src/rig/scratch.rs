@@ -25,16 +25,11 @@ pub fn rig_dir() -> PathBuf {
 }
 
 pub fn short_dir() -> Result<TempDir> {
-    Builder::new()
-        .prefix("nv-")
-        .tempdir_in("/tmp")
-        .context("creating a scratch folder in /tmp")
+    Builder::new().prefix("nv-").tempdir_in("/tmp").context("creating a scratch folder in /tmp")
 }
 
 pub fn disk_dir() -> Result<TempDir> {
     let parent = rig_dir().join("run");
     fs::create_dir_all(&parent).with_context(|| format!("creating {}", parent.display()))?;
-    Builder::new()
-        .tempdir_in(&parent)
-        .with_context(|| format!("creating a folder in {}", parent.display()))
+    Builder::new().tempdir_in(&parent).with_context(|| format!("creating a folder in {}", parent.display()))
 }

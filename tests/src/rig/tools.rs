@@ -15,17 +15,8 @@ pub struct Component {
 
 pub const QEMU: Component = Component {
     name: "qemu",
-    programs: &[
-        "qemu-system-x86_64",
-        "qemu-storage-daemon",
-        "qemu-img",
-        "qemu-io",
-        "qemu-nbd",
-    ],
-    files: &[
-        "/usr/lib/x86_64-linux-gnu/qemu/block-rbd.so",
-        "/usr/share/qemu/qboot.rom",
-    ],
+    programs: &["qemu-system-x86_64", "qemu-storage-daemon", "qemu-img", "qemu-io", "qemu-nbd"],
+    files: &["/usr/lib/x86_64-linux-gnu/qemu/block-rbd.so", "/usr/share/qemu/qboot.rom"],
 };
 
 pub const TOOLS: Component = Component {
@@ -57,19 +48,8 @@ pub const TOOLS: Component = Component {
 
 pub const CEPH: Component = Component {
     name: "ceph",
-    programs: &[
-        "ceph",
-        "ceph-authtool",
-        "ceph-mon",
-        "ceph-osd",
-        "monmaptool",
-        "rados",
-        "rbd",
-    ],
-    files: &[
-        "/usr/lib/x86_64-linux-gnu/librados.so.2",
-        "/usr/lib/x86_64-linux-gnu/librbd.so.1",
-    ],
+    programs: &["ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "rados", "rbd"],
+    files: &["/usr/lib/x86_64-linux-gnu/librados.so.2", "/usr/lib/x86_64-linux-gnu/librbd.so.1"],
 };
 
 pub const COMPONENTS: [&Component; 3] = [&QEMU, &TOOLS, &CEPH];
@@ -97,19 +77,12 @@ pub fn require(program: &str) -> Result<PathBuf> {
     if let Some(path) = find(program) {
         return Ok(path);
     }
-    let owner = COMPONENTS
-        .iter()
-        .find(|component| component.programs.contains(&program));
+    let owner = COMPONENTS.iter().find(|component| component.programs.contains(&program));
     match owner {
         Some(component) => {
-            bail!(
-                "`{program}` is not installed: run `cargo xtask rig install {}`",
-                component.name
-            )
+            bail!("`{program}` is not installed: run `cargo xtask rig install {}`", component.name)
         }
-        None => bail!(
-            "`{program}` is not installed, and no rig component brings it: install it by hand"
-        ),
+        None => bail!("`{program}` is not installed, and no rig component brings it: install it by hand"),
     }
 }
 
@@ -120,10 +93,7 @@ mod tests {
     #[test]
     fn a_missing_program_is_an_error_that_names_the_next_step() {
         let error = require("no-such-program").unwrap_err().to_string();
-        assert!(
-            error.contains("`no-such-program` is not installed"),
-            "{error}"
-        );
+        assert!(error.contains("`no-such-program` is not installed"), "{error}");
     }
 
     #[test]

@@ -26,28 +26,13 @@ impl Xfs {
         }
         let folder = scratch::disk_dir()?;
         let image = folder.path().join("image");
-        File::create(&image)?
-            .set_len(size_mib << 20)
-            .with_context(|| format!("sizing {}", image.display()))?;
-        run(
-            Command::new(tools::require("mkfs.xfs")?)
-                .args(["-q", "-m", "reflink=1"])
-                .arg(&image),
-            LIMIT,
-        )?;
+        File::create(&image)?.set_len(size_mib << 20).with_context(|| format!("sizing {}", image.display()))?;
+        run(Command::new(tools::require("mkfs.xfs")?).args(["-q", "-m", "reflink=1"]).arg(&image), LIMIT)?;
         let mount = folder.path().join("mount");
         fs::create_dir(&mount)?;
         // `mount` frees the loop device again when it unmounts.
-        run(
-            Command::new(tools::require("mount")?)
-                .args(["-o", "loop"])
-                .args([&image, &mount]),
-            LIMIT,
-        )?;
-        Ok(Self {
-            mount,
-            _folder: folder,
-        })
+        run(Command::new(tools::require("mount")?).args(["-o", "loop"]).args([&image, &mount]), LIMIT)?;
+        Ok(Self { mount, _folder: folder })
     }
 
     pub fn path(&self) -> &Path {

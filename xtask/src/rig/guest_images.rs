@@ -55,11 +55,7 @@ pub fn install() -> Result<Outcome> {
         Ok(())
     })?;
     let all = [kernel, static_fio, initramfs];
-    Ok(if all.contains(&Outcome::Installed) {
-        Outcome::Installed
-    } else {
-        Outcome::AlreadyThere
-    })
+    Ok(if all.contains(&Outcome::Installed) { Outcome::Installed } else { Outcome::AlreadyThere })
 }
 
 /// Runs `build` unless `product` is there, made by this very recipe.
@@ -96,10 +92,7 @@ fn compressed_kernel(tree: &Path) -> Result<PathBuf> {
     let entries = fs::read_dir(tree.join("boot")).context("the kernel package holds no /boot")?;
     let mut paths = entries.flatten().map(|entry| entry.path());
     paths
-        .find(|path| {
-            path.file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-"))
-        })
+        .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-")))
         .context("the kernel package holds no kernel")
 }
 
@@ -113,18 +106,11 @@ mod tests {
         let product = folder.path().join("product");
         let build = || Ok(fs::write(&product, "made")?);
         assert_eq!(make(&product, "one", build).unwrap(), Outcome::Installed);
-        assert_eq!(
-            make(&product, "one", || unreachable!()).unwrap(),
-            Outcome::AlreadyThere
-        );
+        assert_eq!(make(&product, "one", || unreachable!()).unwrap(), Outcome::AlreadyThere);
         assert_eq!(make(&product, "two", build).unwrap(), Outcome::Installed);
         fs::remove_file(&product).unwrap();
         assert_eq!(make(&product, "two", build).unwrap(), Outcome::Installed);
         assert!(make(&product, "three", || anyhow::bail!("broken")).is_err());
-        assert_eq!(
-            make(&product, "two", build).unwrap(),
-            Outcome::Installed,
-            "a failed build is not kept"
-        );
+        assert_eq!(make(&product, "two", build).unwrap(), Outcome::Installed, "a failed build is not kept");
     }
 }

@@ -22,8 +22,7 @@ const ELF_MAGIC: &[u8] = b"\x7fELF";
 
 pub fn extract(image: &Path, target: &Path) -> Result<()> {
     let bytes = fs::read(image).with_context(|| format!("reading {}", image.display()))?;
-    let payload =
-        payload(&bytes).with_context(|| format!("{} is no x86 kernel image", image.display()))?;
+    let payload = payload(&bytes).with_context(|| format!("{} is no x86 kernel image", image.display()))?;
     let kernel = decompress(payload)?;
     if !kernel.starts_with(ELF_MAGIC) {
         bail!("{} holds no ELF kernel", image.display());
@@ -32,8 +31,7 @@ pub fn extract(image: &Path, target: &Path) -> Result<()> {
 }
 
 fn payload(image: &[u8]) -> Option<&[u8]> {
-    let word =
-        |at: usize| Some(u32::from_le_bytes(image.get(at..at + 4)?.try_into().ok()?) as usize);
+    let word = |at: usize| Some(u32::from_le_bytes(image.get(at..at + 4)?.try_into().ok()?) as usize);
     let setup = match *image.get(SETUP_SECTORS)? {
         0 => DEFAULT_SETUP_SECTORS,
         sectors => usize::from(sectors),
@@ -47,20 +45,11 @@ fn decompress(payload: &[u8]) -> Result<Vec<u8>> {
         [0xfd, b'7', b'z', b'X', ..] => "xz",
         [0x1f, 0x8b, ..] => "gzip",
         [0x28, 0xb5, 0x2f, 0xfd, ..] => "zstd",
-        _ => bail!(
-            "the kernel is compressed in a way we do not know: {:02x?}",
-            payload.get(..6)
-        ),
+        _ => bail!("the kernel is compressed in a way we do not know: {:02x?}", payload.get(..6)),
     };
     let mut command = Command::new(program);
-    command
-        .args(["--decompress", "--stdout"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null());
-    let mut child = command
-        .spawn()
-        .with_context(|| format!("starting {program}"))?;
+    command.args(["--decompress", "--stdout"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = command.spawn().with_context(|| format!("starting {program}"))?;
     let mut input = child.stdin.take().context("no input to write to")?;
     let output = std::thread::scope(|scope| {
         // The payload's last four bytes are its length: the program takes them for trailing garbage, which
@@ -68,9 +57,7 @@ fn decompress(payload: &[u8]) -> Result<Vec<u8>> {
         scope.spawn(move || input.write_all(payload));
         child.wait_with_output()
     });
-    Ok(output
-        .with_context(|| format!("reading from {program}"))?
-        .stdout)
+    Ok(output.with_context(|| format!("reading from {program}"))?.stdout)
 }
 
 #[cfg(test)]

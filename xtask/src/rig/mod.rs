@@ -9,7 +9,7 @@
 //!
 //! Invariants:
 //! - Installing what is there already does nothing, needs no root, and takes well under a second.
-//! - Nothing in /etc changes but what dpkg does; no service is configured or started by us.
+//! - Of the machine's configuration, only what the packages themselves bring changes.
 //! - Two installations at once take turns.
 
 mod guest_images;
@@ -68,17 +68,8 @@ const TOOLS_PACKAGES: PackageSet = PackageSet {
 };
 
 /// librbd comes with ceph-common; novastor and QEMU open it at run time.
-const CEPH_PACKAGES: PackageSet = PackageSet {
-    component: &CEPH,
-    suite: None,
-    packages: &[
-        "ceph-common",
-        "ceph-mon",
-        "ceph-osd",
-        "librados2",
-        "librbd1",
-    ],
-};
+const CEPH_PACKAGES: PackageSet =
+    PackageSet { component: &CEPH, suite: None, packages: &["ceph-common", "ceph-mon", "ceph-osd", "librados2", "librbd1"] };
 
 pub fn install(what: Selection) -> Result<()> {
     fs::create_dir_all(rig_dir()).with_context(|| format!("creating {}", rig_dir().display()))?;
@@ -113,10 +104,7 @@ fn step(name: &str, work: impl FnOnce() -> Result<Outcome>) -> Result<()> {
     let clock = Deadline::after(Duration::MAX);
     match work().with_context(|| format!("installing rig component `{name}`"))? {
         Outcome::AlreadyThere => println!("rig: {name} is there"),
-        Outcome::Installed => println!(
-            "rig: {name} installed in {:.1} s",
-            clock.elapsed().as_secs_f64()
-        ),
+        Outcome::Installed => println!("rig: {name} installed in {:.1} s", clock.elapsed().as_secs_f64()),
     }
     Ok(())
 }

@@ -40,21 +40,14 @@ impl PackageSet {
         install(self.packages, self.suite)?;
         let missing = self.component.missing();
         if !missing.is_empty() {
-            bail!(
-                "the packages are installed, and still missing: {}",
-                missing.join(", ")
-            );
+            bail!("the packages are installed, and still missing: {}", missing.join(", "));
         }
         Ok(Outcome::Installed)
     }
 
     fn require_debian(&self, missing: &[&str]) -> Result<()> {
         check_machine().with_context(|| {
-            format!(
-                "missing here: {}. They come with the Debian packages {}",
-                missing.join(", "),
-                self.packages.join(" ")
-            )
+            format!("missing here: {}. They come with the Debian packages {}", missing.join(", "), self.packages.join(" "))
         })
     }
 }
@@ -74,9 +67,7 @@ pub fn install(packages: &[&str], suite: Option<&str>) -> Result<()> {
 pub fn check_machine() -> Result<()> {
     let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
     let field = |name: &str| {
-        let value = release
-            .lines()
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+        let value = release.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
         value.unwrap_or("unknown").trim_matches('"').to_owned()
     };
     let (system, version) = (field("ID"), field("VERSION_ID"));
@@ -84,10 +75,7 @@ pub fn check_machine() -> Result<()> {
         bail!("installing needs Debian 12; this is {system} {version}: install them by hand");
     }
     if std::env::consts::ARCH != "x86_64" {
-        bail!(
-            "installing needs an x86_64 machine; this is {}",
-            std::env::consts::ARCH
-        );
+        bail!("installing needs an x86_64 machine; this is {}", std::env::consts::ARCH);
     }
     if !geteuid().is_root() {
         bail!("installing needs root: run `cargo xtask rig install` as root once");
@@ -110,27 +98,20 @@ fn configuration_path() -> PathBuf {
 
 fn with_view(program: impl AsRef<OsStr>, configuration: &Path) -> Command {
     let mut command = Command::new(program);
-    command
-        .env("APT_CONFIG", configuration)
-        .env("DEBIAN_FRONTEND", "noninteractive")
-        .env("LANG", "C");
+    command.env("APT_CONFIG", configuration).env("DEBIAN_FRONTEND", "noninteractive").env("LANG", "C");
     command
 }
 
 fn create_view(folder: &Path) -> Result<()> {
     let sources = folder.join("sources");
     for name in ["sources", "lists/partial", "cache/archives/partial"] {
-        fs::create_dir_all(folder.join(name))
-            .with_context(|| format!("creating {}", folder.display()))?;
+        fs::create_dir_all(folder.join(name)).with_context(|| format!("creating {}", folder.display()))?;
     }
     let deb822 = fs::read_to_string(DEB822_SOURCES).unwrap_or_default();
     let classic = fs::read_to_string(CLASSIC_SOURCES).unwrap_or_default();
     fs::write(sources.join("debian.sources"), &deb822)?;
     fs::write(sources.join("machine.list"), &classic)?;
-    fs::write(
-        sources.join("rig.sources"),
-        rig_sources(archive(&deb822, &classic)),
-    )?;
+    fs::write(sources.join("rig.sources"), rig_sources(archive(&deb822, &classic)))?;
 
     let text = format!(
         "Dir::Etc::sourcelist \"/dev/null\";\nDir::Etc::sourceparts \"{folder}/sources\";\n\
@@ -172,10 +153,7 @@ mod tests {
         let deb822 = "Types: deb\nURIs: http://mirror.example.org/debian/\nSuites: bookworm\n";
         let security = "Types: deb\nURIs: http://deb.debian.org/debian-security\n";
         let classic = "deb http://near.example.org/debian bookworm main\n";
-        assert_eq!(
-            archive(&format!("{security}{deb822}"), ""),
-            "http://mirror.example.org/debian/"
-        );
+        assert_eq!(archive(&format!("{security}{deb822}"), ""), "http://mirror.example.org/debian/");
         assert_eq!(archive("", classic), "http://near.example.org/debian");
         assert_eq!(archive(security, ""), DEFAULT_ARCHIVE);
     }
