@@ -1,0 +1,91 @@
+//! Novastor as a user would run it: a configuration file, `serve`, and the command line client for volumes and exports.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use super::process::{self, Running};
+use super::rows::{Protocol, Row};
+use super::{NULL_BYTES, Options, Workspace, files};
+
+pub const NAME: &str = "novastor";
+const VOLUME: &str = "disk";
+const THREADS: usize = 2;
+
+pub fn start(row: &Row, options: &Options, workspace: &Workspace) -> Result<Running> {
+    let daemon = Daemon::new(options, &workspace.run.join(NAME))?;
+    let pool = workspace.files(row.backing).map(|folder| folder.join("novastor-pool"));
+    let object = format!("{VOLUME}.raw");
+    if let Some(pool) = &pool {
+        std::fs::create_dir_all(pool).with_context(|| format!("create {}", pool.display()))?;
+        files::prepare(&pool.join(&object), options.file_bytes)?;
+    }
+    let mut running = daemon.serve(pool.as_deref())?;
+    match pool {
+        None => daemon.client(&["volume", "create", VOLUME, "--pool", "bench", "--size", &NULL_BYTES.to_string()])?,
+        Some(_) => daemon.client(&["volume", "adopt", &format!("bench/{object}"), VOLUME])?,
+    }
+    match row.protocol {
+        Protocol::VhostUser { .. } => {
+            running.socket = daemon.folder.join("disk.sock");
+            daemon.export_vhost_user(VOLUME, &running.socket)?;
+        }
+        Protocol::Nbd { .. } => daemon.client(&["export", "add", VOLUME, "--nbd"])?,
+    }
+    Ok(running)
+}
+
+/// A daemon's folder, configuration and client.
+pub struct Daemon {
+    binary: PathBuf,
+    folder: PathBuf,
+}
+
+impl Daemon {
+    pub fn new(options: &Options, folder: &Path) -> Result<Self> {
+        if folder.exists() {
+            std::fs::remove_dir_all(folder).with_context(|| format!("remove {}", folder.display()))?;
+        }
+        std::fs::create_dir_all(folder.join("data")).with_context(|| format!("create {}", folder.display()))?;
+        Ok(Self { binary: std::path::absolute(&options.novastor)?, folder: folder.into() })
+    }
+
+    /// Starts `serve` with one pool, `bench`: files in `pool`, or the null device.
+    pub fn serve(&self, pool: Option<&Path>) -> Result<Running> {
+        let config = self.folder.join("novastor.toml");
+        std::fs::write(&config, self.configuration(pool)).with_context(|| format!("write {}", config.display()))?;
+        let log = self.folder.join("log");
+        let ready = || std::fs::read_to_string(&log).is_ok_and(|text| text.lines().any(|line| line.trim() == "ready"));
+        let mut command = Command::new(&self.binary);
+        command.arg("serve").arg("--config").arg(&config);
+        Running::start(&mut command, &log, self.nbd_socket(), VOLUME, ready)
+    }
+
+    pub fn client(&self, arguments: &[&str]) -> Result<()> {
+        let admin = format!("unix:{}", self.folder.join("admin.sock").display());
+        process::run(Command::new(&self.binary).args(arguments).env("NOVASTOR_ADMIN", admin))
+    }
+
+    pub fn export_vhost_user(&self, volume: &str, socket: &Path) -> Result<()> {
+        let socket = socket.to_str().context("a socket path that is not UTF-8")?;
+        self.client(&["export", "add", volume, "--vhost-user", socket])
+    }
+
+    fn nbd_socket(&self) -> PathBuf {
+        self.folder.join("nbd.sock")
+    }
+
+    fn configuration(&self, pool: Option<&Path>) -> String {
+        let folder = self.folder.display();
+        let pool = match pool {
+            None => "driver = \"null\"".to_owned(),
+            Some(path) => format!("driver = \"file\"\npath = \"{}\"", path.display()),
+        };
+        format!(
+            "[daemon]\ndata_dir = \"{folder}/data\"\nadmin = \"unix:{folder}/admin.sock\"\nmetrics = \"127.0.0.1:0\"\n\
+             nbd = [\"unix:{}\"]\nthreads = {THREADS}\n\n[pool.bench]\n{pool}\n",
+            self.nbd_socket().display()
+        )
+    }
+}
