@@ -24,6 +24,7 @@ pub const TOOLS: Component = Component {
     programs: &[
         "blkdiscard",
         "busybox",
+        "c++",
         "cpio",
         "depmod",
         "dmsetup",
@@ -42,6 +43,7 @@ pub const TOOLS: Component = Component {
         "socat",
         "xfs_io",
         "xz",
+        "zstd",
     ],
     files: &[],
 };

@@ -10,11 +10,13 @@
 //! Each product has a stamp beside it with the text of its recipe: a changed recipe builds it anew, and what
 //! depends on it.
 
-use super::{Outcome, kernel_image, packages};
+use super::packages::{self, PackageSet};
+use super::{Outcome, kernel_image};
 use crate::commands;
 use anyhow::{Context, Result};
 use novastor_tests::rig::guest::Images;
 use novastor_tests::rig::scratch::{rig_dir, workspace_root};
+use novastor_tests::rig::tools::Component;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -27,7 +29,15 @@ const INITRAMFS_RECIPE: &str = concat!(
     include_str!("../../../tests/rig/guest-job.sh"),
 );
 /// To build fio: a C compiler, and the static libraries it links.
-const BUILD_PACKAGES: [&str; 5] = ["dpkg-dev", "gcc", "libaio-dev", "make", "zlib1g-dev"];
+const BUILD_PACKAGES: PackageSet = PackageSet {
+    component: &Component {
+        name: "guest",
+        programs: &["dpkg-source", "gcc", "make"],
+        files: &["/usr/include/libaio.h", "/usr/lib/x86_64-linux-gnu/libz.a"],
+    },
+    suite: None,
+    packages: &["dpkg-dev", "gcc", "libaio-dev", "make", "zlib1g-dev"],
+};
 
 pub fn install() -> Result<Outcome> {
     let images = Images::expected();
@@ -41,8 +51,7 @@ pub fn install() -> Result<Outcome> {
         kernel_image::extract(&compressed_kernel(&tree)?, &images.kernel)
     })?;
     let static_fio = make(&fio, FIO_RECIPE, || {
-        packages::check_machine()?;
-        packages::install(&BUILD_PACKAGES, None)?;
+        BUILD_PACKAGES.install()?;
         let sources = folder.join("fio");
         commands::output(recipe("guest-fio.sh")?.args([&sources, &fio]))?;
         fs::remove_dir_all(&sources).context("removing fio's sources")

@@ -39,12 +39,14 @@ pub enum Selection {
     All,
 }
 
+/// QEMU brings a newer libelf, which only the libdw of its own release accepts; Ceph needs libdw.
 const QEMU_PACKAGES: PackageSet = PackageSet {
     component: &QEMU,
     suite: Some("bookworm-backports"),
-    packages: &["qemu-block-extra", "qemu-system-x86", "qemu-utils"],
+    packages: &["libdw1", "qemu-block-extra", "qemu-system-x86", "qemu-utils"],
 };
 
+/// The C++ compiler is for libFuzzer.
 const TOOLS_PACKAGES: PackageSet = PackageSet {
     component: &TOOLS,
     suite: None,
@@ -54,6 +56,7 @@ const TOOLS_PACKAGES: PackageSet = PackageSet {
         "dmsetup",
         "e2fsprogs",
         "fio",
+        "g++",
         "kmod",
         "libnbd-bin",
         "mount",
@@ -64,6 +67,7 @@ const TOOLS_PACKAGES: PackageSet = PackageSet {
         "util-linux",
         "xfsprogs",
         "xz-utils",
+        "zstd",
     ],
 };
 
@@ -73,7 +77,8 @@ const CEPH_PACKAGES: PackageSet =
 
 pub fn install(what: Selection) -> Result<()> {
     fs::create_dir_all(rig_dir()).with_context(|| format!("creating {}", rig_dir().display()))?;
-    let lock = File::create(rig_dir().join("lock")).context("creating the rig's lock file")?;
+    let lock = rig_dir().join("lock");
+    let lock = File::create(&lock).with_context(|| format!("creating {}", lock.display()))?;
     lock.lock().context("waiting for another installation")?;
 
     let wanted = |part: Selection| what == part || what == Selection::All;

@@ -16,6 +16,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The archive used when the machine's own sources name none.
 const DEFAULT_ARCHIVE: &str = "http://deb.debian.org/debian";
@@ -36,8 +37,13 @@ impl PackageSet {
         if missing.is_empty() {
             return Ok(Outcome::AlreadyThere);
         }
-        self.require_debian(&missing)?;
-        install(self.packages, self.suite)?;
+        self.check_installable(&missing)?;
+        let mut command = apt("apt-get")?;
+        command.args(["install", "--yes", "--quiet", "--no-install-recommends"]);
+        if let Some(suite) = self.suite {
+            command.args(["--target-release", suite]);
+        }
+        commands::output(command.args(self.packages))?;
         let missing = self.component.missing();
         if !missing.is_empty() {
             bail!("the packages are installed, and still missing: {}", missing.join(", "));
@@ -45,25 +51,18 @@ impl PackageSet {
         Ok(Outcome::Installed)
     }
 
-    fn require_debian(&self, missing: &[&str]) -> Result<()> {
-        check_machine().with_context(|| {
+    fn check_installable(&self, missing: &[&str]) -> Result<()> {
+        let root = || match geteuid().is_root() {
+            true => Ok(()),
+            false => bail!("installing needs root: run `cargo xtask rig install` as root once"),
+        };
+        check_machine().and_then(|()| root()).with_context(|| {
             format!("missing here: {}. They come with the Debian packages {}", missing.join(", "), self.packages.join(" "))
         })
     }
 }
 
-/// Installs packages on this machine. The caller has found that something is missing.
-pub fn install(packages: &[&str], suite: Option<&str>) -> Result<()> {
-    let mut command = apt("apt-get")?;
-    command.args(["install", "--yes", "--quiet", "--no-install-recommends"]);
-    if let Some(suite) = suite {
-        command.args(["--target-release", suite]);
-    }
-    commands::output(command.args(packages))?;
-    Ok(())
-}
-
-/// Whether packages can be installed here at all.
+/// Whether packages made for Debian 12 can be used here at all.
 pub fn check_machine() -> Result<()> {
     let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
     let field = |name: &str| {
@@ -72,33 +71,33 @@ pub fn check_machine() -> Result<()> {
     };
     let (system, version) = (field("ID"), field("VERSION_ID"));
     if (system.as_str(), version.as_str()) != ("debian", "12") {
-        bail!("installing needs Debian 12; this is {system} {version}: install them by hand");
+        bail!("installing needs Debian 12; this is {system} {version}: install it all by hand");
     }
     if std::env::consts::ARCH != "x86_64" {
         bail!("installing needs an x86_64 machine; this is {}", std::env::consts::ARCH);
     }
-    if !geteuid().is_root() {
-        bail!("installing needs root: run `cargo xtask rig install` as root once");
-    }
     Ok(())
 }
 
-/// An apt command that sees backports and source packages; its package lists are fetched when it is first used.
+/// An apt command that sees backports and source packages. Old package lists name packages that are gone from
+/// the archive, so the first command of each run fetches them anew.
 pub fn apt(program: impl AsRef<OsStr>) -> Result<Command> {
-    let configuration = configuration_path();
-    if !configuration.exists() {
+    static REFRESHED: AtomicBool = AtomicBool::new(false);
+    if !REFRESHED.load(Ordering::Relaxed) {
         create_view(&rig_dir().join("apt"))?;
+        commands::output(with_view("apt-get").args(["update", "--quiet"]))?;
+        REFRESHED.store(true, Ordering::Relaxed);
     }
-    Ok(with_view(program, &configuration))
+    Ok(with_view(program))
 }
 
 fn configuration_path() -> PathBuf {
     rig_dir().join("apt/apt.conf")
 }
 
-fn with_view(program: impl AsRef<OsStr>, configuration: &Path) -> Command {
+fn with_view(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(program);
-    command.env("APT_CONFIG", configuration).env("DEBIAN_FRONTEND", "noninteractive").env("LANG", "C");
+    command.env("APT_CONFIG", configuration_path()).env("DEBIAN_FRONTEND", "noninteractive").env("LANG", "C");
     command
 }
 
@@ -119,11 +118,7 @@ fn create_view(folder: &Path) -> Result<()> {
          DPkg::Lock::Timeout \"600\";\nAPT::Sandbox::User \"root\";\n",
         folder = folder.display()
     );
-    // Only a view whose lists were fetched is kept: the next run tries again.
-    let unproven = folder.join("apt.conf.new");
-    fs::write(&unproven, text)?;
-    commands::output(with_view("apt-get", &unproven).args(["update", "--quiet"]))?;
-    fs::rename(&unproven, configuration_path()).context("keeping apt's configuration")
+    fs::write(configuration_path(), text).context("writing apt's configuration")
 }
 
 /// The Debian archive that the machine uses already, perhaps a mirror near it.
