@@ -6,6 +6,11 @@
 //!
 //! Invariants: a driver knows nothing of exports or protocols; it never acknowledges what its backend did not.
 
+mod catalogue;
+pub mod file;
 pub mod pool;
+#[cfg(feature = "rbd")]
+pub mod rbd;
+pub mod simple;
 
 pub use pool::{Layout, Pool, PoolError, PoolHealth, SnapshotRecord, Usage, VolumeRecord, VolumeSpec, check_name};

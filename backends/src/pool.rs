@@ -36,6 +36,24 @@ pub struct VolumeRecord {
     pub snapshots: BTreeMap<String, SnapshotRecord>,
 }
 
+impl VolumeRecord {
+    /// The record of a new volume of the raw layout.
+    pub fn new(name: &str, spec: &VolumeSpec) -> VolumeRecord {
+        VolumeRecord {
+            name: name.to_owned(),
+            uuid: uuid::Uuid::new_v4(),
+            size: spec.size,
+            block_size: spec.block_size,
+            layout: Layout::Raw,
+            policy: spec.policy.clone(),
+            tenant: spec.tenant.clone(),
+            object: None,
+            origin: None,
+            snapshots: BTreeMap::new(),
+        }
+    }
+}
+
 /// How a volume lies on its backend.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

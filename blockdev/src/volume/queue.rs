@@ -242,6 +242,9 @@ impl Inner {
             {
                 self.volume.fail_closed(errno);
             }
+        } else if matches!(slot.op, Op::Write { fua: true }) && completion.result == Err(Errno::EIO) && self.failed_flush_is_fatal
+        {
+            self.volume.fail_closed(Errno::EIO);
         } else if completion.result.is_ok()
             && let Some(next) = self.next_step(slot, token as u32)
         {

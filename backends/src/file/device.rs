@@ -1,0 +1,211 @@
+//! One open file or block device.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use blockdev::clock;
+use blockdev::{BlockDevice, Capabilities, DeviceError, Geometry, IoQueue, Reactor};
+
+use super::queue::FileQueue;
+use super::sys::{self, DirectAlignment};
+
+/// How long to wait for another opener's lock: a process that was killed holds it until its last write has landed.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+const LOCK_RETRY: Duration = Duration::from_millis(2);
+const SECTOR: u64 = 512;
+
+/// How to open a file.
+#[derive(Clone, Copy, Debug)]
+pub struct FileOptions {
+    pub read_only: bool,
+    /// Direct I/O where the file can; the page cache otherwise.
+    pub direct: bool,
+}
+
+/// A raw file or block device. Holds an exclusive lock on it, or a shared one if read-only.
+pub struct FileDevice {
+    pub(super) shared: Arc<SharedFile>,
+    geometry: Geometry,
+    read_only: bool,
+    is_block_device: bool,
+    fast_zero: bool,
+}
+
+pub(super) struct SharedFile {
+    pub file: File,
+    pub path: PathBuf,
+    pub size: AtomicU64,
+    /// The file was found shorter than the volume: nothing it says can be trusted.
+    pub truncated: AtomicBool,
+}
+
+fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> DeviceError {
+    let what = what.into();
+    move |source| DeviceError::Io { what, source }
+}
+
+impl FileDevice {
+    /// Opens and locks `path`. Waits a few seconds for a lock held elsewhere; then it is refused. Blocks.
+    pub fn open(path: &Path, options: FileOptions) -> Result<FileDevice, DeviceError> {
+        let shown = path.display();
+        let kind = std::fs::metadata(path).map_err(io_error(format!("opening {shown}")))?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(DeviceError::Refused(format!("{shown} is neither a regular file nor a block device")));
+        }
+        let (file, direct) = open_file(path, options).map_err(io_error(format!("opening {shown}")))?;
+        lock(&file, path, options.read_only)?;
+        let metadata = file.metadata().map_err(io_error(format!("reading the attributes of {shown}")))?;
+        let is_block_device = metadata.file_type().is_block_device();
+        let alignment =
+            alignment(&file, direct, is_block_device).map_err(io_error(format!("asking {shown} for its alignment")))?;
+        let size = sys::size_of(&file).map_err(io_error(format!("reading the size of {shown}")))?;
+        check_size(path, size, u64::from(alignment.offset))?;
+        let geometry = Geometry {
+            size,
+            block_size: alignment.offset,
+            memory_alignment: alignment.memory,
+            preferred_size: alignment.offset.max(4096),
+            discard_granularity: (metadata.blksize() as u32).next_power_of_two().clamp(512, 1 << 20),
+        };
+        let shared = SharedFile { file, path: path.to_owned(), size: AtomicU64::new(size), truncated: AtomicBool::new(false) };
+        let fast_zero = !is_block_device && sys::zeroes_fast(&shared.file);
+        Ok(FileDevice { shared: Arc::new(shared), geometry, read_only: options.read_only, is_block_device, fast_zero })
+    }
+
+    fn check_file(&self) -> Option<String> {
+        let shared = &self.shared;
+        let shown = shared.path.display();
+        if shared.truncated.load(Ordering::Relaxed) {
+            return Some(format!(
+                "{shown} was truncated by somebody else; its volume fails all I/O until it is restored and reopened"
+            ));
+        }
+        match shared.file.metadata() {
+            Err(error) => Some(format!("{shown}: {error}")),
+            Ok(_) if self.is_block_device => None,
+            Ok(metadata) if metadata.len() < shared.size.load(Ordering::Acquire) => {
+                shared.truncated.store(true, Ordering::Relaxed);
+                self.check_file()
+            }
+            Ok(metadata) if metadata.nlink() == 0 => {
+                Some(format!("{shown} was deleted by somebody else; it lives until the volume is closed: export its content now"))
+            }
+            Ok(_) => None,
+        }
+    }
+}
+
+fn open_file(path: &Path, options: FileOptions) -> io::Result<(File, bool)> {
+    let open =
+        |flags: i32| OpenOptions::new().read(true).write(!options.read_only).custom_flags(flags | libc::O_CLOEXEC).open(path);
+    if options.direct {
+        match open(libc::O_DIRECT) {
+            Ok(file) => return Ok((file, true)),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                tracing::warn!("{}: its file system has no direct I/O; using the page cache", path.display());
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    open(0).map(|file| (file, false))
+}
+
+fn lock(file: &File, path: &Path, read_only: bool) -> Result<(), DeviceError> {
+    let deadline = clock::monotonic() + LOCK_PATIENCE;
+    loop {
+        if sys::try_lock(file, !read_only).map_err(io_error(format!("locking {}", path.display())))? {
+            return Ok(());
+        }
+        if clock::monotonic() >= deadline {
+            return Err(DeviceError::Refused(format!(
+                "{} is in use: another process, or another volume of this one, holds its lock; close that first",
+                path.display()
+            )));
+        }
+        std::thread::sleep(LOCK_RETRY);
+    }
+}
+
+fn alignment(file: &File, direct: bool, is_block_device: bool) -> io::Result<DirectAlignment> {
+    if !direct {
+        return Ok(DirectAlignment { memory: 1, offset: 1 });
+    }
+    if let Some(known) = sys::direct_alignment(file)? {
+        return Ok(known);
+    }
+    let block = if is_block_device { sys::block_size_of_device(file)? } else { 4096 };
+    Ok(DirectAlignment { memory: block, offset: block })
+}
+
+fn check_size(path: &Path, size: u64, block: u64) -> Result<(), DeviceError> {
+    let unit = block.max(SECTOR);
+    if size % unit == 0 {
+        return Ok(());
+    }
+    Err(DeviceError::Refused(format!(
+        "{}: its size, {size} bytes, is not a multiple of {unit}; extend it with: truncate -s {} {0}",
+        path.display(),
+        size.next_multiple_of(unit)
+    )))
+}
+
+impl BlockDevice for FileDevice {
+    fn geometry(&self) -> Geometry {
+        Geometry { size: self.shared.size.load(Ordering::Acquire), ..self.geometry }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            writable: !self.read_only,
+            discard: true,
+            write_zeroes: true,
+            fast_zero: self.fast_zero,
+            fua: true,
+            block_status: !self.is_block_device,
+            flush_failure_loses_writes: true,
+        }
+    }
+
+    fn open_queue(&self, reactor: &Rc<Reactor>) -> Result<Box<dyn IoQueue>, DeviceError> {
+        Ok(Box::new(FileQueue::new(self.shared.clone(), reactor)))
+    }
+
+    fn resize(&self, size: u64) -> Result<(), DeviceError> {
+        let shown = self.shared.path.display();
+        check_size(&self.shared.path, size, u64::from(self.geometry.block_size))?;
+        if self.is_block_device {
+            return Err(DeviceError::Unsupported(format!(
+                "{shown} is a block device: resize it with its own tools, then reopen the volume"
+            )));
+        }
+        let old = self.shared.size.load(Ordering::Acquire);
+        if size < old {
+            self.shared.size.store(size, Ordering::Release);
+        }
+        self.shared
+            .file
+            .set_len(size)
+            .and_then(|()| self.shared.file.sync_all())
+            .map_err(io_error(format!("resizing {shown} to {size} bytes")))?;
+        self.shared.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    fn refresh_size(&self) -> Result<u64, DeviceError> {
+        let size =
+            sys::size_of(&self.shared.file).map_err(io_error(format!("reading the size of {}", self.shared.path.display())))?;
+        check_size(&self.shared.path, size, u64::from(self.geometry.block_size))?;
+        self.shared.size.store(size, Ordering::Release);
+        Ok(size)
+    }
+
+    fn health(&self) -> Option<String> {
+        self.check_file()
+    }
+}

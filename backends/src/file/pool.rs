@@ -1,0 +1,317 @@
+//! A directory of raw volumes.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use blockdev::{BlockDevice, clock};
+use uuid::Uuid;
+
+use super::device::{FileDevice, FileOptions};
+use super::sys;
+use crate::catalogue::{Catalogue, io_error, sync_folder_of};
+use crate::pool::{Pool, PoolError, PoolHealth, Result, SnapshotRecord, Usage, VolumeRecord, VolumeSpec, check_name};
+
+/// Where a pool is.
+#[derive(Clone, Debug)]
+pub struct FilePoolConfig {
+    pub path: PathBuf,
+}
+
+/// The pool.
+pub struct FilePool {
+    name: String,
+    catalogue: Catalogue,
+}
+
+impl FilePool {
+    /// Opens the pool in `config.path`, making the directory if it is not there. Blocks.
+    pub fn open(name: &str, config: FilePoolConfig) -> Result<FilePool> {
+        Ok(FilePool { name: name.to_owned(), catalogue: Catalogue::open(name, &config.path)? })
+    }
+
+    /// What tells this pool from every other, wherever it is mounted.
+    pub fn uuid(&self) -> Uuid {
+        self.catalogue.uuid()
+    }
+
+    fn data_path(&self, record: &VolumeRecord) -> PathBuf {
+        match &record.object {
+            Some(object) => PathBuf::from(object),
+            None => self.catalogue.folder(&record.name).join("data.raw"),
+        }
+    }
+
+    fn snapshot_path(&self, volume: &str, snapshot: &str) -> PathBuf {
+        self.catalogue.folder(volume).join("snapshots").join(format!("{snapshot}.raw"))
+    }
+
+    fn snapshot_of<'a>(&self, record: &'a VolumeRecord, snapshot: &str) -> Result<&'a SnapshotRecord> {
+        record.snapshots.get(snapshot).ok_or_else(|| {
+            let name = &record.name;
+            PoolError::NotFound(format!(
+                "volume {name} has no snapshot {snapshot}; list them with: novastor snapshot list {name}"
+            ))
+        })
+    }
+
+    fn open_path(&self, path: &Path, read_only: bool) -> Result<Arc<dyn BlockDevice>> {
+        Ok(Arc::new(FileDevice::open(path, FileOptions { read_only, direct: true })?))
+    }
+
+    /// A new file at `target` that shares the data of `source`.
+    fn reflink(&self, what: &str, source: &Path, target: &Path) -> Result<()> {
+        let from = File::open(source).map_err(io_error(format!("{what}: opening {}", source.display())))?;
+        let to = File::create_new(target).map_err(io_error(format!("{what}: creating {}", target.display())))?;
+        let shared = sys::share_data(&from, &to).and_then(|()| to.sync_all());
+        shared.map_err(|error| {
+            let _ = fs::remove_file(target);
+            match error.raw_os_error() {
+                Some(libc::EOPNOTSUPP | libc::ENOTTY | libc::EXDEV | libc::EINVAL) => PoolError::Unsupported(format!(
+                    "{what} refused: the file system under pool {} cannot share data between files; put the pool on XFS or btrfs, \
+                     or copy the volume with: novastor image export, then novastor image import",
+                    self.name
+                )),
+                _ => io_error(format!("{what}: sharing the data of {}", source.display()))(error),
+            }
+        })
+    }
+
+    fn snapshot_one(&self, volume: &str, snapshot: &str) -> Result<()> {
+        let mut record = self.get(volume)?;
+        let target = self.snapshot_path(volume, snapshot);
+        let what = format!("snapshot {volume}@{snapshot}");
+        if record.snapshots.contains_key(snapshot) {
+            return Err(PoolError::Exists(format!("{what} exists already; choose another name")));
+        }
+        let folder = self.catalogue.folder(volume).join("snapshots");
+        fs::create_dir_all(&folder).map_err(io_error(format!("{what}: making {}", folder.display())))?;
+        let _ = fs::remove_file(&target);
+        self.reflink(&what, &self.data_path(&record), &target)?;
+        sync_folder_of(&target).map_err(io_error(what))?;
+        let size = fs::metadata(&target).map_err(io_error("reading the snapshot's size"))?.len();
+        record.snapshots.insert(snapshot.to_owned(), SnapshotRecord { created: now_seconds(), size });
+        self.catalogue.update(&record)
+    }
+}
+
+fn now_seconds() -> u64 {
+    clock::wall().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+fn allocated(path: &Path) -> u64 {
+    fs::metadata(path).map_or(0, |metadata| metadata.blocks() * 512)
+}
+
+impl Pool for FilePool {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn driver(&self) -> &'static str {
+        "file"
+    }
+
+    fn location(&self) -> String {
+        self.catalogue.root().display().to_string()
+    }
+
+    fn list(&self) -> Result<Vec<VolumeRecord>> {
+        self.catalogue.list()
+    }
+
+    fn get(&self, volume: &str) -> Result<VolumeRecord> {
+        self.catalogue.get(volume)
+    }
+
+    fn create(&self, volume: &str, spec: &VolumeSpec) -> Result<VolumeRecord> {
+        let _lock = self.catalogue.lock()?;
+        self.catalogue.refuse_existing(volume)?;
+        let record = VolumeRecord::new(volume, spec);
+        let what = format!("volume {volume}: creating a file of {} bytes", spec.size);
+        self.catalogue.add(&record, |folder| {
+            let file = File::create_new(folder.join("data.raw")).map_err(io_error(what.clone()))?;
+            file.set_len(spec.size).and_then(|()| file.sync_all()).map_err(io_error(what))
+        })?;
+        Ok(record)
+    }
+
+    fn adopt(&self, object: &str, volume: &str) -> Result<VolumeRecord> {
+        let _lock = self.catalogue.lock()?;
+        self.catalogue.refuse_existing(volume)?;
+        let path = fs::canonicalize(object).map_err(io_error(format!("volume {volume}: adopting {object}")))?;
+        if path.starts_with(self.catalogue.root()) {
+            return Err(PoolError::Invalid(format!("{object} already belongs to pool {}", self.name)));
+        }
+        if let Some(other) = self.list()?.into_iter().find(|other| other.object.as_deref().map(Path::new) == Some(&path)) {
+            return Err(PoolError::Exists(format!("{object} is already volume {}", other.name)));
+        }
+        let size = self.open_path(&path, true)?.geometry().size;
+        let spec = VolumeSpec { size, block_size: 512, policy: None, tenant: None };
+        let record = VolumeRecord { object: Some(path.to_string_lossy().into_owned()), ..VolumeRecord::new(volume, &spec) };
+        self.catalogue.add(&record, |_| Ok(()))?;
+        Ok(record)
+    }
+
+    fn open(&self, volume: &str, read_only: bool) -> Result<Arc<dyn BlockDevice>> {
+        self.open_path(&self.data_path(&self.get(volume)?), read_only)
+    }
+
+    fn open_snapshot(&self, volume: &str, snapshot: &str) -> Result<Arc<dyn BlockDevice>> {
+        self.snapshot_of(&self.get(volume)?, snapshot)?;
+        self.open_path(&self.snapshot_path(volume, snapshot), true)
+    }
+
+    fn resized(&self, volume: &str, size: u64) -> Result<()> {
+        let _lock = self.catalogue.lock()?;
+        let record = self.get(volume)?;
+        self.catalogue.update(&VolumeRecord { size, ..record })
+    }
+
+    fn rename(&self, volume: &str, to: &str) -> Result<()> {
+        let _lock = self.catalogue.lock()?;
+        self.catalogue.rename(volume, to)
+    }
+
+    fn delete(&self, volume: &str) -> Result<()> {
+        let _lock = self.catalogue.lock()?;
+        let record = self.get(volume)?;
+        if !record.snapshots.is_empty() {
+            let names = record.snapshots.keys().map(|name| format!("{volume}@{name}")).collect::<Vec<_>>().join(", ");
+            return Err(PoolError::InUse(format!("volume {volume} has snapshots ({names}); delete them first")));
+        }
+        self.catalogue.remove(&record)
+    }
+
+    fn clone_volume(&self, volume: &str, snapshot: Option<&str>, to: &str) -> Result<VolumeRecord> {
+        let _lock = self.catalogue.lock()?;
+        self.catalogue.refuse_existing(to)?;
+        let origin = self.get(volume)?;
+        let (source, size, from) = match snapshot {
+            Some(name) => (self.snapshot_path(volume, name), self.snapshot_of(&origin, name)?.size, format!("{volume}@{name}")),
+            None => (self.data_path(&origin), origin.size, volume.to_owned()),
+        };
+        let what = format!("clone of {from} as {to}");
+        let record = VolumeRecord {
+            name: to.to_owned(),
+            uuid: Uuid::new_v4(),
+            size,
+            object: None,
+            origin: Some(from),
+            snapshots: BTreeMap::new(),
+            ..origin
+        };
+        self.catalogue.add(&record, |folder| self.reflink(&what, &source, &folder.join("data.raw")))?;
+        Ok(record)
+    }
+
+    fn snapshot(&self, volumes: &[&str], snapshot: &str) -> Result<()> {
+        check_name("snapshot", snapshot)?;
+        let _lock = self.catalogue.lock()?;
+        for (done, volume) in volumes.iter().enumerate() {
+            if let Err(error) = self.snapshot_one(volume, snapshot) {
+                for taken in &volumes[..done] {
+                    let _ = self.forget_snapshot(taken, snapshot);
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn delete_snapshot(&self, volume: &str, snapshot: &str) -> Result<()> {
+        let _lock = self.catalogue.lock()?;
+        self.forget_snapshot(volume, snapshot)
+    }
+
+    fn rollback(&self, volume: &str, snapshot: &str) -> Result<()> {
+        let _lock = self.catalogue.lock()?;
+        let record = self.get(volume)?;
+        let size = self.snapshot_of(&record, snapshot)?.size;
+        let what = format!("rollback of {volume} to {snapshot}");
+        if record.object.is_some() {
+            return Err(PoolError::Unsupported(format!(
+                "{what} refused: the volume stands on a file outside the pool; clone the snapshot instead"
+            )));
+        }
+        let (data, fresh) = (self.data_path(&record), self.catalogue.folder(volume).join("data.rollback"));
+        drop(FileDevice::open(&data, FileOptions { read_only: false, direct: false })?);
+        let _ = fs::remove_file(&fresh);
+        self.reflink(&what, &self.snapshot_path(volume, snapshot), &fresh)?;
+        fs::rename(&fresh, &data).and_then(|()| sync_folder_of(&data)).map_err(io_error(what))?;
+        self.catalogue.update(&VolumeRecord { size, ..record })
+    }
+
+    fn usage(&self, volume: &str) -> Result<Usage> {
+        let record = self.get(volume)?;
+        let snapshots = record.snapshots.keys().map(|name| allocated(&self.snapshot_path(volume, name))).sum();
+        Ok(Usage { logical: record.size, allocated: allocated(&self.data_path(&record)), snapshots })
+    }
+
+    fn health(&self) -> PoolHealth {
+        let root = self.catalogue.root();
+        match space(root) {
+            Ok((total, free)) => {
+                let probe = root.join(".health");
+                let writable =
+                    OpenOptions::new().write(true).create(true).truncate(true).open(&probe).and_then(|_| fs::remove_file(&probe));
+                let detail = match &writable {
+                    Ok(()) => "writable".to_owned(),
+                    Err(error) => format!("{}: not writable: {error}", root.display()),
+                };
+                PoolHealth { ok: writable.is_ok(), detail, total: Some(total), free: Some(free) }
+            }
+            Err(error) => PoolHealth { ok: false, detail: format!("{}: {error}", root.display()), total: None, free: None },
+        }
+    }
+
+    fn check(&self) -> Result<Vec<String>> {
+        let mut found = Vec::new();
+        for record in self.list()? {
+            let data = self.data_path(&record);
+            match File::open(&data).and_then(|file| sys::size_of(&file)) {
+                Err(error) => found.push(format!("volume {}: {}: {error}", record.name, data.display())),
+                Ok(size) if size != record.size => {
+                    found.push(format!(
+                        "volume {}: {} has {size} bytes, its record says {}",
+                        record.name,
+                        data.display(),
+                        record.size
+                    ));
+                }
+                Ok(_) => {}
+            }
+            for name in record.snapshots.keys().filter(|name| !self.snapshot_path(&record.name, name).exists()) {
+                found.push(format!("snapshot {}@{name}: its file is missing", record.name));
+            }
+        }
+        Ok(found)
+    }
+}
+
+impl FilePool {
+    fn forget_snapshot(&self, volume: &str, snapshot: &str) -> Result<()> {
+        let mut record = self.get(volume)?;
+        self.snapshot_of(&record, snapshot)?;
+        record.snapshots.remove(snapshot);
+        self.catalogue.update(&record)?;
+        let path = self.snapshot_path(volume, snapshot);
+        fs::remove_file(&path).map_err(io_error(format!("snapshot {volume}@{snapshot}: removing {}", path.display())))
+    }
+}
+
+/// Total and free bytes of the file system that holds `path`.
+fn space(path: &Path) -> std::io::Result<(u64, u64)> {
+    use std::os::unix::ffi::OsStrExt;
+    let name = std::ffi::CString::new(path.as_os_str().as_bytes())?;
+    let mut status = std::mem::MaybeUninit::<libc::statvfs>::zeroed();
+    // SAFETY: `name` is a C string that outlives the call, and the result area is a whole statvfs.
+    if unsafe { libc::statvfs(name.as_ptr(), status.as_mut_ptr()) } != 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: the call succeeded and filled it.
+    let status = unsafe { status.assume_init() };
+    Ok((status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize))
+}

@@ -1,0 +1,217 @@
+//! One thread's I/O on one file: ring operations straight from request memory.
+
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::AsRawFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use blockdev::{Completer, Errno, Extent, Handler, HandlerId, IoQueue, Op, Payload, Reactor, Request, offload};
+use io_uring::{opcode, squeue, types};
+use parking_lot::Mutex;
+use slab::Slab;
+use smallvec::SmallVec;
+
+use super::device::SharedFile;
+use super::sys;
+
+/// Operations in the kernel at once; more wait here, as many as the front ends have slots for.
+const SLOTS: usize = 256;
+const EXTENTS_MAX: usize = 4096;
+const RW_MAX: u64 = 1 << 30;
+
+pub(super) struct FileQueue {
+    inner: Rc<Inner>,
+}
+
+struct Inner {
+    file: Arc<SharedFile>,
+    reactor: Rc<Reactor>,
+    id: HandlerId,
+    /// Never grows past `SLOTS`, so what it holds does not move while the kernel looks at it.
+    running: RefCell<Slab<Running>>,
+    waiting: RefCell<VecDeque<Request>>,
+    found: Arc<Mutex<HashMap<u32, Vec<Extent>>>>,
+}
+
+struct Running {
+    op: Op,
+    offset: u64,
+    len: u64,
+    /// Bytes transferred so far.
+    done: u64,
+    payload: Payload,
+    completer: Completer,
+    /// The rest of a short transfer of scattered memory.
+    rest: SmallVec<[libc::iovec; 2]>,
+}
+
+impl FileQueue {
+    pub(super) fn new(file: Arc<SharedFile>, reactor: &Rc<Reactor>) -> FileQueue {
+        let mut made = None;
+        reactor.register_cyclic(|id| {
+            let inner = Rc::new(Inner {
+                file,
+                reactor: reactor.clone(),
+                id,
+                running: RefCell::new(Slab::with_capacity(SLOTS)),
+                waiting: RefCell::new(VecDeque::new()),
+                found: Arc::default(),
+            });
+            made = Some(inner.clone());
+            inner
+        });
+        FileQueue { inner: made.expect("register_cyclic calls its argument") }
+    }
+}
+
+impl IoQueue for FileQueue {
+    fn submit(&self, request: Request) {
+        self.inner.submit(request);
+    }
+}
+
+impl Drop for FileQueue {
+    fn drop(&mut self) {
+        self.inner.reactor.unregister(self.inner.id);
+    }
+}
+
+impl Inner {
+    fn submit(&self, request: Request) {
+        if self.file.truncated.load(Ordering::Relaxed) {
+            return request.complete(Err(Errno::EIO));
+        }
+        if self.running.borrow().len() == SLOTS {
+            return self.waiting.borrow_mut().push_back(request);
+        }
+        self.start(request);
+    }
+
+    fn start(&self, request: Request) {
+        let (op, offset, len) = (request.op, request.offset, request.len);
+        let (payload, completer) = request.into_parts();
+        let slot = Running { op, offset, len, done: 0, payload, completer, rest: SmallVec::new() };
+        let token = self.running.borrow_mut().insert(slot) as u32;
+        if op == Op::BlockStatus { self.look_for_extents(token, offset, len) } else { self.issue(token) }
+    }
+
+    /// Hands what is left of the operation to the kernel.
+    fn issue(&self, token: u32) {
+        let mut running = self.running.borrow_mut();
+        let slot = &mut running[token as usize];
+        let entry = entry(types::Fd(self.file.file.as_raw_fd()), slot);
+        // SAFETY: the entry points to the slot's memory and iovecs. The slab never grows past its capacity, so they stay in place,
+        // and the slot is kept until the operation's completion arrives; the descriptor lives as long as `self.file`.
+        unsafe { self.reactor.submit(self.id, token, entry) };
+    }
+
+    fn look_for_extents(&self, token: u32, offset: u64, len: u64) {
+        let (file, found) = (self.file.clone(), self.found.clone());
+        let (reactor, id) = (self.reactor.handle(), self.id);
+        offload::run(move || {
+            let result = match sys::extents(&file.file, offset, len, EXTENTS_MAX) {
+                Ok(extents) => {
+                    found.lock().insert(token, extents);
+                    0
+                }
+                Err(error) => -Errno::from_io(&error).raw(),
+            };
+            reactor.post(id, token, result);
+        });
+    }
+
+    fn finish(&self, token: u32, result: Result<(), Errno>) {
+        let slot = self.running.borrow_mut().remove(token as usize);
+        let payload = match slot.op {
+            Op::BlockStatus => self.found.lock().remove(&token).map_or(Payload::None, Payload::Extents),
+            _ => slot.payload,
+        };
+        slot.completer.complete(result, payload);
+        let next = self.waiting.borrow_mut().pop_front();
+        if let Some(request) = next {
+            self.submit(request);
+        }
+    }
+
+    /// The file ended before the volume did, unless the volume was shrunk meanwhile.
+    fn found_short(&self, token: u32) {
+        let end = self.running.borrow().get(token as usize).map_or(0, |slot| slot.offset + slot.len);
+        if end > self.file.size.load(Ordering::Acquire) {
+            return self.finish(token, Err(Errno::EIO));
+        }
+        if !self.file.truncated.swap(true, Ordering::Relaxed) {
+            tracing::error!(
+                "{} is shorter than its volume: somebody truncated it; all its I/O fails now",
+                self.file.path.display()
+            );
+        }
+        self.finish(token, Err(Errno::EIO));
+    }
+}
+
+/// The ring operation for what is left of `slot`.
+fn entry(file: types::Fd, slot: &mut Running) -> squeue::Entry {
+    match slot.op {
+        Op::Read | Op::Write { .. } => transfer(file, slot),
+        Op::Flush => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
+        Op::Discard | Op::WriteZeroes { unmap: true, .. } => {
+            fallocate(file, slot, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
+        }
+        Op::WriteZeroes { .. } => fallocate(file, slot, libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE),
+        Op::BlockStatus => opcode::Nop::new().build(),
+    }
+}
+
+fn fallocate(file: types::Fd, slot: &Running, mode: libc::c_int) -> squeue::Entry {
+    opcode::Fallocate::new(file, slot.len).offset(slot.offset).mode(mode).build()
+}
+
+fn transfer(file: types::Fd, slot: &mut Running) -> squeue::Entry {
+    let Some(memory) = slot.payload.memory() else { return opcode::Nop::new().build() };
+    let durable = if matches!(slot.op, Op::Write { fua: true }) { libc::RWF_DSYNC } else { 0 };
+    let offset = slot.offset + slot.done;
+    let whole = slot.done == 0 && slot.len <= RW_MAX;
+    if !whole {
+        let left = (slot.len - slot.done).min(RW_MAX);
+        slot.rest = memory.slice(slot.done as usize, left as usize);
+    }
+    let parts = if whole { memory.segments() } else { &slot.rest };
+    match (slot.op, parts) {
+        (Op::Read, [part]) => opcode::Read::new(file, part.iov_base.cast(), part.iov_len as u32).offset(offset).build(),
+        (Op::Read, parts) => opcode::Readv::new(file, parts.as_ptr(), parts.len() as u32).offset(offset).build(),
+        (_, [part]) => {
+            opcode::Write::new(file, part.iov_base.cast(), part.iov_len as u32).offset(offset).rw_flags(durable).build()
+        }
+        (_, parts) => opcode::Writev::new(file, parts.as_ptr(), parts.len() as u32).offset(offset).rw_flags(durable).build(),
+    }
+}
+
+impl Handler for Inner {
+    fn completed(&self, token: u32, result: i32, _flags: u32) {
+        if [-libc::EAGAIN, -libc::EINTR].contains(&result) {
+            return self.issue(token);
+        }
+        if result < 0 {
+            return self.finish(token, Err(Errno::from_raw(-result)));
+        }
+        let mut running = self.running.borrow_mut();
+        let slot = &mut running[token as usize];
+        if !matches!(slot.op, Op::Read | Op::Write { .. }) {
+            drop(running);
+            return self.finish(token, Ok(()));
+        }
+        slot.done += result as u64;
+        let left = slot.len - slot.done.min(slot.len);
+        let stuck = result == 0;
+        drop(running);
+        match left {
+            0 => self.finish(token, Ok(())),
+            _ if stuck => self.found_short(token),
+            _ => self.issue(token),
+        }
+    }
+
+    fn ready(&self) {}
+}

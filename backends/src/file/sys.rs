@@ -1,0 +1,118 @@
+//! The system calls of the file driver that no crate here wraps.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
+
+use blockdev::{Extent, ExtentKind};
+
+const BLKSSZGET: libc::c_ulong = 0x1268;
+const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
+const FICLONE: libc::c_ulong = 0x4004_9409;
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// What direct I/O on a file needs, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct DirectAlignment {
+    pub memory: u32,
+    pub offset: u32,
+}
+
+/// `STATX_DIOALIGN`: `None` where the file takes no direct I/O or the kernel does not say.
+pub(super) fn direct_alignment(file: &File) -> io::Result<Option<DirectAlignment>> {
+    let mut status = MaybeUninit::<libc::statx>::zeroed();
+    let empty = CString::default();
+    // SAFETY: the path is an empty C string, the result area is as large as the kernel expects, and AT_EMPTY_PATH makes it
+    // describe the descriptor, which `file` keeps open.
+    let status = unsafe {
+        check(libc::statx(file.as_raw_fd(), empty.as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, status.as_mut_ptr()))?;
+        status.assume_init()
+    };
+    let known = status.stx_mask & libc::STATX_DIOALIGN != 0 && status.stx_dio_offset_align != 0;
+    Ok(known.then_some(DirectAlignment { memory: status.stx_dio_mem_align, offset: status.stx_dio_offset_align }))
+}
+
+/// Size of a file or a block device, in bytes.
+pub(super) fn size_of(file: &File) -> io::Result<u64> {
+    let metadata = file.metadata()?;
+    if !metadata.file_type().is_block_device() {
+        return Ok(metadata.len());
+    }
+    let mut size = 0u64;
+    // SAFETY: BLKGETSIZE64 stores one u64.
+    unsafe { check(libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &mut size))? };
+    Ok(size)
+}
+
+/// Logical block size of a block device, in bytes.
+pub(super) fn block_size_of_device(file: &File) -> io::Result<u32> {
+    let mut size: libc::c_int = 0;
+    // SAFETY: BLKSSZGET stores one int.
+    unsafe { check(libc::ioctl(file.as_raw_fd(), BLKSSZGET, &mut size))? };
+    Ok(size as u32)
+}
+
+/// Locks the open file description without waiting; false if another description holds a conflicting lock.
+pub(super) fn try_lock(file: &File, exclusive: bool) -> io::Result<bool> {
+    let kind = if exclusive { libc::LOCK_EX } else { libc::LOCK_SH };
+    // SAFETY: flock takes no pointers.
+    match check(unsafe { libc::flock(file.as_raw_fd(), kind | libc::LOCK_NB) }) {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::EWOULDBLOCK) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// True on file systems whose files can be zeroed without writing.
+pub(super) fn zeroes_fast(file: &File) -> bool {
+    let mut status = MaybeUninit::<libc::statfs>::zeroed();
+    // SAFETY: the result area is a whole statfs, and `file` keeps the descriptor open.
+    let result = unsafe { libc::fstatfs(file.as_raw_fd(), status.as_mut_ptr()) };
+    // SAFETY: it was zeroed, which is a valid statfs, before the kernel may have filled it.
+    let status = unsafe { status.assume_init() };
+    result == 0 && matches!(status.f_type, libc::EXT4_SUPER_MAGIC | libc::XFS_SUPER_MAGIC)
+}
+
+/// Makes `target` share all data of `source` (reflink).
+pub(super) fn share_data(source: &File, target: &File) -> io::Result<()> {
+    // SAFETY: FICLONE takes a descriptor by value.
+    check(unsafe { libc::ioctl(target.as_raw_fd(), FICLONE, source.as_raw_fd()) }).map(drop)
+}
+
+fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
+    // SAFETY: lseek takes no pointers; the driver uses no file position, so moving it disturbs nobody.
+    let position = unsafe { libc::lseek(file.as_raw_fd(), offset as libc::off_t, whence) };
+    if position >= 0 {
+        return Ok(Some(position as u64));
+    }
+    match io::Error::last_os_error() {
+        error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+        error => Err(error),
+    }
+}
+
+/// The data and holes of `offset..offset + len`, at most `longest` of them.
+pub(super) fn extents(file: &File, offset: u64, len: u64, longest: usize) -> io::Result<Vec<Extent>> {
+    let end = offset + len;
+    let mut at = offset;
+    let mut found: Vec<Extent> = Vec::new();
+    while at < end && found.len() < longest {
+        let data = seek(file, at, libc::SEEK_DATA)?.unwrap_or(end).min(end);
+        if data > at {
+            found.push(Extent { len: data - at, kind: ExtentKind::Hole });
+        }
+        if data == end {
+            break;
+        }
+        let hole = seek(file, data, libc::SEEK_HOLE)?.unwrap_or(end).clamp(data + 1, end);
+        found.push(Extent { len: hole - data, kind: ExtentKind::Data });
+        at = hole;
+    }
+    Ok(found)
+}

@@ -1,0 +1,267 @@
+//! The file driver: the conformance suite on real file systems, and what goes wrong with files.
+
+use std::fs::{self, OpenOptions};
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use backends::file::{FileDevice, FileOptions, FilePool, FilePoolConfig};
+use backends::{Pool, PoolError, VolumeSpec};
+use blockdev::client::Client;
+use blockdev::conformance::{DEVICE_SIZE, Suite, run};
+use blockdev::{BlockDevice, DataPlane, DataPlaneOptions, DeviceError, Errno, ExtentKind, Op, Volume, VolumeOptions};
+
+const MIB: u64 = 1 << 20;
+
+fn open(path: &Path, direct: bool) -> Arc<dyn BlockDevice> {
+    Arc::new(FileDevice::open(path, FileOptions { read_only: false, direct }).unwrap())
+}
+
+fn suite_in(folder: &Path, direct: bool) {
+    let number = AtomicU32::new(0);
+    run(Suite::default(), || {
+        let path = folder.join(number.fetch_add(1, Ordering::Relaxed).to_string());
+        fs::File::create_new(&path).unwrap().set_len(DEVICE_SIZE).unwrap();
+        open(&path, direct)
+    });
+}
+
+fn volume(device: Arc<dyn BlockDevice>) -> Arc<Volume> {
+    Volume::new(device, VolumeOptions { name: "test".into(), read_only: false, block_size: 512 })
+}
+
+struct Rig {
+    folder: tempfile::TempDir,
+    plane: DataPlane,
+}
+
+impl Rig {
+    fn new() -> Rig {
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        Rig { folder, plane: DataPlane::start(DataPlaneOptions::default()).unwrap() }
+    }
+
+    fn file(&self, name: &str, size: u64) -> std::path::PathBuf {
+        let path = self.folder.path().join(name);
+        fs::File::create_new(&path).unwrap().set_len(size).unwrap();
+        path
+    }
+
+    fn client(&self, volume: &Arc<Volume>) -> Client {
+        Client::open(volume, &self.plane.handles()[0]).unwrap()
+    }
+
+    fn pool(&self) -> FilePool {
+        FilePool::open("local", FilePoolConfig { path: self.folder.path().join("pool") }).unwrap()
+    }
+}
+
+fn spec(size: u64) -> VolumeSpec {
+    VolumeSpec { size, block_size: 512, policy: None, tenant: None }
+}
+
+#[test]
+fn conforms_with_direct_io() {
+    suite_in(Rig::new().folder.path(), true);
+}
+
+#[test]
+fn conforms_through_the_page_cache() {
+    suite_in(Rig::new().folder.path(), false);
+}
+
+#[test]
+fn conforms_on_tmpfs() {
+    suite_in(tempfile::tempdir_in("/dev/shm").unwrap().path(), true);
+}
+
+#[test]
+fn a_second_writer_is_refused_until_the_first_closes() {
+    let rig = Rig::new();
+    let path = rig.file("disk", MIB);
+    let first = open(&path, true);
+    let second = FileDevice::open(&path, FileOptions { read_only: false, direct: true });
+    assert!(matches!(second, Err(DeviceError::Refused(why)) if why.contains("in use")));
+    drop(first);
+    open(&path, true);
+}
+
+#[test]
+fn what_is_no_disk_is_refused() {
+    let rig = Rig::new();
+    let odd = rig.file("odd", 1000);
+    let why = FileDevice::open(&odd, FileOptions { read_only: false, direct: true }).err().unwrap().to_string();
+    assert!(why.contains("truncate -s"), "{why}");
+    for path in [rig.folder.path().to_owned(), "/dev/zero".into(), rig.folder.path().join("none")] {
+        assert!(FileDevice::open(&path, FileOptions { read_only: true, direct: true }).is_err(), "{}", path.display());
+    }
+}
+
+#[test]
+fn discard_frees_blocks_and_status_shows_holes() {
+    let rig = Rig::new();
+    let path = rig.file("disk", 64 * MIB);
+    let client = rig.client(&volume(open(&path, true)));
+    client.write(0, vec![7; 8 * MIB as usize]).unwrap();
+    client.flush().unwrap();
+    let allocated = || std::os::unix::fs::MetadataExt::blocks(&fs::metadata(&path).unwrap()) * 512;
+    assert!(allocated() >= 8 * MIB);
+    client.run(Op::Discard, 0, 64 * MIB, Vec::new()).unwrap();
+    assert!(allocated() < MIB, "{} bytes still allocated", allocated());
+    assert_eq!(client.extents(0, 64 * MIB).unwrap()[0].kind, ExtentKind::Hole);
+    client.run(Op::WriteZeroes { unmap: false, fua: false, fast: false }, 0, 4 * MIB, Vec::new()).unwrap();
+    assert!(allocated() >= 4 * MIB, "zeroes without unmap must stay allocated");
+}
+
+#[test]
+fn a_truncated_file_fails_and_invents_nothing() {
+    let rig = Rig::new();
+    let path = rig.file("disk", 16 * MIB);
+    let volume = volume(open(&path, true));
+    let client = rig.client(&volume);
+    client.write(8 * MIB, vec![9; 4096]).unwrap();
+    OpenOptions::new().write(true).open(&path).unwrap().set_len(MIB).unwrap();
+    assert_eq!(client.read(8 * MIB, 4096), Err(Errno::EIO));
+    assert_eq!(client.write(12 * MIB, vec![1; 4096]), Err(Errno::EIO), "a write would bring the lost part back as zeroes");
+    assert!(volume.health().unwrap().contains("truncated"));
+}
+
+#[test]
+fn a_deleted_file_is_reported_and_still_serves() {
+    let rig = Rig::new();
+    let path = rig.file("disk", MIB);
+    let volume = volume(open(&path, true));
+    let client = rig.client(&volume);
+    client.write(0, vec![3; 4096]).unwrap();
+    fs::remove_file(&path).unwrap();
+    assert!(volume.health().unwrap().contains("deleted"));
+    assert_eq!(client.read(0, 4096).unwrap(), vec![3; 4096]);
+}
+
+#[test]
+fn a_full_disk_is_enospc_and_harms_nothing_else() {
+    let rig = Rig::new();
+    let mount = LoopMount::new(rig.folder.path(), "ext4", 24 * MIB);
+    let small = mount.path.join("disk");
+    fs::File::create_new(&small).unwrap().set_len(64 * MIB).unwrap();
+    let full = rig.client(&volume(open(&small, true)));
+    let other = rig.client(&volume(open(&rig.file("other", 16 * MIB), true)));
+    full.write(0, vec![1; MIB as usize]).unwrap();
+    let refused = (1..64).find_map(|mib| full.write(mib * MIB, vec![2; MIB as usize]).err());
+    assert_eq!(refused, Some(Errno::ENOSPC));
+    assert_eq!(full.read(0, MIB).unwrap(), vec![1; MIB as usize]);
+    other.write(0, vec![5; 4096]).unwrap();
+    full.run(Op::Discard, MIB, 63 * MIB, Vec::new()).unwrap();
+    full.write(2 * MIB, vec![3; MIB as usize]).unwrap();
+    full.flush().unwrap();
+}
+
+#[test]
+fn the_catalogue_keeps_what_it_is_told() {
+    let rig = Rig::new();
+    let pool = rig.pool();
+    pool.create("vm1", &spec(8 * MIB)).unwrap();
+    assert!(matches!(pool.create("vm1", &spec(MIB)), Err(PoolError::Exists(_))));
+    for bad in ["", "../x", "a/b", ".hidden", "UPPER", "a b", &"x".repeat(300)] {
+        assert!(matches!(pool.create(bad, &spec(MIB)), Err(PoolError::Invalid(_))), "{bad:?}");
+        assert!(matches!(pool.get(bad), Err(PoolError::Invalid(_))), "{bad:?}");
+    }
+    pool.rename("vm1", "vm2").unwrap();
+    let again = rig.pool();
+    assert_eq!(again.uuid(), pool.uuid());
+    assert_eq!(again.list().unwrap().len(), 1);
+    assert_eq!(again.get("vm2").unwrap().size, 8 * MIB);
+    assert!(matches!(again.get("vm1"), Err(PoolError::NotFound(_))));
+    assert!(again.check().unwrap().is_empty());
+    again.delete("vm2").unwrap();
+    assert!(again.list().unwrap().is_empty());
+    assert_eq!(fs::read_dir(rig.folder.path().join("pool/trash")).unwrap().count(), 0);
+}
+
+#[test]
+fn adopting_leaves_the_file_alone() {
+    let rig = Rig::new();
+    let path = rig.file("image.raw", 4 * MIB);
+    let pool = rig.pool();
+    let record = pool.adopt(path.to_str().unwrap(), "old").unwrap();
+    assert_eq!(record.size, 4 * MIB);
+    assert!(matches!(pool.adopt(path.to_str().unwrap(), "twice"), Err(PoolError::Exists(_))));
+    assert!(pool.adopt("/nonexistent", "none").is_err());
+    pool.open("old", false).unwrap();
+    pool.delete("old").unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().len(), 4 * MIB);
+}
+
+#[test]
+fn without_reflink_a_snapshot_is_refused_in_words() {
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let pool = FilePool::open("shm", FilePoolConfig { path: folder.path().to_owned() }).unwrap();
+    pool.create("vm", &spec(MIB)).unwrap();
+    let why = pool.snapshot(&["vm"], "s1").unwrap_err().to_string();
+    assert!(why.contains("XFS or btrfs"), "{why}");
+    assert!(pool.get("vm").unwrap().snapshots.is_empty());
+}
+
+#[test]
+fn snapshots_and_clones_on_xfs() {
+    let rig = Rig::new();
+    let mount = LoopMount::new(rig.folder.path(), "xfs", 320 * MIB);
+    let pool = FilePool::open("xfs", FilePoolConfig { path: mount.path.join("pool") }).unwrap();
+    pool.create("vm", &spec(16 * MIB)).unwrap();
+    pool.create("vm-data", &spec(16 * MIB)).unwrap();
+    let write = |name: &str, byte: u8| {
+        let client = rig.client(&volume(pool.open(name, false).unwrap()));
+        client.write(0, vec![byte; MIB as usize]).unwrap();
+        client.flush().unwrap();
+    };
+    let first_byte = |device: Arc<dyn BlockDevice>| rig.client(&volume(device)).read(0, 1).unwrap()[0];
+    write("vm", 1);
+    pool.snapshot(&["vm", "vm-data"], "s1").unwrap();
+    assert!(matches!(pool.snapshot(&["vm"], "s1"), Err(PoolError::Exists(_))));
+    write("vm", 2);
+    assert_eq!(first_byte(pool.open_snapshot("vm", "s1").unwrap()), 1);
+    pool.clone_volume("vm", Some("s1"), "copy").unwrap();
+    pool.clone_volume("vm", None, "copy2").unwrap();
+    write("copy", 3);
+    assert_eq!(first_byte(pool.open("vm", true).unwrap()), 2);
+    assert_eq!(first_byte(pool.open("copy2", true).unwrap()), 2);
+    assert!(matches!(pool.delete("vm"), Err(PoolError::InUse(_))));
+    pool.rollback("vm", "s1").unwrap();
+    assert_eq!(first_byte(pool.open("vm", true).unwrap()), 1);
+    pool.delete_snapshot("vm", "s1").unwrap();
+    assert!(matches!(pool.open_snapshot("vm", "s1"), Err(PoolError::NotFound(_))));
+    pool.delete("vm").unwrap();
+    assert_eq!(first_byte(pool.open("copy", true).unwrap()), 3);
+    assert!(pool.check().unwrap().is_empty());
+}
+
+/// A file system in a file, mounted while the test runs.
+struct LoopMount {
+    path: std::path::PathBuf,
+}
+
+impl LoopMount {
+    fn new(folder: &Path, kind: &str, size: u64) -> LoopMount {
+        let image = folder.join(format!("{kind}.img"));
+        fs::File::create_new(&image).unwrap().set_len(size).unwrap();
+        let path = folder.join(format!("{kind}.mnt"));
+        fs::create_dir(&path).unwrap();
+        command("mkfs", &["-t", kind, "-q", image.to_str().unwrap()]);
+        command("mount", &["-o", "loop", image.to_str().unwrap(), path.to_str().unwrap()]);
+        LoopMount { path }
+    }
+}
+
+impl Drop for LoopMount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").args(["-l"]).arg(&self.path).status();
+    }
+}
+
+fn command(program: &str, arguments: &[&str]) {
+    let path = format!("{}:/sbin:/usr/sbin", std::env::var("PATH").unwrap_or_default());
+    let output = Command::new(program).args(arguments).env("PATH", path).output();
+    let output = output.unwrap_or_else(|error| panic!("{program}: {error}; install it with: cargo xtask rig install"));
+    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
