@@ -5,8 +5,10 @@
 //!   cargo xtask test [--quick]                             all of it: rigs, build, style, tests
 //!   cargo xtask tidy                                       style rules no compiler knows
 //!   cargo xtask fuzz [--seconds N]                         each fuzz target for a while
+//!   cargo xtask bench [compare --rows REGEX …]             novastor beside other servers
 //! ```
 
+mod bench;
 mod commands;
 mod fuzz;
 mod rig;
@@ -46,6 +48,12 @@ enum Task {
         #[arg(long, default_value_t = 60)]
         seconds: u32,
     },
+    /// Build the shipped binary and measure it beside other servers
+    Bench {
+        /// What `novastor-bench` is asked to do; all rows of `compare` by default
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -73,5 +81,6 @@ fn run(task: Task) -> Result<()> {
         Task::Test { quick } => test::run(quick),
         Task::Tidy => tidy::run(),
         Task::Fuzz { seconds } => fuzz::run(seconds),
+        Task::Bench { arguments } => bench::run(&arguments),
     }
 }
