@@ -92,6 +92,11 @@ impl BufferPool {
         self.used_bytes.get()
     }
 
+    /// Bytes of the budget that are not handed out.
+    pub fn free_bytes(&self) -> usize {
+        self.budget - self.used_bytes.get()
+    }
+
     fn give_back(&self, start: NonNull<u8>, class: usize) {
         let size = layout(class).size();
         self.used_bytes.set(self.used_bytes.get() - size);

@@ -45,6 +45,7 @@ pub fn run(suite: Suite, fresh: impl Fn() -> Arc<dyn BlockDevice>) {
     bench.status_covers_and_agrees(fresh());
     bench.read_only(fresh());
     bench.overlapping_writes_land_in_order(fresh());
+    bench.held_writes_wait(fresh());
     bench.two_threads_see_each_other(fresh());
     if suite.resize {
         bench.resize(fresh());
@@ -188,6 +189,18 @@ impl Bench<'_> {
             expected[start..start + 3000].fill(number as u8);
         }
         assert!(client.read(4096, 4000).unwrap() == expected);
+    }
+
+    fn held_writes_wait(&self, device: Arc<dyn BlockDevice>) {
+        let client = self.open(device);
+        let hold = client.volume().hold_writes();
+        let (sender, receiver) = mpsc::channel();
+        client.submit(Op::Write { fua: false }, 0, 512, vec![1; 512], move |answer| sender.send(answer.map(drop)).unwrap());
+        assert_eq!(client.read(0, 512).unwrap(), vec![0; 512], "reads go on");
+        assert!(receiver.try_recv().is_err(), "a held write completed");
+        drop(hold);
+        receiver.recv().unwrap().unwrap();
+        assert_eq!(client.read(0, 512).unwrap(), vec![1; 512]);
     }
 
     fn two_threads_see_each_other(&self, device: Arc<dyn BlockDevice>) {

@@ -41,4 +41,4 @@ pub use errno::Errno;
 pub use memory::Memory;
 pub use reactor::{DataPlane, DataPlaneOptions, Handler, HandlerId, Reactor, ReactorHandle};
 pub use request::{Completer, Completion, CompletionQueue, Extent, ExtentKind, Op, Payload, Request};
-pub use volume::{Volume, VolumeOptions, VolumeQueue};
+pub use volume::{Volume, VolumeOptions, VolumeQueue, WriteHold};

@@ -145,7 +145,7 @@ fn alignment(file: &File, direct: bool, is_block_device: bool) -> io::Result<Dir
 
 fn check_size(path: &Path, size: u64, block: u64) -> Result<(), DeviceError> {
     let unit = block.max(SECTOR);
-    if size % unit == 0 {
+    if size.is_multiple_of(unit) {
         return Ok(());
     }
     Err(DeviceError::Refused(format!(

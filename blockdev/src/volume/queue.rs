@@ -208,7 +208,7 @@ impl Inner {
         let slot = &mut slots[token as usize];
         slot.locked = Some(start);
         slot.waiting = Some(piece);
-        let waiter = || Waiter { reactor: self.reactor.handle(), handler: self.id, token };
+        let waiter = || Waiter::Handler { reactor: self.reactor.handle(), handler: self.id, token };
         if !self.volume.ranges.acquire(start, end, waiter) {
             return;
         }
