@@ -69,16 +69,30 @@ fn check(name: &str, text: &str) -> Vec<String> {
 fn check_fio_jobs(files: &[String]) -> Result<Vec<String>> {
     let mut problems = Vec::new();
     for job in files.iter().filter(|name| name.ends_with(".fio")) {
+        let text = fs::read_to_string(workspace_root().join(job)).with_context(|| format!("reading {job}"))?;
         let mut fio = Command::new(tools::require("fio")?);
+        // A job's variables are its user's to set; any value shows whether the rest parses.
+        fio.envs(variables(&text).map(|name| (name, "1")));
         let checked = commands::output(fio.arg("--parse-only").arg(job).current_dir(workspace_root()));
         problems.extend(checked.err().map(|error| format!("{job}: {error:#}")));
     }
     Ok(problems)
 }
 
+/// The names in `${NAME}`.
+fn variables(job: &str) -> impl Iterator<Item = &str> {
+    job.split("${").skip(1).filter_map(|rest| rest.split_once('}')).map(|(name, _)| name)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_variables_of_a_job_are_found() {
+        let job = "[a]\nfilename=${DISK}\nsize=${SIZE}m\nname=$other {text}\n";
+        assert_eq!(variables(job).collect::<Vec<_>>(), ["DISK", "SIZE"]);
+    }
 
     #[test]
     fn each_rule_finds_what_it_forbids() {
