@@ -1,0 +1,367 @@
+//! The server: listeners on the control plane, connections on the data plane, and who is where.
+//!
+//! ```text
+//!  listener task ─accept─▶ handshake task ─▶ Clients ─▶ Worker of the thread with the fewest clients
+//!        ▲ at most `handshakes_max` at once                 │ gone
+//!        └── closed by withdraw(), shutdown()               ▼
+//!                                              Clients, and whoever waits for them to leave
+//! ```
+
+use std::collections::HashMap;
+use std::io;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use blockdev::{ReactorHandle, clock};
+use parking_lot::Mutex;
+use thiserror::Error;
+use tokio::sync::{Notify, Semaphore};
+use tokio::task::JoinHandle;
+
+use crate::client::{Client, ClientInfo};
+use crate::export::{Export, ExportError, Serves, Table};
+use crate::handshake::{self, Ready, Stream};
+use crate::tls::TlsSettings;
+use crate::transmission::{Gone, Negotiated, Worker};
+
+/// The server's limits.
+#[derive(Clone, Copy, Debug)]
+pub struct ServerOptions {
+    /// How long a client may take to choose an export.
+    pub handshake_time_max: Duration,
+    /// How many clients of one listener may be choosing at once; others wait to be accepted.
+    pub handshakes_max: usize,
+    /// How many clients may be attached at once; others are closed at once.
+    pub clients_max: usize,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        ServerOptions { handshake_time_max: Duration::from_secs(30), handshakes_max: 128, clients_max: 16 << 10 }
+    }
+}
+
+/// Why a listener is refused.
+#[derive(Error, Debug)]
+pub enum ListenError {
+    #[error("listening on {0}, beyond this host, needs TLS: configure [tls], or listen on 127.0.0.1 or a unix socket")]
+    NeedsTls(std::net::SocketAddr),
+    #[error("cannot listen: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// A bound socket.
+pub enum Socket {
+    Unix(std::os::unix::net::UnixListener),
+    Tcp(std::net::TcpListener),
+}
+
+/// Names a listener of a server.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct ListenerId(u64);
+
+/// An NBD server. Cheap to clone; all clones are the same server.
+#[derive(Clone)]
+pub struct Server {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    key: u64,
+    options: ServerOptions,
+    reactors: Vec<ReactorHandle>,
+    table: Table,
+    listeners: Mutex<HashMap<ListenerId, Listener>>,
+    clients: Mutex<Clients>,
+    client_left: Notify,
+    stopping: AtomicBool,
+    gone: Mutex<Option<Gone>>,
+}
+
+struct Clients {
+    by_id: HashMap<u64, Arc<Client>>,
+    /// How many live on each data-plane thread.
+    on_thread: Vec<usize>,
+}
+
+struct Listener {
+    serves: Serves,
+    task: JoinHandle<()>,
+}
+
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
+fn next_id() -> u64 {
+    NEXT_ID.fetch_add(1, Ordering::Relaxed)
+}
+
+impl Server {
+    /// A server whose connections live on these data-plane threads, of which there must be at least one.
+    pub fn new(reactors: &[ReactorHandle], options: ServerOptions) -> Server {
+        assert!(!reactors.is_empty(), "an NBD server needs a data-plane thread");
+        let shared = Arc::new(Shared {
+            key: next_id(),
+            options,
+            reactors: reactors.to_vec(),
+            table: Table::default(),
+            listeners: Mutex::new(HashMap::new()),
+            clients: Mutex::new(Clients { by_id: HashMap::new(), on_thread: vec![0; reactors.len()] }),
+            client_left: Notify::new(),
+            stopping: AtomicBool::new(false),
+            gone: Mutex::new(None),
+        });
+        let weak = Arc::downgrade(&shared);
+        *shared.gone.lock() = Some(Arc::new(move |id| {
+            if let Some(shared) = weak.upgrade() {
+                shared.client_is_gone(id);
+            }
+        }));
+        Server { shared }
+    }
+
+    /// Serves the export by name on all shared listeners.
+    pub fn publish(&self, export: &Arc<Export>) -> Result<(), ExportError> {
+        self.shared.table.add(export)
+    }
+
+    /// Those published now.
+    pub fn exports(&self) -> Vec<Arc<Export>> {
+        self.shared.table.all()
+    }
+
+    /// Takes the export off all listeners, closes its own ones, and has its clients' requests answered and their connections
+    /// closed. Returns when they are gone. The export cannot be published again.
+    pub async fn withdraw(&self, export: &Arc<Export>) {
+        export.withdraw();
+        self.shared.table.remove(export);
+        let own = |listener: &Listener| matches!(&listener.serves, Serves::Only(only) if Arc::ptr_eq(only, export));
+        self.close_listeners(own).await;
+        self.shared.drain(|client| Arc::ptr_eq(&client.export, export)).await;
+    }
+
+    /// Accepts clients from a bound socket. Must be called within a tokio runtime, which then carries the handshakes.
+    pub fn listen(&self, socket: Socket, serves: Serves, tls: Option<TlsSettings>) -> Result<ListenerId, ListenError> {
+        let id = ListenerId(next_id());
+        let shared = self.shared.clone();
+        let task = match socket {
+            Socket::Unix(listener) => {
+                listener.set_nonblocking(true)?;
+                let listener = tokio::net::UnixListener::from_std(listener)?;
+                tokio::spawn(accept(shared, serves.clone(), tls, Accept::Unix(listener)))
+            }
+            Socket::Tcp(listener) => {
+                let address = listener.local_addr()?;
+                if tls.is_none() && !is_loopback(address.ip()) {
+                    return Err(ListenError::NeedsTls(address));
+                }
+                listener.set_nonblocking(true)?;
+                let listener = tokio::net::TcpListener::from_std(listener)?;
+                tokio::spawn(accept(shared, serves.clone(), tls, Accept::Tcp(listener)))
+            }
+        };
+        self.shared.listeners.lock().insert(id, Listener { serves, task });
+        Ok(id)
+    }
+
+    /// Accepts no more clients from this listener; those attached stay.
+    pub async fn close_listener(&self, id: ListenerId) {
+        let listener = self.shared.listeners.lock().remove(&id);
+        if let Some(listener) = listener {
+            listener.task.abort();
+            let _ = listener.task.await;
+        }
+    }
+
+    async fn close_listeners(&self, which: impl Fn(&Listener) -> bool) {
+        let ids: Vec<ListenerId> =
+            self.shared.listeners.lock().iter().filter(|(_, listener)| which(listener)).map(|(id, _)| *id).collect();
+        for id in ids {
+            self.close_listener(id).await;
+        }
+    }
+
+    /// Who is attached, oldest first.
+    pub fn clients(&self) -> Vec<ClientInfo> {
+        let mut clients: Vec<_> = self.shared.clients.lock().by_id.values().map(|client| client.info()).collect();
+        clients.sort_by_key(|client| client.id);
+        clients
+    }
+
+    /// Has the client's requests answered and its connection closed; false if there is no such client. A client that does not
+    /// take its replies is cut off after some seconds.
+    pub fn disconnect(&self, client: u64) -> bool {
+        let found = self.shared.clients.lock().by_id.get(&client).cloned();
+        if let Some(client) = &found {
+            self.shared.send_drain(client);
+        }
+        found.is_some()
+    }
+
+    /// Closes all listeners, has every request taken in answered, and closes all connections.
+    pub async fn shutdown(&self) {
+        self.shared.stopping.store(true, Ordering::SeqCst);
+        self.close_listeners(|_| true).await;
+        self.shared.drain(|_| true).await;
+        let key = self.shared.key;
+        for reactor in &self.shared.reactors {
+            reactor.spawn(move |_| Worker::remove(key));
+        }
+    }
+}
+
+fn is_loopback(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => address.is_loopback(),
+        IpAddr::V6(address) => address.is_loopback() || address.to_ipv4_mapped().is_some_and(|v4| v4.is_loopback()),
+    }
+}
+
+enum Accept {
+    Unix(tokio::net::UnixListener),
+    Tcp(tokio::net::TcpListener),
+}
+
+/// The task of one listener.
+async fn accept(shared: Arc<Shared>, serves: Serves, tls: Option<TlsSettings>, listener: Accept) {
+    const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(100);
+    let handshakes = Arc::new(Semaphore::new(shared.options.handshakes_max.max(1)));
+    loop {
+        let Ok(permit) = handshakes.clone().acquire_owned().await else { return };
+        let (shared, serves, tls) = (shared.clone(), serves.clone(), tls.clone());
+        let failed = match &listener {
+            Accept::Unix(listener) => match listener.accept().await {
+                Ok((stream, _)) => {
+                    let peer = unix_peer(&stream);
+                    tokio::spawn(async move {
+                        shared.welcome(stream, peer, &serves, tls.as_ref()).await;
+                        drop(permit);
+                    });
+                    continue;
+                }
+                Err(error) => error,
+            },
+            Accept::Tcp(listener) => match listener.accept().await {
+                Ok((stream, address)) => {
+                    let _ = stream.set_nodelay(true);
+                    tokio::spawn(async move {
+                        shared.welcome(stream, address.to_string(), &serves, tls.as_ref()).await;
+                        drop(permit);
+                    });
+                    continue;
+                }
+                Err(error) => error,
+            },
+        };
+        tracing::warn!("accepting an NBD client: {failed}");
+        tokio::time::sleep(PAUSE_AFTER_ERROR).await;
+    }
+}
+
+fn unix_peer(stream: &tokio::net::UnixStream) -> String {
+    match stream.peer_cred() {
+        Ok(peer) => format!("process {} of user {}", peer.pid().unwrap_or(0), peer.uid()),
+        Err(_) => "a local process".to_owned(),
+    }
+}
+
+impl Shared {
+    /// Negotiates with a client and hands it to a data-plane thread.
+    async fn welcome<S: Stream>(self: Arc<Self>, stream: S, peer: String, serves: &Serves, tls: Option<&TlsSettings>) {
+        let negotiation = handshake::negotiate(stream, tls, &self.table, serves);
+        match tokio::time::timeout(self.options.handshake_time_max, negotiation).await {
+            Ok(Ok(Some(ready))) => self.attach(ready, peer),
+            Ok(Ok(None)) => tracing::debug!("{peer} left without choosing an export"),
+            Ok(Err(error)) => tracing::info!("NBD handshake with {peer}: {error}"),
+            Err(_) => tracing::info!("NBD handshake with {peer}: took too long"),
+        }
+    }
+
+    fn attach(&self, ready: Ready, peer: String) {
+        let Ready { socket, early, tls, identity, chosen } = ready;
+        let Some(client) = self.register(chosen.export, peer, identity.0.map(|subject| subject.full)) else { return };
+        tracing::info!(client = client.id, export = client.export.name(), "{} attached", client.peer);
+        let negotiated = Negotiated {
+            socket,
+            early,
+            tls,
+            headers: chosen.headers,
+            allocation_context: chosen.allocation_context,
+            client: client.clone(),
+        };
+        let Some(gone) = self.gone.lock().clone() else { return };
+        let key = self.key;
+        client.reactor.spawn(move |reactor| Worker::of_thread(key, reactor, &gone).adopt(negotiated));
+    }
+
+    /// Enters a client on the thread that has the fewest. `None` if it must not be served any more.
+    fn register(&self, export: Arc<Export>, peer: String, tls_subject: Option<String>) -> Option<Arc<Client>> {
+        let mut clients = self.clients.lock();
+        if export.is_withdrawn() || self.stopping.load(Ordering::SeqCst) {
+            return None;
+        }
+        let attached = clients.by_id.len();
+        if attached >= self.options.clients_max {
+            tracing::warn!("{peer} refused: {attached} NBD clients are attached, the most allowed");
+            return None;
+        }
+        let (thread, _) = clients.on_thread.iter().enumerate().min_by_key(|(_, load)| **load)?;
+        clients.on_thread[thread] += 1;
+        let client = Arc::new(Client {
+            id: next_id(),
+            peer,
+            export,
+            since: clock::wall(),
+            tls_subject,
+            thread,
+            reactor: self.reactors[thread].clone(),
+            requests: AtomicU64::new(0),
+            bytes_read: AtomicU64::new(0),
+            bytes_written: AtomicU64::new(0),
+        });
+        clients.by_id.insert(client.id, client.clone());
+        Some(client)
+    }
+
+    fn client_is_gone(&self, id: u64) {
+        let left = {
+            let mut clients = self.clients.lock();
+            let left = clients.by_id.remove(&id);
+            if let Some(client) = &left {
+                clients.on_thread[client.thread] -= 1;
+            }
+            left
+        };
+        if let Some(client) = left {
+            tracing::info!(client = id, export = client.export.name(), "{} left", client.peer);
+        }
+        self.client_left.notify_waiters();
+    }
+
+    fn send_drain(&self, client: &Client) {
+        let (key, id) = (self.key, client.id);
+        client.reactor.spawn(move |_| {
+            if let Some(worker) = Worker::existing(key) {
+                worker.drain(id);
+            }
+        });
+    }
+
+    /// Drains and closes the clients chosen, and returns when they are gone.
+    async fn drain(&self, which: impl Fn(&Client) -> bool) {
+        let chosen = |shared: &Shared| -> Vec<Arc<Client>> {
+            shared.clients.lock().by_id.values().filter(|client| which(client)).cloned().collect()
+        };
+        for client in chosen(self) {
+            self.send_drain(&client);
+        }
+        loop {
+            let left = self.client_left.notified();
+            if chosen(self).is_empty() {
+                return;
+            }
+            left.await;
+        }
+    }
+}

@@ -1,0 +1,16 @@
+//! The transmission phase, on the data plane.
+//!
+//! ```text
+//!  Worker (one a thread) ── Connection ── Transport (plain or TLS) ── socket
+//!        │                      └──────── Session ── VolumeQueue
+//!        └── completion queue · reply batches · who waits for memory
+//! ```
+
+mod batch;
+mod connection;
+mod request;
+mod session;
+mod transport;
+mod worker;
+
+pub(crate) use worker::{Gone, Negotiated, Worker};
