@@ -46,6 +46,9 @@ pub struct Report {
     pub server_cpu_us: Option<f64>,
     /// CPU of the generator's threads per operation.
     pub client_cpu_us: f64,
+    /// What neither the server nor this process used of the machine, in percent of one core; known while all cores are
+    /// kept awake. More than a few percent: something else was running.
+    pub other_cpu_percent: Option<f64>,
 }
 
 struct Control {
@@ -178,6 +181,7 @@ fn summarise(recorders: &[Recorder<'_>], server_ns: Option<u64>) -> Report {
         max_us: all.max() as f64 / 1e3,
         server_cpu_us: server_ns.map(per_operation),
         client_cpu_us: per_operation(cpu_ns),
+        other_cpu_percent: None,
     }
 }
 

@@ -1,6 +1,7 @@
 //! A server process that ends with its handle.
 
 use std::fs::File;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -27,6 +28,7 @@ impl Running {
     pub fn start(command: &mut Command, log: &Path, socket: PathBuf, export: &str, ready: impl Fn() -> bool) -> Result<Self> {
         let shown = show(command);
         let output = File::create(log).with_context(|| format!("create {}", log.display()))?;
+        end_with_this_thread(command);
         let child = command
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
@@ -88,6 +90,17 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// The child gets SIGTERM when the thread that started it ends, however it ends.
+fn end_with_this_thread(command: &mut Command) {
+    // SAFETY: between fork and exec only one system call is made, which needs neither memory nor locks.
+    unsafe {
+        command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        })
+    };
+}
+
 fn show(command: &Command) -> String {
     let mut words = vec![command.get_program().to_string_lossy().into_owned()];
     words.extend(command.get_args().map(|word| word.to_string_lossy().into_owned()));
@@ -113,6 +126,22 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let error = start("echo no such volume >&2; exit 3", folder.path(), || false).err().unwrap().to_string();
         assert!(error.contains("exit status: 3: no such volume"), "{error}");
+    }
+
+    #[test]
+    fn a_server_ends_with_the_thread_that_started_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path().to_owned();
+        let server = std::thread::spawn(move || start("exec sleep 600", &place, || true).unwrap()).join().unwrap();
+        let stat = format!("/proc/{}/stat", server.pid());
+        for _ in 0..1000 {
+            // A child that has ended and not been waited for is a zombie.
+            if std::fs::read_to_string(&stat).unwrap().contains(") Z ") {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("the server outlived its thread");
     }
 
     #[test]

@@ -50,8 +50,10 @@ pub fn print_machine(options: &Options) {
 
 pub fn print_row(outcome: &Outcome) {
     println!("\n### {}\n\n{}\n", outcome.name, outcome.what);
-    println!("| server | IOPS | (lowest – highest) | p50 µs | p99 µs | server CPU µs per I/O | client CPU µs per I/O |");
-    println!("|---|--:|--:|--:|--:|--:|--:|");
+    println!(
+        "| server | IOPS | (lowest – highest) | p50 µs | p99 µs | server CPU µs per I/O | client CPU µs per I/O | other CPU % |"
+    );
+    println!("|---|--:|--:|--:|--:|--:|--:|--:|");
     outcome.servers.iter().for_each(print_server);
     print_ratios(outcome);
     println!();
@@ -69,17 +71,18 @@ fn print_server(server: &ServerOutcome) {
         let lowest = server.rounds.iter().map(|round| round.iops).fold(f64::INFINITY, f64::min);
         let highest = server.rounds.iter().map(|round| round.iops).fold(0.0, f64::max);
         println!(
-            "| {} | {:.0} | {lowest:.0} – {highest:.0} | {:.1} | {:.1} | {:.2} | {:.2} |",
+            "| {} | {:.0} | {lowest:.0} – {highest:.0} | {:.1} | {:.1} | {:.2} | {:.2} | {:.0} |",
             server.name,
             median.iops,
             median.p50_us,
             median.p99_us,
             median.server_cpu_us.unwrap_or(f64::NAN),
-            median.client_cpu_us
+            median.client_cpu_us,
+            median.other_cpu_percent.unwrap_or(f64::NAN)
         );
     }
     if let Some(error) = &server.error {
-        println!("| {} | failed: {} | | | | | |", server.name, error.replace(['|', '\n'], " "));
+        println!("| {} | failed: {} | | | | | | |", server.name, error.replace(['|', '\n'], " "));
     }
 }
 
@@ -95,7 +98,7 @@ fn print_ratios(outcome: &Outcome) {
             None => String::new(),
         };
         println!(
-            "| novastor ÷ {} | {} | | {} | {} | {} | |",
+            "| novastor ÷ {} | {} | | {} | {} | {} | | |",
             peer.name,
             ratio(|report| Metric::Iops.of(report)),
             ratio(|report| Metric::P50.of(report)),
