@@ -130,13 +130,13 @@ impl Cluster {
         &self.fsid
     }
 
-    /// Total and free bytes of the cluster, as its monitors know them.
-    pub(super) fn space(&self) -> io::Result<(u64, u64)> {
+    /// Total and free bytes of the cluster, as its monitors know them; `None` while no manager reports them.
+    pub(super) fn space(&self) -> io::Result<Option<(u64, u64)>> {
         let mut stat = ClusterStat::default();
         // SAFETY: the structure is the one the call fills, and lives through it.
         match unsafe { (self.library.rados_cluster_stat)(self.raw, &mut stat) } {
             code if code < 0 => Err(io::Error::from_raw_os_error(-code)),
-            _ => Ok((stat.kib * 1024, stat.kib_available * 1024)),
+            _ => Ok((stat.kib > 0).then_some((stat.kib * 1024, stat.kib_available * 1024))),
         }
     }
 

@@ -30,6 +30,7 @@ pub(super) const WRITE_ZEROES_FLAG_THICK_PROVISION: c_int = 1;
 pub(super) const FEATURE_EXCLUSIVE_LOCK: u64 = 1 << 2;
 pub(super) const FEATURE_FAST_DIFF: u64 = 1 << 4;
 pub(super) const FLAG_FAST_DIFF_INVALID: u64 = 1 << 1;
+pub(super) const SNAPSHOT_NAMESPACE_USER: c_int = 0;
 pub(super) const IMAGE_OPTION_CLONE_FORMAT: c_int = 12;
 
 /// `rados_cluster_stat_t`.
@@ -90,18 +91,17 @@ macro_rules! functions {
 
         impl Library {
             fn load() -> Result<Library, String> {
-                let rados = open("librados.so.2", "librados2")?;
-                let rbd = open("librbd.so.1", "librbd1")?;
+                let opened = Opened::open()?;
                 Ok(Library {
                     $($name: {
                         // SAFETY: the type is that of the function's prototype in Ceph's headers, which Ceph keeps stable
                         // within one soname.
-                        let symbol = unsafe { $library.get(concat!(stringify!($name), "\0")) };
+                        let symbol = unsafe { opened.$library.get(concat!(stringify!($name), "\0")) };
                         *symbol.map_err(|error| too_old(stringify!($name), &error))?
                     },)*
                     $($newer: {
                         // SAFETY: as above.
-                        let symbol = unsafe { $newer_library.get(concat!(stringify!($newer), "\0")) };
+                        let symbol = unsafe { opened.$newer_library.get(concat!(stringify!($newer), "\0")) };
                         symbol.ok().map(|function| *function)
                     },)*
                 })
@@ -149,7 +149,6 @@ functions! {
         rbd_metadata_get in rbd: (RawImage, *const c_char, *mut c_char, *mut usize) -> c_int;
         rbd_metadata_set in rbd: (RawImage, *const c_char, *const c_char) -> c_int;
         rbd_lock_acquire in rbd: (RawImage, c_int) -> c_int;
-        rbd_lock_release in rbd: (RawImage) -> c_int;
         rbd_lock_get_owners in rbd: (RawImage, *mut c_int, *mut *mut c_char, *mut usize) -> c_int;
         rbd_lock_get_owners_cleanup in rbd: (*mut *mut c_char, usize);
         rbd_lock_break in rbd: (RawImage, c_int, *const c_char) -> c_int;
@@ -162,6 +161,7 @@ functions! {
         rbd_snap_create in rbd: (RawImage, *const c_char) -> c_int;
         rbd_snap_remove in rbd: (RawImage, *const c_char) -> c_int;
         rbd_snap_rollback in rbd: (RawImage, *const c_char) -> c_int;
+        rbd_snap_get_namespace_type in rbd: (RawImage, u64, *mut c_int) -> c_int;
         rbd_snap_get_timestamp in rbd: (RawImage, u64, *mut libc::timespec) -> c_int;
         rbd_diff_iterate2 in rbd: (RawImage, *const c_char, u64, u64, u8, u8, DiffCallback, *mut c_void) -> c_int;
         rbd_aio_create_completion in rbd: (*mut c_void, CompletionCallback, *mut RawCompletion) -> c_int;
@@ -203,6 +203,17 @@ impl Library {
     }
 }
 
+struct Opened {
+    rados: &'static libloading::Library,
+    rbd: &'static libloading::Library,
+}
+
+impl Opened {
+    fn open() -> Result<Opened, String> {
+        Ok(Opened { rados: open("librados.so.2", "librados2")?, rbd: open("librbd.so.1", "librbd1")? })
+    }
+}
+
 /// Opens a library for the life of the process.
 fn open(file: &str, package: &str) -> Result<&'static libloading::Library, String> {
     // SAFETY: loading runs the library's initialisers; librados and librbd have none that touch this process's own state.
@@ -220,4 +231,15 @@ fn too_old(name: &str, error: &libloading::Error) -> String {
 /// What of Ceph's libraries is on this host, or in words what is missing; for `doctor`.
 pub fn probe() -> Result<String, String> {
     Library::get().map(Library::versions)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_library_names_its_package() {
+        let why = open("libthere-is-no-such.so.9", "librbd1").err().unwrap();
+        assert!(why.contains("libthere-is-no-such.so.9") && why.contains("install the package librbd1"), "{why}");
+    }
 }
