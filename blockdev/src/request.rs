@@ -29,8 +29,8 @@ pub enum Op {
     },
     /// Makes every write completed before this request arrived durable.
     Flush,
-    /// The range's content no longer matters. Whole blocks of it read as zeroes afterwards on every driver here; others may
-    /// keep their bytes.
+    /// The range's content no longer matters. Of a device: whole blocks of it read as zeroes when it completes. Of a volume: a
+    /// long one may complete before all of it is carried out; until then the rest reads as before.
     Discard,
     /// The range reads as zeroes afterwards. `unmap`: its space may be given back; otherwise it stays allocated.
     /// `fast`: fail with EOPNOTSUPP rather than be slower than writing nothing.

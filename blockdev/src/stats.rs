@@ -158,6 +158,11 @@ impl OpStats {
         if ok { add(&stats.bytes, bytes) } else { add(&stats.errors, 1) }
     }
 
+    /// Reads and writes completed.
+    pub fn transfers(&self) -> u64 {
+        [OpClass::Read, OpClass::Write].map(|class| self.classes[class as usize].ended.load(Ordering::Relaxed)).iter().sum()
+    }
+
     /// Adds what is counted here to `snapshot`.
     pub fn add_to(&self, snapshot: &mut Snapshot) {
         for (from, to) in self.classes.iter().zip(&mut snapshot.classes) {

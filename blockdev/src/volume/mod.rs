@@ -9,6 +9,7 @@
 //! device together; after a flush failed on a device that may have lost writes, no write and no flush succeeds any more.
 
 mod flush_gate;
+mod later;
 mod queue;
 
 use std::cell::RefCell;
@@ -27,6 +28,7 @@ use crate::range_lock::RangeLock;
 use crate::reactor::Reactor;
 use crate::stats::{OpStats, Snapshot};
 use flush_gate::FlushGate;
+use later::LaterDiscards;
 
 pub use queue::VolumeQueue;
 
@@ -62,6 +64,7 @@ pub struct Volume {
     lock_unit: u32,
     ranges: RangeLock,
     flushes: FlushGate,
+    later: LaterDiscards,
     failure: Mutex<Option<String>>,
     last_error: Mutex<Option<String>>,
     watchers: Mutex<Vec<(u64, Watcher)>>,
@@ -88,6 +91,7 @@ impl Volume {
             lock_unit,
             ranges: RangeLock::default(),
             flushes: FlushGate::default(),
+            later: LaterDiscards::default(),
             failure: Mutex::new(None),
             last_error: Mutex::new(None),
             watchers: Mutex::new(Vec::new()),
@@ -198,6 +202,11 @@ impl Volume {
     /// The last failed request, in words.
     pub fn last_error(&self) -> Option<String> {
         self.last_error.lock().clone()
+    }
+
+    /// Reads and writes completed so far, on all threads.
+    fn transfers(&self) -> u64 {
+        self.stats.lock().iter().map(|stats| stats.transfers()).sum()
     }
 
     /// Ranges are locked in units of what the device rewrites as a whole.

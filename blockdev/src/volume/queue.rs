@@ -5,17 +5,19 @@
 //!                          └─ waits: granted by a posted completion
 //! ```
 //!
-//! A discard or zeroing of more than [`PIECE`] bytes is carried out piece by piece, each locked on its own, so that it delays
-//! no other request by more than one piece.
+//! A long discard or zeroing is carried out piece by piece, each locked on its own and sized to take about [`PIECE_TIME`], so
+//! that it delays no other request by more. Discards also give way: while others use the volume they take about a hundredth of
+//! the time, and one not done after [`ANSWER_AFTER`] is answered and goes on by itself (see [`super::later`]).
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use slab::Slab;
 
 use super::Volume;
+use crate::clock;
 use crate::device::{DeviceError, IoQueue};
 use crate::errno::Errno;
 use crate::range_lock::Waiter;
@@ -24,7 +26,13 @@ use crate::request::{Completer, Completion, CompletionQueue, Extent, ExtentKind,
 use crate::stats::{OpClass, OpStats, Stage};
 
 const SLOTS: usize = 64;
-const PIECE: u64 = 256 << 20;
+const PIECE_MIN: u64 = 1 << 20;
+const PIECE_FIRST: u64 = 64 << 20;
+const PIECE_MAX: u64 = 1 << 30;
+const PIECE_TIME: Duration = Duration::from_millis(2);
+const ANSWER_AFTER: Duration = Duration::from_millis(250);
+/// While others use the volume, a discard rests this many times as long as its last piece took.
+const GIVE_WAY: u32 = 100;
 
 /// A volume as one data-plane thread sees it.
 pub struct VolumeQueue {
@@ -44,13 +52,16 @@ struct Inner {
     device_discards: bool,
     device_block_status: bool,
     failed_flush_is_fatal: bool,
-    in_flight: Cell<usize>,
+    piece: Cell<u64>,
+    closing: Cell<bool>,
 }
 
 /// One request on its way.
 struct Slot {
     op: Op,
     offset: u64,
+    /// Where the next piece starts.
+    cursor: u64,
     end: u64,
     len: u64,
     arrived: Instant,
@@ -59,6 +70,21 @@ struct Slot {
     waiting: Option<Request>,
     locked: Option<u64>,
     flushing: bool,
+    piece_started: Instant,
+    /// Others' reads and writes when the last piece ended.
+    transfers_seen: u64,
+    /// Resting between two pieces of a discard.
+    resting: bool,
+}
+
+impl Slot {
+    fn answered(&self) -> bool {
+        self.completer.is_none()
+    }
+
+    fn has_pieces(&self) -> bool {
+        matches!(self.op, Op::Discard | Op::WriteZeroes { .. })
+    }
 }
 
 impl VolumeQueue {
@@ -82,7 +108,8 @@ impl VolumeQueue {
                 device_discards: capabilities.discard,
                 device_block_status: capabilities.block_status,
                 failed_flush_is_fatal: capabilities.flush_failure_loses_writes,
-                in_flight: Cell::new(0),
+                piece: Cell::new(PIECE_FIRST),
+                closing: Cell::new(false),
             });
             made = Some(inner.clone());
             inner
@@ -102,17 +129,31 @@ impl VolumeQueue {
 
     /// Requests taken and not yet completed.
     pub fn in_flight(&self) -> usize {
-        self.inner.in_flight.get()
+        self.inner.slots.borrow().iter().filter(|(_, slot)| !slot.answered()).count()
     }
 }
 
 impl Drop for VolumeQueue {
     fn drop(&mut self) {
-        self.inner.reactor.unregister(self.inner.id);
+        self.inner.closing.set(true);
+        self.inner.slots.borrow_mut().retain(|_, slot| {
+            let abandon = slot.answered() && slot.resting;
+            if abandon {
+                self.inner.volume.later.keep(slot.cursor, slot.end);
+            }
+            !abandon
+        });
+        self.inner.leave_if_done();
     }
 }
 
 impl Inner {
+    fn leave_if_done(&self) {
+        if self.closing.get() && self.slots.borrow().is_empty() {
+            self.reactor.unregister(self.id);
+        }
+    }
+
     fn submit(&self, mut request: Request) {
         if request.op == Op::Flush {
             (request.offset, request.len) = (0, 0);
@@ -132,7 +173,6 @@ impl Inner {
             let all_data = vec![Extent { len: request.len, kind: ExtentKind::Data }];
             return request.complete_with(Ok(()), Payload::Extents(all_data));
         }
-        self.in_flight.set(self.in_flight.get() + 1);
         self.admit(request);
     }
 
@@ -181,6 +221,7 @@ impl Inner {
         let slot = Slot {
             op: request.op,
             offset: request.offset,
+            cursor: request.end(),
             end: request.end(),
             len: request.len,
             arrived: request.arrived,
@@ -189,6 +230,9 @@ impl Inner {
             waiting: None,
             locked: None,
             flushing: request.op == Op::Flush,
+            piece_started: now,
+            transfers_seen: u64::MAX,
+            resting: false,
         };
         let token = self.slots.borrow_mut().insert(slot) as u32;
         let (piece, completer) = request.divert(&self.completions, u64::from(token));
@@ -198,39 +242,54 @@ impl Inner {
 
     /// Cuts the request to one piece, locks its range and starts it, or lets it wait.
     fn lock(&self, token: u32, mut piece: Request) {
-        if !matches!(piece.op, Op::Write { .. }) {
-            let piece_end = (piece.offset + PIECE) / PIECE * PIECE;
-            piece.len = piece.end().min(piece_end) - piece.offset;
+        let mut slots = self.slots.borrow_mut();
+        let slot = &mut slots[token as usize];
+        if slot.has_pieces() {
+            let limit = self.piece.get();
+            piece.len = piece.end().min((piece.offset + limit) / limit * limit) - piece.offset;
         }
         let start = piece.offset / self.lock_unit * self.lock_unit;
         let end = piece.end().next_multiple_of(self.lock_unit);
-        let mut slots = self.slots.borrow_mut();
-        let slot = &mut slots[token as usize];
+        slot.cursor = piece.end();
         slot.locked = Some(start);
         slot.waiting = Some(piece);
         let waiter = || Waiter::Handler { reactor: self.reactor.handle(), handler: self.id, token };
-        if !self.volume.ranges.acquire(start, end, waiter) {
-            return;
+        if self.volume.ranges.acquire(start, end, waiter) {
+            drop(slots);
+            self.start(token);
         }
-        let piece = slot.waiting.take();
-        drop(slots);
-        self.start(piece);
     }
 
-    fn start(&self, piece: Option<Request>) {
-        let Some(mut piece) = piece else { return };
+    /// The piece's range is locked: hands it to the device.
+    fn start(&self, token: u32) {
+        let mut slots = self.slots.borrow_mut();
+        let slot = &mut slots[token as usize];
+        let Some(mut piece) = slot.waiting.take() else { return };
         piece.op = match piece.op {
             Op::Write { fua } => Op::Write { fua: fua && self.device_fua },
             Op::WriteZeroes { unmap, fast, .. } => Op::WriteZeroes { unmap, fua: false, fast },
             other => other,
         };
+        if slot.has_pieces() {
+            slot.piece_started = clock::monotonic();
+        }
+        if slot.answered() {
+            let Some((from, to)) = self.volume.later.take_first(piece.offset, piece.end()) else {
+                drop(slots);
+                return piece.complete(Ok(()));
+            };
+            (piece.offset, piece.len, slot.cursor) = (from, to - from, to);
+        } else {
+            self.volume.later.keep(piece.offset, piece.end());
+        }
+        drop(slots);
         self.device.submit(piece);
     }
 
     fn piece_done(&self, completion: Completion) {
-        let token = completion.token as usize;
+        let token = completion.token as u32;
         let mut slots = self.slots.borrow_mut();
-        let slot = &mut slots[token];
+        let slot = &mut slots[token as usize];
         if let Some(start) = slot.locked.take() {
             self.volume.flushes.wrote();
             self.volume.ranges.release(start);
@@ -246,68 +305,121 @@ impl Inner {
         {
             self.volume.fail_closed(Errno::EIO);
         } else if completion.result.is_ok()
-            && let Some(next) = self.next_step(slot, token as u32)
+            && slot.has_pieces()
+            && slot.cursor < slot.end
+            && !(slot.answered() && self.closing.get())
         {
             drop(slots);
-            return if next.op == Op::Flush { self.device.submit(next) } else { self.lock(token as u32, next) };
+            return self.after_piece(token);
+        } else if completion.result.is_ok() && self.needs_flush(slot) && self.volume.flushes.begin() {
+            slot.flushing = true;
+            let flush = self.part(token, slot, Op::Flush, 0, 0);
+            drop(slots);
+            return self.device.submit(flush);
         }
-        let slot = slots.remove(token);
+        let slot = slots.remove(token as usize);
         drop(slots);
+        if slot.answered() {
+            self.volume.later.keep(slot.cursor, slot.end);
+        }
         self.finish(slot, completion);
+        self.leave_if_done();
     }
 
-    /// The next piece of a long request, or the flush that makes its FUA true.
-    fn next_step(&self, slot: &mut Slot, token: u32) -> Option<Request> {
-        let request =
-            |op, offset, len| Request::new(op, offset, len, Payload::None, slot.arrived, &self.completions, u64::from(token));
-        if matches!(slot.op, Op::Discard | Op::WriteZeroes { .. }) {
-            let done = (slot.offset + PIECE) / PIECE * PIECE;
-            if done < slot.end {
-                slot.offset = done;
-                return Some(request(slot.op, done, slot.end - done));
-            }
-        }
-        let needs_flush = match slot.op {
+    fn needs_flush(&self, slot: &Slot) -> bool {
+        match slot.op {
             Op::Write { fua } => fua && !self.device_fua,
             Op::WriteZeroes { fua, .. } => fua,
             _ => false,
-        };
-        if needs_flush && self.volume.flushes.begin() {
-            slot.flushing = true;
-            return Some(request(Op::Flush, 0, 0));
         }
-        None
+    }
+
+    fn part(&self, token: u32, slot: &Slot, op: Op, offset: u64, len: u64) -> Request {
+        Request::new(op, offset, len, Payload::None, slot.arrived, &self.completions, u64::from(token))
+    }
+
+    /// One piece of a long request is done: learns from how long it took, answers a discard that takes long, and goes on or rests.
+    fn after_piece(&self, token: u32) {
+        let mut slots = self.slots.borrow_mut();
+        let slot = &mut slots[token as usize];
+        let now = clock::monotonic();
+        let took = now - slot.piece_started;
+        let piece = self.piece.get();
+        self.piece.set(match took {
+            slow if slow > PIECE_TIME => (piece / 2).max(PIECE_MIN),
+            quick if quick < PIECE_TIME / 4 => (piece * 2).min(PIECE_MAX),
+            _ => piece,
+        });
+        let mut answer = None;
+        if slot.op == Op::Discard {
+            if !slot.answered() && now.saturating_duration_since(slot.arrived) > ANSWER_AFTER {
+                self.volume.later.add(slot.cursor, slot.end);
+                self.count(slot, Ok(()));
+                answer = slot.completer.take();
+            }
+            let transfers = self.volume.transfers();
+            slot.resting = transfers > slot.transfers_seen;
+            slot.transfers_seen = transfers;
+        }
+        if slot.resting {
+            self.reactor.set_timer(self.id, now + took * GIVE_WAY, token);
+            drop(slots);
+        } else {
+            drop(slots);
+            self.next_piece(token);
+        }
+        if let Some(completer) = answer {
+            completer.complete(Ok(()), Payload::None);
+        }
+    }
+
+    fn next_piece(&self, token: u32) {
+        let slots = self.slots.borrow();
+        let slot = &slots[token as usize];
+        let rest = self.part(token, slot, slot.op, slot.cursor, slot.end - slot.cursor);
+        drop(slots);
+        self.lock(token, rest);
     }
 
     fn finish(&self, slot: Slot, completion: Completion) {
+        if let Err(errno) = completion.result
+            && errno != Errno::EOPNOTSUPP
+        {
+            self.volume.note_error(OpClass::from(slot.op).name(), slot.offset, slot.len, errno);
+        }
+        if slot.answered() {
+            return;
+        }
+        self.count(&slot, completion.result);
+        if let Some(completer) = slot.completer {
+            completer.complete(completion.result, completion.payload);
+        }
+    }
+
+    fn count(&self, slot: &Slot, result: Result<(), Errno>) {
         let now = self.reactor.now();
         let class = OpClass::from(slot.op);
         self.stats.stage(class, Stage::Queued, slot.submitted.saturating_duration_since(slot.arrived));
         self.stats.stage(class, Stage::Backend, now.saturating_duration_since(slot.submitted));
         self.stats.stage(class, Stage::Total, now.saturating_duration_since(slot.arrived));
         let len = if matches!(slot.op, Op::Flush | Op::BlockStatus) { 0 } else { slot.len };
-        self.stats.ended(class, len, completion.result.is_ok());
-        if let Err(errno) = completion.result
-            && errno != Errno::EOPNOTSUPP
-        {
-            self.volume.note_error(class.name(), slot.offset, len, errno);
-        }
-        self.in_flight.set(self.in_flight.get() - 1);
-        if let Some(completer) = slot.completer {
-            completer.complete(completion.result, completion.payload);
-        }
+        self.stats.ended(class, len, result.is_ok());
     }
 }
 
 impl Handler for Inner {
     /// A range this queue waited for was granted.
     fn completed(&self, token: u32, _result: i32, _flags: u32) {
-        let mut slots = self.slots.borrow_mut();
-        let slot = &mut slots[token as usize];
-        slot.submitted = self.reactor.now();
-        let piece = slot.waiting.take();
-        drop(slots);
-        self.start(piece);
+        self.slots.borrow_mut()[token as usize].submitted = self.reactor.now();
+        self.start(token);
+    }
+
+    /// A discard has rested.
+    fn timer(&self, token: u32) {
+        let resting = self.slots.borrow_mut().get_mut(token as usize).is_some_and(|slot| std::mem::take(&mut slot.resting));
+        if resting {
+            self.next_piece(token);
+        }
     }
 
     fn ready(&self) {
