@@ -1,0 +1,658 @@
+//! One virtqueue on its data-plane thread.
+//!
+//! ```text
+//!   kick ──▶ polling on ──▶ poll: pop a batch ──▶ chain → Request on guest memory ──▶ VolumeQueue
+//!                             ▲                                                          │ CompletionQueue
+//!   before_sleep: ask for kicks, look again        used ring, in-flight log, call ◀── ready: status byte
+//! ```
+//!
+//! While its thread is awake a busy queue is polled and the guest is told not to kick. A queue that found nothing to do before
+//! two sleeps in a row leaves the pollers until it is kicked, so idle queues cost the others nothing.
+//!
+//! Invariants: a head is in at most one slot, and a ring has a slot for each head: nothing is allocated for a request. Guest
+//! memory is held by each request in flight. What the guest does wrong gets an error status, or breaks this ring alone. After
+//! [`RunningQueue::stop`] has answered, neither ring nor memory is touched again.
+
+use std::any::Any;
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use blockdev::stats::{OpClass, OpStats, Stage};
+use blockdev::{
+    CompletionQueue, Errno, Handler, HandlerId, Memory, Op, Payload, Reactor, ReactorHandle, Request, Volume, VolumeQueue,
+};
+use io_uring::{cqueue, opcode, types};
+use smallvec::SmallVec;
+
+use crate::chain::{
+    ChainReader, Command, Limits, Range, STATUS_IOERR, STATUS_OK, STATUS_UNSUPP, Segment, copy_to_guest, translate,
+};
+use crate::config;
+use crate::dirty_log::DirtyLog;
+use crate::inflight::{InflightArea, InflightLog};
+use crate::memory::{GuestMemory, Translator};
+use crate::message::RingAddresses;
+use crate::ring::{Ring, RingError, UsedLog};
+
+const KICK: u32 = 0;
+const CALL: u32 = 1;
+const ERROR: u32 = 2;
+const LOOK: u32 = 0;
+/// How often a ring without a kick descriptor is looked at.
+const LOOK_INTERVAL: Duration = Duration::from_micros(250);
+const IDLE_SLEEPS: u8 = 2;
+static ONE: u64 = 1;
+
+/// Everything a queue needs to run.
+pub struct QueueSetup {
+    /// For messages: `export NAME`.
+    pub name: Arc<str>,
+    pub index: usize,
+    pub volume: Arc<Volume>,
+    pub memory: Arc<GuestMemory>,
+    pub size: u32,
+    pub addresses: RingAddresses,
+    /// Of the available ring, unless the in-flight log knows better.
+    pub base: u16,
+    pub features: u64,
+    pub kick: Option<Arc<OwnedFd>>,
+    pub call: Option<Arc<OwnedFd>>,
+    pub error: Option<Arc<OwnedFd>>,
+    /// Where pages written to are logged, while they are.
+    pub log: Option<Arc<DirtyLog>>,
+    pub inflight: Option<Arc<InflightArea>>,
+    pub write_through: Arc<AtomicBool>,
+    pub read_only: bool,
+    pub serial: [u8; 20],
+    pub stats: Arc<OpStats>,
+}
+
+/// A queue that runs on some data-plane thread.
+pub struct RunningQueue {
+    reactor: ReactorHandle,
+    key: u64,
+}
+
+/// What a queue leaves behind.
+#[derive(Debug)]
+pub struct Stopped {
+    /// The index of the first available head that was not taken.
+    pub next_available: u16,
+    pub broken: bool,
+}
+
+thread_local! {
+    static WORKERS: RefCell<HashMap<u64, Rc<Worker>>> = RefCell::new(HashMap::new());
+}
+
+fn with_worker(key: u64, act: impl FnOnce(&Worker)) {
+    if let Some(worker) = WORKERS.with(|workers| workers.borrow().get(&key).cloned()) {
+        act(&worker);
+    }
+}
+
+impl RunningQueue {
+    /// Starts a queue on the thread behind `reactor`.
+    pub fn start(reactor: &ReactorHandle, setup: QueueSetup) -> Result<RunningQueue, RingError> {
+        static NEXT_KEY: AtomicU64 = AtomicU64::new(0);
+        let key = NEXT_KEY.fetch_add(1, Ordering::Relaxed);
+        let started = reactor.call(move |reactor| Worker::start(reactor, key, setup));
+        started.unwrap_or_else(|| Err(RingError::Volume("the data plane has stopped".into())))?;
+        Ok(RunningQueue { reactor: reactor.clone(), key })
+    }
+
+    /// Signals another eventfd from now on.
+    pub fn set_call(&self, call: Option<Arc<OwnedFd>>) {
+        let key = self.key;
+        self.reactor.spawn(move |_| with_worker(key, |worker| worker.set_call(call)));
+    }
+
+    pub fn set_error(&self, error: Option<Arc<OwnedFd>>) {
+        let key = self.key;
+        self.reactor.spawn(move |_| with_worker(key, |worker| worker.state.borrow_mut().error = error));
+    }
+
+    /// Stops taking requests. The answer comes when those in flight have completed.
+    pub fn stop(self) -> mpsc::Receiver<Stopped> {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        self.reactor.spawn(move |_| with_worker(self.key, |worker| worker.stop(sender)));
+        receiver
+    }
+}
+
+struct Worker {
+    reactor: Rc<Reactor>,
+    id: HandlerId,
+    key: u64,
+    label: String,
+    state: RefCell<State>,
+}
+
+struct State {
+    /// Gone once stopped.
+    live: Option<Live>,
+    kick: Option<Arc<OwnedFd>>,
+    call: Option<Arc<OwnedFd>>,
+    error: Option<Arc<OwnedFd>>,
+    /// The descriptor of a signal on its way.
+    signalling: Option<Arc<OwnedFd>>,
+    signal_again: bool,
+    polling: bool,
+    idle_sleeps: u8,
+    broken: bool,
+    stopping: Option<mpsc::SyncSender<Stopped>>,
+}
+
+struct Live {
+    ring: Ring,
+    memory: Translator,
+    /// The same memory, for requests to hold on to.
+    owner: Rc<dyn Any>,
+    reader: ChainReader,
+    limits: Limits,
+    volume: Rc<VolumeQueue>,
+    completions: Rc<CompletionQueue>,
+    slots: Box<[Slot]>,
+    in_flight: usize,
+    /// Heads given back and not yet published.
+    batch: Vec<u16>,
+    log: Option<Arc<DirtyLog>>,
+    inflight: Option<InflightLog>,
+    write_through: Arc<AtomicBool>,
+    always_write_through: bool,
+    read_only: bool,
+    serial: [u8; 20],
+    stats: Arc<OpStats>,
+}
+
+/// A request on its way, by head.
+struct Slot {
+    /// Parts not yet completed; 0 if the slot is free.
+    pending: u32,
+    class: OpClass,
+    failed: Option<Errno>,
+    bytes: u64,
+    status: *mut u8,
+    status_guest: u64,
+    arrived: Instant,
+    /// What a read dirties, while that is logged.
+    dirty: SmallVec<[Segment; 2]>,
+}
+
+impl Worker {
+    fn start(reactor: &Rc<Reactor>, key: u64, setup: QueueSetup) -> Result<(), RingError> {
+        let (kick, call, error) = (setup.kick.clone(), setup.call.clone(), setup.error.clone());
+        let label = format!("{} queue {}", setup.name, setup.index);
+        let mut outcome = Ok(());
+        let mut made = None;
+        let volume = setup.volume.queue(reactor).map_err(|error| RingError::Volume(error.to_string()))?;
+        let id = reactor.register_cyclic(|id| {
+            let live = Live::new(reactor, id, volume, setup);
+            let (live, replay) = match live {
+                Ok((live, replay)) => (Some(live), replay),
+                Err(error) => {
+                    outcome = Err(error);
+                    (None, Vec::new())
+                }
+            };
+            let state = State {
+                live,
+                kick,
+                call,
+                error,
+                signalling: None,
+                signal_again: false,
+                polling: false,
+                idle_sleeps: 0,
+                broken: false,
+                stopping: None,
+            };
+            let worker = Rc::new(Worker { reactor: reactor.clone(), id, key, label: label.clone(), state: RefCell::new(state) });
+            made = Some((worker.clone(), replay));
+            worker
+        });
+        let Some((worker, replay)) = made.filter(|_| outcome.is_ok()) else {
+            reactor.unregister(id);
+            return outcome;
+        };
+        WORKERS.with(|workers| workers.borrow_mut().insert(key, worker.clone()));
+        worker.begin(&replay);
+        Ok(())
+    }
+
+    /// Carries out again what the in-flight log held, then looks at the ring, since kicks may have been lost; and signals the
+    /// guest, since the last signal may have been lost too.
+    fn begin(&self, replay: &[u16]) {
+        let mut state = self.state.borrow_mut();
+        let State { live: Some(live), .. } = &mut *state else { return };
+        if !replay.is_empty() {
+            tracing::info!("{}: {} requests of a previous connection are carried out again", self.label, replay.len());
+        }
+        let replayed = replay.iter().try_for_each(|head| live.take(*head, self.reactor.now()));
+        live.ring.enable_notifications();
+        self.signal(&mut state);
+        if let Err(error) = replayed {
+            self.break_ring(&mut state, error);
+        }
+        match state.kick {
+            Some(_) => self.watch_kicks(&mut state),
+            None => self.reactor.set_timer(self.id, self.reactor.now() + LOOK_INTERVAL, LOOK),
+        }
+        self.start_polling(&mut state);
+        self.process(&mut state);
+    }
+
+    fn watch_kicks(&self, state: &mut State) {
+        let Some(kick) = &state.kick else { return };
+        let entry = opcode::PollAdd::new(types::Fd(kick.as_raw_fd()), libc::POLLIN as u32).multi(true).build();
+        // SAFETY: the operation points to nothing; the descriptor stays open in `state` as long as this handler lives.
+        unsafe { self.reactor.submit(self.id, KICK, entry) };
+    }
+
+    fn start_polling(&self, state: &mut State) {
+        state.idle_sleeps = 0;
+        if !state.polling && !state.broken && state.stopping.is_none() && state.live.is_some() {
+            state.polling = true;
+            self.reactor.set_polling(self.id, true);
+        }
+    }
+
+    /// Takes what is available; true if there was something.
+    fn process(&self, state: &mut State) -> bool {
+        if state.broken || state.stopping.is_some() {
+            return false;
+        }
+        let Some(live) = &mut state.live else { return false };
+        match live.take_available(self.reactor.now()) {
+            Ok(false) => false,
+            Ok(true) => {
+                self.publish(state);
+                true
+            }
+            Err(error) => {
+                self.publish(state);
+                self.break_ring(state, error);
+                true
+            }
+        }
+    }
+
+    fn publish(&self, state: &mut State) {
+        let Some(live) = &mut state.live else { return };
+        if !live.batch.is_empty() && live.publish() {
+            self.signal(state);
+        }
+    }
+
+    /// Tells the guest to look at the used ring.
+    fn signal(&self, state: &mut State) {
+        if state.signalling.is_some() {
+            state.signal_again = true;
+        } else if let Some(call) = state.call.clone() {
+            self.write_event(&call, CALL);
+            state.signalling = Some(call);
+        }
+    }
+
+    /// Through the ring, since the front end might have made the descriptor one that blocks.
+    fn write_event(&self, event: &Arc<OwnedFd>, token: u32) {
+        let entry = opcode::Write::new(types::Fd(event.as_raw_fd()), (&raw const ONE).cast(), size_of::<u64>() as u32);
+        // SAFETY: it reads a static; the caller keeps the descriptor open until the completion.
+        unsafe { self.reactor.submit(self.id, token, entry.build()) };
+    }
+
+    fn set_call(&self, call: Option<Arc<OwnedFd>>) {
+        let mut state = self.state.borrow_mut();
+        state.call = call;
+        self.signal(&mut state);
+    }
+
+    /// The guest broke the rules in a way that no status byte can answer.
+    fn break_ring(&self, state: &mut State, error: RingError) {
+        if state.broken {
+            return;
+        }
+        state.broken = true;
+        tracing::warn!("{}: stopped until the driver resets it: {error}", self.label);
+        if let Some(event) = &state.error {
+            self.write_event(event, ERROR);
+        }
+        self.reactor.wake(self.id);
+    }
+
+    fn stop(&self, sender: mpsc::SyncSender<Stopped>) {
+        let mut state = self.state.borrow_mut();
+        state.stopping = Some(sender);
+        self.retire_if_drained(&mut state);
+    }
+
+    fn retire_if_drained(&self, state: &mut State) {
+        if state.stopping.is_none() || state.live.as_ref().is_some_and(|live| live.in_flight > 0) {
+            return;
+        }
+        let (Some(sender), Some(mut live)) = (state.stopping.take(), state.live.take()) else { return };
+        live.ring.enable_notifications();
+        let stopped = Stopped { next_available: live.ring.next_available(), broken: state.broken };
+        drop(live);
+        self.reactor.cancel(self.id, KICK);
+        self.reactor.unregister(self.id);
+        WORKERS.with(|workers| workers.borrow_mut().remove(&self.key));
+        let _ = sender.send(stopped);
+    }
+}
+
+impl Handler for Worker {
+    fn completed(&self, token: u32, result: i32, flags: u32) {
+        let mut state = self.state.borrow_mut();
+        match token {
+            KICK => {
+                if state.live.is_none() || state.broken {
+                    return;
+                }
+                if !cqueue::more(flags) {
+                    if result < 0 {
+                        let cause = Errno::from_raw(-result);
+                        tracing::warn!("{}: its kick descriptor cannot be watched: {cause}; looking now and then", self.label);
+                        self.reactor.set_timer(self.id, self.reactor.now() + LOOK_INTERVAL, LOOK);
+                        return;
+                    }
+                    self.watch_kicks(&mut state);
+                }
+                self.start_polling(&mut state);
+            }
+            CALL => {
+                state.signalling = None;
+                if std::mem::take(&mut state.signal_again) {
+                    self.signal(&mut state);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn ready(&self) {
+        let mut state = self.state.borrow_mut();
+        let Some(live) = &mut state.live else { return };
+        let gone = live.complete_finished(self.reactor.now());
+        if gone {
+            // What a request read or wrote there may have been zeroes put in place of the guest's bytes.
+            self.break_ring(&mut state, RingError::MemoryGone);
+        } else {
+            self.publish(&mut state);
+        }
+        if state.polling && (state.idle_sleeps >= IDLE_SLEEPS || state.broken) {
+            state.polling = false;
+            self.reactor.set_polling(self.id, false);
+        }
+        self.retire_if_drained(&mut state);
+    }
+
+    fn timer(&self, _token: u32) {
+        let mut state = self.state.borrow_mut();
+        if state.live.is_some() && !state.broken {
+            self.process(&mut state);
+            self.reactor.set_timer(self.id, self.reactor.now() + LOOK_INTERVAL, LOOK);
+        }
+    }
+
+    fn poll(&self) -> bool {
+        let mut state = self.state.borrow_mut();
+        let worked = self.process(&mut state);
+        if worked {
+            state.idle_sleeps = 0;
+        }
+        worked
+    }
+
+    fn before_sleep(&self) -> bool {
+        let mut state = self.state.borrow_mut();
+        if state.broken || state.stopping.is_some() {
+            return false;
+        }
+        let Some(live) = &mut state.live else { return false };
+        live.ring.enable_notifications();
+        if self.process(&mut state) {
+            state.idle_sleeps = 0;
+            return true;
+        }
+        state.idle_sleeps += 1;
+        if state.idle_sleeps >= IDLE_SLEEPS {
+            self.reactor.wake(self.id);
+        }
+        false
+    }
+}
+
+impl Live {
+    /// The queue and the heads to carry out again.
+    fn new(
+        reactor: &Rc<Reactor>,
+        id: HandlerId,
+        volume: Rc<VolumeQueue>,
+        setup: QueueSetup,
+    ) -> Result<(Live, Vec<u16>), RingError> {
+        let event_index = setup.features & config::FEATURE_EVENT_INDEX != 0;
+        let used_log = setup.addresses.log.zip(setup.log.as_ref());
+        let used_log = used_log.map(|(address, log)| UsedLog { log: log.clone(), address });
+        let mut ring = Ring::new(&setup.memory, setup.size, &setup.addresses, event_index, used_log)?;
+        ring.set_next_available(setup.base);
+        let mut inflight = match &setup.inflight {
+            Some(area) => InflightLog::of_ring(area, setup.index, ring.size())?,
+            None => None,
+        };
+        let mut replay = Vec::new();
+        if let Some(log) = &mut inflight
+            && let Some(recovered) = log.recover(ring.published(), ring.size())
+        {
+            ring.set_next_available(recovered.next_available);
+            replay = recovered.replay;
+        }
+        let size = usize::from(ring.size());
+        let now = reactor.now();
+        let slots = (0..size).map(|_| Slot::free(now)).collect();
+        let live = Live {
+            ring,
+            memory: Translator::new(setup.memory.clone()),
+            owner: Rc::new(setup.memory),
+            reader: ChainReader::new(setup.features & config::FEATURE_INDIRECT != 0),
+            limits: config::limits(&setup.volume),
+            volume,
+            completions: CompletionQueue::new(reactor, id, size),
+            slots,
+            in_flight: 0,
+            batch: Vec::with_capacity(size),
+            log: setup.log,
+            inflight,
+            write_through: setup.write_through,
+            always_write_through: setup.features & config::FEATURE_FLUSH == 0,
+            read_only: setup.read_only,
+            serial: setup.serial,
+            stats: setup.stats,
+        };
+        Ok((live, replay))
+    }
+
+    fn is_memory_gone(&self) -> bool {
+        self.memory.memory().is_broken() || self.inflight.as_ref().is_some_and(|log| log.area().is_broken())
+    }
+
+    fn take_available(&mut self, now: Instant) -> Result<bool, RingError> {
+        let count = self.ring.available()?;
+        if count == 0 {
+            return Ok(false);
+        }
+        if self.is_memory_gone() {
+            return Err(RingError::MemoryGone);
+        }
+        self.ring.disable_notifications();
+        for _ in 0..count {
+            let head = self.ring.pop()?;
+            if let Some(log) = &mut self.inflight {
+                log.take(head);
+            }
+            self.take(head, now)?;
+        }
+        Ok(true)
+    }
+
+    /// Starts the request at `head`.
+    #[inline]
+    fn take(&mut self, head: u16, now: Instant) -> Result<(), RingError> {
+        if self.slots[usize::from(head)].pending > 0 {
+            return Err(RingError::Busy(head));
+        }
+        let parsed = self.reader.parse(&self.ring, &self.memory, head, self.limits)?;
+        let slot = &mut self.slots[usize::from(head)];
+        (slot.status, slot.status_guest, slot.arrived) = (parsed.status, parsed.status_guest, now);
+        slot.failed = None;
+        match parsed.command {
+            Command::Read { offset, len } => self.transfer(head, Op::Read, offset, len),
+            Command::Write { .. } | Command::Discard(_) | Command::WriteZeroes(_) if self.read_only => {
+                self.answer(head, STATUS_IOERR, 0);
+            }
+            Command::Write { offset, len } => self.transfer(head, Op::Write { fua: self.is_write_through() }, offset, len),
+            Command::Flush => self.submit(head, Op::Flush, &[Range { offset: 0, len: 0, unmap: false }]),
+            Command::Discard(ranges) => self.submit(head, Op::Discard, &ranges),
+            Command::WriteZeroes(ranges) => {
+                let op = Op::WriteZeroes { unmap: false, fua: self.is_write_through(), fast: false };
+                self.submit(head, op, &ranges);
+            }
+            Command::GetId => self.identify(head),
+            Command::Refused(status) => self.answer(head, status, 0),
+        }
+        Ok(())
+    }
+
+    fn is_write_through(&self) -> bool {
+        self.always_write_through || self.write_through.load(Ordering::Relaxed)
+    }
+
+    #[inline]
+    fn transfer(&mut self, head: u16, op: Op, offset: u64, len: u64) {
+        let read = op == Op::Read;
+        let segments = if read { self.reader.room_for_guest() } else { self.reader.data_from_guest() };
+        let Some(pieces) = translate(&self.memory, segments) else {
+            return self.answer(head, STATUS_IOERR, 0);
+        };
+        let slot = &mut self.slots[usize::from(head)];
+        if read && self.log.is_some() {
+            slot.dirty.extend_from_slice(segments);
+        }
+        (slot.pending, slot.class, slot.bytes) = (1, OpClass::from(op), len);
+        self.stats.started(slot.class);
+        self.in_flight += 1;
+        // SAFETY: the pieces lie in mappings of the guest memory that `owner` keeps mapped, readable and writable.
+        let memory = unsafe { Memory::from_segments(pieces, self.owner.clone()) };
+        let token = u64::from(head);
+        self.volume.submit(Request::new(op, offset, len, Payload::Memory(memory), slot.arrived, &self.completions, token));
+    }
+
+    /// A request without data, in one or more ranges.
+    fn submit(&mut self, head: u16, op: Op, ranges: &[Range]) {
+        let slot = &mut self.slots[usize::from(head)];
+        slot.pending = ranges.len() as u32;
+        (slot.class, slot.bytes) = (OpClass::from(op), ranges.iter().map(|range| range.len).sum());
+        let arrived = slot.arrived;
+        self.stats.started(slot.class);
+        self.in_flight += 1;
+        for range in ranges {
+            let op = match op {
+                Op::WriteZeroes { fua, fast, .. } => Op::WriteZeroes { unmap: range.unmap, fua, fast },
+                other => other,
+            };
+            let token = u64::from(head);
+            let request = Request::new(op, range.offset, range.len, Payload::None, arrived, &self.completions, token);
+            self.volume.submit(request);
+        }
+    }
+
+    fn identify(&mut self, head: u16) {
+        let room = self.reader.room_for_guest();
+        let Some(len) = copy_to_guest(&self.memory, room, &self.serial) else {
+            return self.answer(head, STATUS_IOERR, 0);
+        };
+        if let Some(log) = &self.log {
+            room.iter().for_each(|segment| log.mark(segment.guest, u64::from(segment.len)));
+        }
+        self.answer(head, STATUS_OK, len);
+    }
+
+    /// Gives a chain back: writes the status behind `len` bytes of data.
+    #[inline]
+    fn answer(&mut self, head: u16, status: u8, len: u32) {
+        let slot = &self.slots[usize::from(head)];
+        // SAFETY: the address was translated when the chain was taken, and its mapping is held by `memory`.
+        unsafe { slot.status.write_volatile(status) };
+        if let Some(log) = &self.log {
+            log.mark(slot.status_guest, 1);
+        }
+        self.ring.push_used(head, len + 1);
+        if let Some(log) = &self.inflight {
+            log.give_back(head);
+        }
+        self.batch.push(head);
+    }
+
+    /// Answers what has completed; true if guest memory is gone.
+    fn complete_finished(&mut self, now: Instant) -> bool {
+        while let Some(completion) = self.completions.pop() {
+            let head = completion.token as u16;
+            let slot = &mut self.slots[usize::from(head)];
+            slot.failed = slot.failed.or(completion.result.err());
+            slot.pending -= 1;
+            if slot.pending == 0 {
+                self.in_flight -= 1;
+                self.finish(head, now);
+            }
+        }
+        !self.batch.is_empty() && self.is_memory_gone()
+    }
+
+    #[inline]
+    fn finish(&mut self, head: u16, now: Instant) {
+        let slot = &mut self.slots[usize::from(head)];
+        self.stats.stage(slot.class, Stage::Total, now.saturating_duration_since(slot.arrived));
+        self.stats.ended(slot.class, slot.bytes, slot.failed.is_none());
+        if let Some(log) = &self.log {
+            slot.dirty.drain(..).for_each(|segment| log.mark(segment.guest, u64::from(segment.len)));
+        }
+        let status = match slot.failed {
+            None => STATUS_OK,
+            Some(Errno::EOPNOTSUPP) => STATUS_UNSUPP,
+            Some(_) => STATUS_IOERR,
+        };
+        let len = if slot.class == OpClass::Read && slot.failed.is_none() { slot.bytes as u32 } else { 0 };
+        self.answer(head, status, len);
+    }
+
+    /// Shows the guest the batch; true if it wants to be told.
+    fn publish(&mut self) -> bool {
+        let notify = self.ring.publish();
+        if let Some(log) = &self.inflight {
+            log.settle(&self.batch, self.ring.published());
+        }
+        self.batch.clear();
+        notify
+    }
+}
+
+impl Slot {
+    fn free(now: Instant) -> Slot {
+        Slot {
+            pending: 0,
+            class: OpClass::Read,
+            failed: None,
+            bytes: 0,
+            status: std::ptr::null_mut(),
+            status_guest: 0,
+            arrived: now,
+            dirty: SmallVec::new(),
+        }
+    }
+}
