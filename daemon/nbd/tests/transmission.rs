@@ -1,0 +1,401 @@
+//! The transmission phase against a scripted client and a model.
+
+mod common;
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use blockdev::stats::OpClass;
+use common::{Answer, Rig, memory, slow};
+use nbd::ServerOptions;
+use nbd::protocol::{Headers, PAYLOAD_MAX, allocation, command, command_flag, error};
+use proptest::prelude::*;
+
+const ALL: [Headers; 3] = [Headers::Simple, Headers::Structured, Headers::Extended];
+const MIB: u64 = 1 << 20;
+
+#[test]
+fn each_command_works_with_each_kind_of_header() {
+    let rig = Rig::new(memory(8 * MIB));
+    for headers in ALL {
+        let mut wire = rig.attach(headers);
+        let data: Vec<u8> = (0..70_000).map(|at| (at % 251) as u8).collect();
+        assert_eq!(wire.write_all(4097, &data), Answer::Done);
+        assert_eq!(wire.read(4097, 70_000), Answer::Data(data.clone()));
+        assert_eq!(wire.ask(command::FLUSH, 0, 0, 0), Answer::Done);
+        assert_eq!(wire.ask(command::CACHE, 0, 0, 8 * MIB), Answer::Done);
+        assert_eq!(wire.ask(command::WRITE_ZEROES, command_flag::FUA, 4097, 1000), Answer::Done);
+        assert_eq!(wire.ask(command::WRITE_ZEROES, command_flag::NO_HOLE, 5097, 1000), Answer::Done);
+        assert_eq!(wire.ask(command::WRITE_ZEROES, command_flag::FAST_ZERO, 6097, 1000), Answer::Done);
+        assert_eq!(wire.read(4097, 3001), Answer::Data([vec![0; 3000], vec![data[3000]]].concat()));
+        assert_eq!(wire.ask(command::TRIM, command_flag::FUA, 0, 8 * MIB), Answer::Done);
+        assert_eq!(wire.read(4097, 70_000), Answer::Data(vec![0; 70_000]));
+        wire.disconnect();
+    }
+    rig.wait_for_clients(0);
+    let stats = rig.export.stats();
+    assert_eq!(stats.class(OpClass::Write).bytes, 3 * 70_000);
+    assert_eq!(stats.class(OpClass::Read).bytes, 3 * (140_000 + 3001));
+    assert_eq!(stats.class(OpClass::WriteZeroes).ended, 9);
+    assert_eq!(stats.class(OpClass::Read).in_flight(), 0);
+}
+
+#[test]
+fn block_status_tells_holes_from_data() {
+    let rig = Rig::new(memory(8 * MIB));
+    let hole = u64::from(allocation::HOLE | allocation::ZERO);
+    for headers in [Headers::Structured, Headers::Extended] {
+        let mut wire = rig.attach(headers);
+        wire.write_all(MIB, &vec![1; MIB as usize]);
+        let status = |wire: &mut common::Wire, flags, offset, len| wire.ask(command::BLOCK_STATUS, flags, offset, len);
+        assert_eq!(status(&mut wire, 0, 0, 8 * MIB), Answer::Extents(vec![(MIB, hole), (MIB, 0), (6 * MIB, hole)]));
+        assert_eq!(status(&mut wire, command_flag::REQ_ONE, MIB, 512), Answer::Extents(vec![(512, 0)]));
+        assert_eq!(status(&mut wire, 0, 8 * MIB, 1), Answer::Error(error::EINVAL));
+        assert_eq!(status(&mut wire, 0, 0, 0), Answer::Error(error::EINVAL));
+    }
+    let mut simple = rig.attach(Headers::Simple);
+    assert_eq!(simple.ask(command::BLOCK_STATUS, 0, 0, 512), Answer::Error(error::EINVAL));
+}
+
+#[test]
+fn extended_lengths_have_64_bits() {
+    let size = 16 << 40;
+    let rig = Rig::new(memory(size));
+    let mut wire = rig.attach(Headers::Extended);
+    wire.write_all(1 << 40, &[1; 4096]);
+    let hole = u64::from(allocation::HOLE | allocation::ZERO);
+    assert_eq!(
+        wire.ask(command::BLOCK_STATUS, command_flag::REQ_ONE, (1 << 40) + (1 << 20), 1 << 30),
+        Answer::Extents(vec![(1 << 30, hole)])
+    );
+    assert_eq!(wire.ask(command::WRITE_ZEROES, 0, 1 << 39, 1 << 40), Answer::Done);
+    assert_eq!(wire.ask(command::TRIM, 0, 1 << 39, 2 << 40), Answer::Done);
+    assert_eq!(wire.read(1 << 40, 4096), Answer::Data(vec![0; 4096]));
+    assert_eq!(wire.ask(command::TRIM, 0, size, 1), Answer::Error(error::EINVAL));
+    assert_eq!(wire.ask(command::TRIM, 0, 512, u64::MAX), Answer::Error(error::EINVAL));
+    assert_eq!(wire.ask(command::WRITE_ZEROES, 0, 1, u64::MAX), Answer::Error(error::EINVAL));
+}
+
+#[test]
+fn requests_out_of_bounds_or_out_of_order_are_refused_one_by_one() {
+    let rig = Rig::new(memory(MIB));
+    for headers in ALL {
+        let mut wire = rig.attach(headers);
+        assert_eq!(wire.read(MIB, 1), Answer::Error(error::EINVAL));
+        assert_eq!(wire.read(MIB - 1, 2), Answer::Error(error::EINVAL));
+        assert_eq!(wire.read(u64::MAX, 2), Answer::Error(error::EINVAL));
+        assert_eq!(wire.write_all(MIB - 1, &[1; 2]), Answer::Error(error::ENOSPC));
+        assert_eq!(wire.write_all(u64::MAX - 10, &[1; 100_000]), Answer::Error(error::EINVAL));
+        assert_eq!(wire.ask(command::FLUSH, 0, 1, 0), Answer::Error(error::EINVAL));
+        assert_eq!(wire.ask(command::CACHE, 0, MIB, 1), Answer::Error(error::EINVAL));
+        assert_eq!(wire.ask(8, 0, 0, 0), Answer::Error(error::EINVAL));
+        assert_eq!(wire.ask(999, 0, 0, 0), Answer::Error(error::EINVAL));
+        assert_eq!(wire.ask(command::READ, command_flag::REQ_ONE, 0, 1), Answer::Error(error::EINVAL));
+        let too_much = wire.read(0, PAYLOAD_MAX + 1);
+        let number = if headers == Headers::Simple { error::EINVAL } else { error::EOVERFLOW };
+        assert_eq!(too_much, Answer::Error(number));
+        assert_eq!(wire.read(MIB, 0), if headers == Headers::Simple { Answer::Data(vec![]) } else { Answer::Done });
+        assert_eq!(wire.write_all(0, &[]), Answer::Done);
+        assert_eq!(wire.write_all(0, &[5]), Answer::Done);
+        assert_eq!(wire.read(0, 1), Answer::Data(vec![5]));
+        wire.disconnect();
+    }
+}
+
+#[test]
+fn the_largest_payload_passes_and_a_larger_one_is_thrown_away() {
+    let rig = Rig::new(memory(64 * MIB));
+    let largest: Vec<u8> = (0..PAYLOAD_MAX).map(|at| (at / 4096) as u8).collect();
+    for headers in ALL {
+        let mut wire = rig.attach(headers);
+        assert_eq!(wire.write_all(3, &largest), Answer::Done);
+        assert!(wire.read(3, PAYLOAD_MAX) == Answer::Data(largest.clone()));
+        if headers == Headers::Extended {
+            let (_, header) = wire.header(command::WRITE, 0, 0, PAYLOAD_MAX + 1);
+            wire.send(&header);
+            assert!(wire.is_closed(), "the specification wants a disconnect here");
+            continue;
+        }
+        assert_eq!(wire.write_all(0, &vec![0; PAYLOAD_MAX as usize + 1]), Answer::Error(error::EINVAL));
+        assert_eq!(wire.read(3, 1), Answer::Data(vec![0]));
+        let (_, header) = wire.header(command::WRITE, 0, 0, 2 * PAYLOAD_MAX + 1);
+        wire.send(&header);
+        assert!(wire.is_closed());
+    }
+}
+
+#[test]
+fn extended_payload_flags_are_obeyed() {
+    let rig = Rig::new(memory(MIB));
+    let mut wire = rig.attach(Headers::Extended);
+    let (cookie, mut bytes) = wire.header(command::TRIM, command_flag::PAYLOAD_LEN, 0, 5000);
+    bytes.extend([0; 5000]);
+    wire.send(&bytes);
+    assert_eq!(wire.answer_to(cookie), Answer::Error(error::EINVAL));
+    let (cookie, mut bytes) = wire.header(command::WRITE, 0, 0, 5000);
+    bytes[5] = 0;
+    wire.send(&bytes);
+    assert_eq!(wire.answer_to(cookie), Answer::Error(error::EINVAL), "a write without the flag has no payload");
+    assert_eq!(wire.read(0, 1), Answer::Data(vec![0]));
+}
+
+#[test]
+fn a_read_only_export_refuses_changes_and_says_so() {
+    let rig = Rig::with(memory(MIB), 1, ServerOptions::default(), |export| export.read_only(true));
+    for headers in ALL {
+        let mut wire = rig.attach(headers);
+        assert_eq!(wire.write_all(0, &[1; 100_000]), Answer::Error(error::EPERM));
+        assert_eq!(wire.ask(command::TRIM, 0, 0, 512), Answer::Error(error::EPERM));
+        assert_eq!(wire.ask(command::WRITE_ZEROES, 0, 0, 512), Answer::Error(error::EPERM));
+        assert_eq!(wire.ask(command::FLUSH, 0, 0, 0), Answer::Done);
+        assert_eq!(wire.read(0, 2), Answer::Data(vec![0; 2]));
+    }
+}
+
+#[test]
+fn errors_of_the_device_reach_the_client_and_nobody_else() {
+    let (device, plan) = slow(MIB, Duration::ZERO, &[]);
+    let rig = Rig::new(device);
+    for headers in ALL {
+        let mut wire = rig.attach(headers);
+        let rule = |class| blockdev::layers::fault::FaultRule {
+            class,
+            errors_per_million: 1_000_000,
+            errno: blockdev::Errno::EIO,
+            delay: Duration::ZERO,
+            jitter: Duration::ZERO,
+        };
+        plan.set(vec![rule(OpClass::Read), rule(OpClass::Flush)]);
+        assert_eq!(wire.read(0, 512), Answer::Error(error::EIO));
+        assert_eq!(wire.write_all(0, &[1; 512]), Answer::Done);
+        assert_eq!(wire.ask(command::FLUSH, 0, 0, 0), Answer::Error(error::EIO));
+        plan.set(vec![]);
+        assert_eq!(wire.read(0, 512), Answer::Data(vec![1; 512]));
+    }
+}
+
+#[test]
+fn a_disconnect_waits_for_writes_in_flight() {
+    let (device, _) = slow(8 * MIB, Duration::from_millis(200), &[OpClass::Write]);
+    let rig = Rig::new(device);
+    let mut wire = rig.attach(Headers::Simple);
+    let cookies: Vec<u64> = (0..16).map(|n| wire.write(0, n * 4096, &[n as u8 + 1; 4096])).collect();
+    wire.request(command::DISC, 0, 0, 0);
+    let mut answered: Vec<u64> = (0..16)
+        .map(|_| wire.answer())
+        .map(|(cookie, answer)| {
+            assert_eq!(answer, Answer::Done);
+            cookie
+        })
+        .collect();
+    answered.sort_unstable();
+    assert_eq!(answered, cookies);
+    assert!(wire.is_closed());
+
+    let mut dropped = rig.attach(Headers::Simple);
+    for n in 0..16 {
+        dropped.write(0, MIB + n * 4096, &[n as u8 + 1; 4096]);
+    }
+    drop(dropped);
+    rig.wait_for_clients(0);
+    let mut reader = rig.attach(Headers::Simple);
+    for n in 0..16 {
+        assert_eq!(reader.read(n * 4096, 4096), Answer::Data(vec![n as u8 + 1; 4096]));
+    }
+}
+
+#[test]
+fn many_requests_in_flight_are_all_answered_once() {
+    let (device, _) = slow(64 * MIB, Duration::from_millis(1), &[OpClass::Read]);
+    let rig = Rig::new(device);
+    for headers in ALL {
+        let mut wire = rig.attach(headers);
+        let mut bytes = Vec::new();
+        let mut waiting = HashMap::new();
+        for n in 0..1000u64 {
+            let len = 1 + n * 37 % 9000;
+            let (cookie, header) = wire.header(command::READ, 0, n * 4096, len);
+            bytes.extend(header);
+            waiting.insert(cookie, len);
+        }
+        wire.send(&bytes);
+        while !waiting.is_empty() {
+            let (cookie, answer) = wire.answer();
+            let len = waiting.remove(&cookie).expect("answered twice, or never asked");
+            assert_eq!(answer, Answer::Data(vec![0; len as usize]));
+        }
+    }
+}
+
+#[test]
+fn a_client_that_does_not_read_holds_little_and_hinders_nobody() {
+    let rig = Rig::with(memory(64 * MIB), 1, ServerOptions::default(), |export| export);
+    let mut hogs: Vec<_> = (0..40).map(|_| rig.attach(Headers::Simple)).collect();
+    for hog in &mut hogs {
+        let mut bytes = Vec::new();
+        for _ in 0..64 {
+            bytes.extend(hog.header(command::READ, 0, 0, 4 * MIB).1);
+        }
+        hog.send(&bytes);
+    }
+    let mut other = rig.attach(Headers::Structured);
+    for n in 0..50 {
+        assert_eq!(other.write_all(n * 4096, &[7; 128 << 10]), Answer::Done);
+        assert_eq!(other.read(n * 4096, 128 << 10), Answer::Data(vec![7; 128 << 10]));
+    }
+    let used = rig.buffers_used();
+    assert!(used < 512 << 20, "{used} bytes are held");
+    for hog in &mut hogs[..2] {
+        for _ in 0..64 {
+            assert!(matches!(hog.answer(), (_, Answer::Data(data)) if data.len() as u64 == 4 * MIB));
+        }
+    }
+}
+
+#[test]
+fn withdrawing_an_export_drains_its_clients() {
+    let (device, _) = slow(MIB, Duration::from_millis(300), &[OpClass::Write]);
+    let rig = Rig::new(device);
+    let mut wire = rig.attach(Headers::Structured);
+    let mut stuck = rig.attach(Headers::Simple);
+    let cookie = wire.write(0, 0, &[1; 512]);
+    stuck.write(0, 512, &[1; 512]);
+    let deadline = blockdev::clock::monotonic() + common::HANG;
+    while rig.export.stats().class(OpClass::Write).started < 2 {
+        assert!(blockdev::clock::monotonic() < deadline);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    rig.runtime.block_on(rig.server.withdraw(&rig.export));
+    assert!(rig.server.clients().is_empty());
+    assert_eq!(wire.answer_to(cookie), Answer::Done);
+    assert!(wire.is_closed());
+    let mut late = common::Wire::connect(&rig.socket);
+    let replies = late.option(nbd::protocol::option::GO, &common::Wire::go_data("disk"));
+    assert_eq!(replies[0].0, nbd::protocol::option_reply::ERR_UNKNOWN);
+}
+
+#[test]
+fn clients_are_listed_and_can_be_disconnected() {
+    let rig = Rig::new(memory(MIB));
+    let mut first = rig.attach(Headers::Simple);
+    let mut second = rig.attach(Headers::Simple);
+    first.write_all(0, &[1; 4096]);
+    second.read(0, 512);
+    let clients = rig.server.clients();
+    assert_eq!(clients.len(), 2);
+    assert_eq!((clients[0].requests, clients[0].bytes_written, clients[1].bytes_read), (1, 4096, 512));
+    assert_eq!(clients[0].export, "disk");
+    assert!(clients[0].peer.contains(&format!("process {}", std::process::id())), "{}", clients[0].peer);
+    assert!(rig.server.disconnect(clients[0].id));
+    assert!(!rig.server.disconnect(12345));
+    assert!(first.is_closed());
+    rig.wait_for_clients(1);
+    assert_eq!(second.read(0, 1), Answer::Data(vec![1]));
+}
+
+/// One thing a client does. Ranges are in a disk of [`MODEL_SIZE`] bytes and may reach beyond it.
+#[derive(Clone, Debug)]
+enum Step {
+    Read(u64, u64),
+    Write(u64, u64, u8, bool),
+    Zero(u64, u64, u16),
+    Trim(u64, u64),
+    Status(u64, u64),
+    Flush,
+}
+
+const MODEL_SIZE: u64 = 300_000;
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let range = || (0..MODEL_SIZE + 2000, prop_oneof![0..600u64, 0..60_000u64]);
+    let step = prop_oneof![
+        4 => range().prop_map(|(offset, len)| Step::Read(offset, len)),
+        4 => (range(), any::<u8>(), any::<bool>()).prop_map(|((offset, len), byte, fua)| Step::Write(offset, len, byte, fua)),
+        1 => (range(), 0u16..4).prop_map(|((offset, len), flags)| Step::Zero(offset, len, flags)),
+        1 => range().prop_map(|(offset, len)| Step::Trim(offset, len)),
+        1 => range().prop_map(|(offset, len)| Step::Status(offset, len)),
+        1 => Just(Step::Flush),
+    ];
+    proptest::collection::vec(step, 1..60)
+}
+
+/// Sends everything in one go, cut anywhere, one request at a time on the disk's bytes: requests that overlap one before them
+/// wait for its reply first, as a client must.
+fn run_model(headers: Headers, steps: &[Step], chunk: usize) {
+    let rig = Rig::with(memory(MODEL_SIZE), 1, ServerOptions::default(), |export| export);
+    let mut wire = rig.attach(headers);
+    let mut model = vec![0u8; MODEL_SIZE as usize];
+    let mut expected = HashMap::new();
+    let mut busy: Vec<(u64, u64)> = Vec::new();
+    let mut bytes = Vec::new();
+    for step in steps {
+        let (command, flags, offset, len) = match *step {
+            Step::Read(offset, len) => (command::READ, 0, offset, len),
+            Step::Write(offset, len, _, fua) => (command::WRITE, u16::from(fua), offset, len),
+            Step::Zero(offset, len, flags) => (command::WRITE_ZEROES, flags, offset, len),
+            Step::Trim(offset, len) => (command::TRIM, 0, offset, len),
+            Step::Status(offset, len) => (command::BLOCK_STATUS, 0, offset, len),
+            Step::Flush => (command::FLUSH, 0, 0, 0),
+        };
+        if busy.iter().any(|(start, end)| offset < *end && *start < offset + len) {
+            settle(&mut wire, &mut bytes, &mut expected, chunk);
+            busy.clear();
+        }
+        busy.push((offset, offset + len));
+        let (cookie, header) = wire.header(command, flags, offset, len);
+        bytes.extend(header);
+        let range = (offset + len <= MODEL_SIZE).then_some(offset as usize..(offset + len) as usize);
+        let answer = match (step, range) {
+            (Step::Write(..) | Step::Zero(..), None) => Some(Answer::Error(error::ENOSPC)),
+            (_, None) => Some(Answer::Error(error::EINVAL)),
+            (Step::Status(..), Some(range)) if range.is_empty() || headers == Headers::Simple => {
+                Some(Answer::Error(error::EINVAL))
+            }
+            (Step::Status(..), Some(_)) => None,
+            (Step::Read(..), Some(range)) if range.is_empty() && headers != Headers::Simple => Some(Answer::Done),
+            (Step::Read(..), Some(range)) => Some(Answer::Data(model[range].to_vec())),
+            (Step::Write(_, _, byte, _), Some(range)) => {
+                model[range].fill(*byte);
+                Some(Answer::Done)
+            }
+            (Step::Zero(..) | Step::Trim(..), Some(range)) => {
+                model[range].fill(0);
+                Some(Answer::Done)
+            }
+            (Step::Flush, Some(_)) => Some(Answer::Done),
+        };
+        if let Step::Write(_, len, byte, _) = step {
+            bytes.extend(vec![*byte; *len as usize]);
+        }
+        expected.insert(cookie, answer);
+    }
+    settle(&mut wire, &mut bytes, &mut expected, chunk);
+    wire.disconnect();
+}
+
+fn settle(wire: &mut common::Wire, bytes: &mut Vec<u8>, expected: &mut HashMap<u64, Option<Answer>>, chunk: usize) {
+    for part in bytes.chunks(chunk) {
+        wire.send(part);
+    }
+    bytes.clear();
+    while !expected.is_empty() {
+        let (cookie, answer) = wire.answer();
+        match expected.remove(&cookie).expect("an answer to nothing") {
+            Some(wanted) => assert!(wanted == answer, "wanted {wanted:?}, got {answer:?}"),
+            None => assert!(matches!(answer, Answer::Extents(_)), "{answer:?}"),
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
+
+    #[test]
+    fn pipelined_requests_match_a_model(
+        kind in 0usize..3,
+        steps in steps(),
+        chunk in prop_oneof![1usize..100, 100usize..50_000],
+    ) {
+        run_model(ALL[kind], &steps, chunk);
+    }
+}
