@@ -4,9 +4,9 @@
 //!   row ─► start every server of it ─► round 1: A B C   round 2: B C A  …  ─► medians ─► ratios and verdicts
 //! ```
 //!
-//! Ratios compare novastor with the best peer of that metric, so a target holds against each of them. Servers not under load
-//! sleep. Every server has its own file, preallocated, filled and dropped from the page cache before the first round. A
-//! measurement that other programs disturbed is repeated.
+//! A target compares novastor with the best peer of that metric, unless it names one. Servers not under load sleep. Every
+//! server has its own file, preallocated, filled and dropped from the page cache before the first round. A measurement that
+//! other programs disturbed is repeated.
 
 mod files;
 mod idle;
@@ -108,7 +108,7 @@ pub struct Verdict {
     metric: &'static str,
     target: String,
     ratio: Option<f64>,
-    best_peer: String,
+    peer: String,
     pass: bool,
 }
 
@@ -350,7 +350,8 @@ fn median(rounds: &[Report]) -> Option<Report> {
 fn judge(target: &Target, servers: &[ServerOutcome]) -> Verdict {
     let metric = target.metric;
     let value = |server: &ServerOutcome| metric.of(server.median.as_ref()?);
-    let peers = servers.iter().filter(|server| server.name != novastor::NAME);
+    let compared = |name: &str| target.peer.map_or(name != novastor::NAME, |peer| name == peer);
+    let peers = servers.iter().filter(|server| compared(&server.name));
     let best = peers
         .filter_map(|server| Some((value(server)?, &server.name)))
         .reduce(|best, other| if (other.0 > best.0) == metric.higher_is_better() { other } else { best });
@@ -362,7 +363,7 @@ fn judge(target: &Target, servers: &[ServerOutcome]) -> Verdict {
         metric: metric.name(),
         target: format!("{sign} {}×", target.ratio),
         ratio,
-        best_peer: best.map(|(_, name)| name.clone()).unwrap_or_default(),
+        peer: best.map(|(_, name)| name.clone()).unwrap_or_default(),
         pass,
     }
 }
@@ -393,10 +394,12 @@ mod tests {
             server("fast and hungry", &[(100.0, 5.0)]),
             server("slow and frugal", &[(50.0, 4.0)]),
         ];
-        let iops = judge(&Target { metric: Metric::Iops, ratio: 1.5 }, &servers);
-        assert_eq!((iops.ratio, iops.best_peer.as_str(), iops.pass), (Some(1.5), "fast and hungry", true));
-        let cpu = judge(&Target { metric: Metric::ServerCpu, ratio: 0.4 }, &servers);
-        assert_eq!((cpu.ratio, cpu.best_peer.as_str(), cpu.pass), (Some(0.5), "slow and frugal", false));
+        let iops = judge(&Target { metric: Metric::Iops, ratio: 1.5, peer: None }, &servers);
+        assert_eq!((iops.ratio, iops.peer.as_str(), iops.pass), (Some(1.5), "fast and hungry", true));
+        let cpu = judge(&Target { metric: Metric::ServerCpu, ratio: 0.4, peer: None }, &servers);
+        assert_eq!((cpu.ratio, cpu.peer.as_str(), cpu.pass), (Some(0.5), "slow and frugal", false));
+        let named = judge(&Target { metric: Metric::Iops, ratio: 2.0, peer: Some("slow and frugal") }, &servers);
+        assert_eq!((named.ratio, named.peer.as_str(), named.pass), (Some(3.0), "slow and frugal", true));
     }
 
     #[test]
@@ -410,7 +413,7 @@ mod tests {
 
     #[test]
     fn a_server_that_was_not_measured_does_not_pass() {
-        let target = Target { metric: Metric::ServerCpu, ratio: 100.0 };
+        let target = Target { metric: Metric::ServerCpu, ratio: 100.0, peer: None };
         assert!(!judge(&target, &[server(novastor::NAME, &[]), server("peer", &[(1.0, 1.0)])]).pass);
         assert!(!judge(&target, &[server(novastor::NAME, &[(1.0, 1.0)]), server("peer", &[])]).pass);
     }

@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use super::process::Running;
-use super::rows::{Backing, Protocol, Row};
+use super::rows::{Backing, Protocol, Row, STORAGE_DAEMON_THREADS};
 use super::{NULL_BYTES, Options, Workspace, files};
 
 /// One way to run another server.
@@ -32,7 +32,7 @@ pub fn of(protocol: Protocol, backing: Backing) -> Vec<Peer> {
             vec![peer(daemon, |place| storage_daemon(place, ""))]
         }
         (Protocol::VhostUser { .. }, Backing::Tmpfs) => vec![
-            peer("qemu-storage-daemon threads", |place| storage_daemon(place, "threads")),
+            peer(STORAGE_DAEMON_THREADS, |place| storage_daemon(place, "threads")),
             peer("qemu-storage-daemon io_uring", |place| storage_daemon(place, "io_uring")),
         ],
         (Protocol::VhostUser { .. }, Backing::Direct) => vec![

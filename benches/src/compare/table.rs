@@ -112,7 +112,7 @@ fn show(verdict: &Verdict) -> String {
     let word = if verdict.pass { "pass" } else { "FAIL" };
     match verdict.ratio {
         Some(ratio) => {
-            format!("{word}: {} {ratio:.2}× that of {}, target {}", verdict.metric, verdict.best_peer, verdict.target)
+            format!("{word}: {} {ratio:.2}× that of {}, target {}", verdict.metric, verdict.peer, verdict.target)
         }
         None => format!("{word}: {} not measured, target {}", verdict.metric, verdict.target),
     }
@@ -129,20 +129,21 @@ pub fn print_idle(outcomes: &[IdleOutcome]) {
 
 pub fn print_summary(outcomes: &[Outcome], idle: Option<&Vec<IdleOutcome>>) {
     println!("\n### Summary\n");
-    println!("| row | metric | novastor ÷ best peer | target | |");
-    println!("|---|---|--:|--:|---|");
+    println!("| row | metric | peer | novastor ÷ peer | target | |");
+    println!("|---|---|---|--:|--:|---|");
     for outcome in outcomes {
         for verdict in &outcome.verdicts {
             let ratio = verdict.ratio.map_or_else(|| "not measured".to_owned(), |ratio| format!("{ratio:.2}×"));
-            println!("| {} | {} | {ratio} | {} | {} |", outcome.name, verdict.metric, verdict.target, word(verdict.pass));
+            let Verdict { metric, peer, target, pass, .. } = verdict;
+            println!("| {} | {metric} | {peer} | {ratio} | {target} | {} |", outcome.name, word(*pass));
         }
     }
     let ours = idle.and_then(|outcomes| outcomes.iter().find(|outcome| outcome.server == novastor::NAME));
     if let Some(ours) = ours {
         let (cpu, resident) = (ours.cpu_percent, ours.resident_mib);
-        println!("| idle | CPU | {cpu:.2} % | < {} % | {} |", idle::CPU_PERCENT_MAX, word(cpu < idle::CPU_PERCENT_MAX));
+        println!("| idle | CPU | | {cpu:.2} % | < {} % | {} |", idle::CPU_PERCENT_MAX, word(cpu < idle::CPU_PERCENT_MAX));
         println!(
-            "| idle | memory | {resident:.1} MiB | < {} MiB | {} |",
+            "| idle | memory | | {resident:.1} MiB | < {} MiB | {} |",
             idle::RESIDENT_MIB_MAX,
             word(resident < idle::RESIDENT_MIB_MAX)
         );
