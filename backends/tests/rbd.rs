@@ -167,6 +167,20 @@ fn adopts_images_and_never_deletes_them() {
     assert_eq!(ceph.rbd(&["ls", POOL]).unwrap(), "VM-1\nplain\n", "the images are still there");
     assert_eq!(pool.adopt("plain", "plain").unwrap().uuid, plain.uuid);
 
+    ceph.rbd(&["namespace", "create", "rbd/tenant"]).unwrap();
+    let apart = RbdPool::open("apart", RbdPoolConfig { namespace: "tenant".into(), ..config(&ceph) }).unwrap();
+    assert_eq!(apart.list().unwrap(), []);
+    ceph.rbd(&["create", "--size", "16M", "rbd/tenant/VM-1"]).unwrap();
+    apart.adopt("VM-1", "vm1").unwrap();
+    assert_eq!(apart.list().unwrap().len(), 1);
+    assert!(matches!(pool.get("vm1"), Err(PoolError::NotFound(_))), "namespaces share no names");
+    assert_eq!(apart.check().unwrap(), Vec::<String>::new());
+
+    ceph.rbd(&["image-meta", "set", "rbd/plain", "novastor.volume", "garbage"]).unwrap();
+    pool.adopt("VM-1", "vm4").unwrap();
+    assert_eq!(pool.list().unwrap().len(), 1, "one damaged record hides no other volume");
+    assert!(pool.check().unwrap().iter().any(|finding| finding.contains("rbd/plain: its record is damaged")));
+
     ceph.rbd(&["create", "--size", "16M", "--image-feature", "layering", &format!("{POOL}/old")]).unwrap();
     let refusal = pool.open("old", false).err().unwrap().to_string();
     assert!(refusal.contains("rbd feature enable rbd/old exclusive-lock"), "{refusal}");
@@ -323,7 +337,7 @@ fn an_outage_is_reported_and_survived() {
     let ceph = Ceph::start(CephSpec::default()).unwrap();
     let plane = plane();
     let patient = pool(&ceph);
-    let hasty = RbdPool::open("hasty", RbdPoolConfig { request_timeout_seconds: 3, ..config(&ceph) }).unwrap();
+    let hasty = RbdPool::open("hasty", RbdPoolConfig { request_timeout_seconds: 10, ..config(&ceph) }).unwrap();
     patient.create("waits", &spec(16 * MIB)).unwrap();
     patient.create("fails", &spec(16 * MIB)).unwrap();
     let waits = client(&plane, patient.open("waits", false).unwrap());

@@ -31,6 +31,7 @@ pub(super) const FEATURE_EXCLUSIVE_LOCK: u64 = 1 << 2;
 pub(super) const FEATURE_FAST_DIFF: u64 = 1 << 4;
 pub(super) const FLAG_FAST_DIFF_INVALID: u64 = 1 << 1;
 pub(super) const SNAPSHOT_NAMESPACE_USER: c_int = 0;
+pub(super) const IMAGE_OPTION_FEATURES_SET: c_int = 8;
 pub(super) const IMAGE_OPTION_CLONE_FORMAT: c_int = 12;
 
 /// `rados_cluster_stat_t`.

@@ -1,7 +1,7 @@
 //! A Ceph pool as a pool of volumes: each image is one.
 
 use std::collections::HashMap;
-use std::ffi::{CStr, CString};
+use std::ffi::{CStr, CString, c_int};
 use std::io;
 use std::path::PathBuf;
 use std::ptr;
@@ -14,7 +14,10 @@ use serde::{Deserialize, Serialize};
 use super::cluster::{Cluster, Connection, IoContext};
 use super::device::RbdDevice;
 use super::image::{Access, Image};
-use super::library::{FEATURE_EXCLUSIVE_LOCK, FLAG_FAST_DIFF_INVALID, IMAGE_OPTION_CLONE_FORMAT, ImageSpec};
+use super::library::{
+    FEATURE_EXCLUSIVE_LOCK, FLAG_FAST_DIFF_INVALID, IMAGE_OPTION_CLONE_FORMAT, IMAGE_OPTION_FEATURES_SET, ImageSpec, Library,
+    RawIoContext, RawOptions,
+};
 use super::lock;
 use super::openings::Openings;
 use super::record::{self, Record};
@@ -237,23 +240,11 @@ impl RbdPool {
 
     fn clone_image(&self, context: &IoContext, image: &str, snapshot: &str, to: &str) -> io::Result<()> {
         let (image, snapshot, to) = (CString::new(image)?, CString::new(snapshot)?, CString::new(to)?);
-        let mut options = ptr::null_mut();
-        let library = context.library();
-        // SAFETY: the context is open; the strings live through the calls; the options are made before and freed after their use.
-        unsafe {
-            (library.rbd_image_options_create)(&mut options);
-            // Format 2 needs no protected snapshot, and the snapshot can be removed while the clone lives.
-            let code = (library.rbd_image_options_set_uint64)(options, IMAGE_OPTION_CLONE_FORMAT, 2);
-            let code = match code {
-                0.. => {
-                    let raw = context.raw();
-                    (library.rbd_clone3)(raw, image.as_ptr(), snapshot.as_ptr(), raw, to.as_ptr(), options)
-                }
-                refused => refused,
-            };
-            (library.rbd_image_options_destroy)(options);
-            super::result_of(code)
-        }
+        // Format 2 needs no protected snapshot, and the snapshot can be removed while the clone lives.
+        with_options(context, &[(IMAGE_OPTION_CLONE_FORMAT, 2)], |library, raw, options| {
+            // SAFETY: the context is open; the strings and the options live through the call.
+            unsafe { (library.rbd_clone3)(raw, image.as_ptr(), snapshot.as_ptr(), raw, to.as_ptr(), options) }
+        })
     }
 
     /// Bytes that the image, and each of its snapshots, take beyond the snapshot before.
@@ -272,6 +263,33 @@ impl RbdPool {
         found.image.allocated(before.as_deref(), false, 0, logical, |_, len| total += len)?;
         Ok(Usage { logical, allocated, snapshots: total.saturating_sub(allocated) })
     }
+}
+
+/// Makes an image with the cluster's default features, lockable in any case, and with further options.
+fn with_options(
+    context: &IoContext,
+    further: &[(c_int, u64)],
+    make: impl FnOnce(&'static Library, RawIoContext, RawOptions) -> c_int,
+) -> io::Result<()> {
+    let made = context.call(|library, raw| {
+        let mut options = ptr::null_mut();
+        // SAFETY: the call stores new options at the address given.
+        unsafe { (library.rbd_image_options_create)(&mut options) };
+        let set = |code: c_int, &(option, value): &(c_int, u64)| match code {
+            // SAFETY: the options were made above and are not yet freed.
+            0.. => unsafe { (library.rbd_image_options_set_uint64)(options, option, value) },
+            refused => refused,
+        };
+        let lockable = (IMAGE_OPTION_FEATURES_SET, FEATURE_EXCLUSIVE_LOCK);
+        let code = match further.iter().fold(set(0, &lockable), set) {
+            0.. => make(library, raw, options),
+            refused => refused,
+        };
+        // SAFETY: the options were made above, and this is their last use.
+        unsafe { (library.rbd_image_options_destroy)(options) };
+        code
+    });
+    made.map(drop)
 }
 
 fn remove_image(context: &IoContext, image: &str) -> io::Result<()> {
@@ -310,6 +328,10 @@ impl Pool for RbdPool {
             match self.get(volume) {
                 Ok(record) => volumes.push(record),
                 Err(PoolError::NotFound(_)) => {}
+                // One damaged record hides no other volume.
+                Err(PoolError::Io { what, source }) if source.kind() == io::ErrorKind::InvalidData => {
+                    tracing::warn!("{what}: {source}")
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -334,13 +356,9 @@ impl Pool for RbdPool {
         self.refuse_if_taken(volume)?;
         let context = self.context()?;
         let name = CString::new(volume).map_err(|error| PoolError::Invalid(error.to_string()))?;
-        // SAFETY: the context is open; the string lives through the calls; the options are made before and freed after their use.
-        let created = context.call(|library, raw| unsafe {
-            let mut options = ptr::null_mut();
-            (library.rbd_image_options_create)(&mut options);
-            let code = (library.rbd_create4)(raw, name.as_ptr(), spec.size, options);
-            (library.rbd_image_options_destroy)(options);
-            code
+        let created = with_options(&context, &[], |library, raw, options| {
+            // SAFETY: the context is open; the string and the options live through the call.
+            unsafe { (library.rbd_create4)(raw, name.as_ptr(), spec.size, options) }
         });
         created.map_err(|source| self.failed(volume, "creating its image", source))?;
         let mut record = Record::new(spec.block_size);

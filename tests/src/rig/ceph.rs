@@ -103,7 +103,7 @@ impl Ceph {
 
     /// Stops a storage daemon from running at all, without closing its connections.
     pub fn pause_osd(&self, index: usize) -> Result<()> {
-        self.osds.get(index).with_context(|| format!("no storage daemon {index}"))?.signal(Signal::STOP)
+        self.osds.get(index).with_context(|| format!("no storage daemon {index}"))?.pause()
     }
 
     pub fn resume_osd(&self, index: usize) -> Result<()> {

@@ -3,6 +3,7 @@
 use crate::rig::deadline::Deadline;
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
+use std::fs;
 use std::io::Read;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::thread;
@@ -87,6 +88,29 @@ impl Running {
     pub fn signal(&self, signal: Signal) -> Result<()> {
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).context("no process id")?;
         kill_process(pid, signal).with_context(|| format!("sending {signal:?} to {}", self.name))
+    }
+
+    /// Stops the process, as SIGSTOP does, and waits until every thread of it stands: on a busy machine some run on for a while.
+    pub fn pause(&self) -> Result<()> {
+        self.signal(Signal::STOP)?;
+        let deadline = Deadline::after(Duration::from_secs(60));
+        while !self.stands_still()? {
+            if !deadline.pause() {
+                bail!("{} does not stop", self.name);
+            }
+        }
+        Ok(())
+    }
+
+    fn stands_still(&self) -> Result<bool> {
+        for task in fs::read_dir(format!("/proc/{}/task", self.child.id()))? {
+            // A thread that has ended meanwhile stands still too.
+            let stat = fs::read_to_string(task?.path().join("stat")).unwrap_or_default();
+            if stat.rsplit_once(") ").is_some_and(|(_, fields)| !fields.starts_with('T')) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Asks the process to end, and waits for it.
