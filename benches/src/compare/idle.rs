@@ -44,11 +44,11 @@ pub fn compare(options: &Options, workspace: &Workspace) -> Result<Vec<IdleOutco
 fn start_novastor(options: &Options, workspace: &Workspace) -> Result<(Running, Vec<PathBuf>)> {
     let folder = workspace.run.join("idle");
     let daemon = Daemon::new(options, &folder)?;
-    let server = daemon.serve(None)?;
+    let server = daemon.serve("null")?;
     let sockets: Vec<PathBuf> = (0..VOLUMES).map(|index| folder.join(format!("{index}.sock"))).collect();
     for (index, socket) in sockets.iter().enumerate() {
         let volume = format!("v{index}");
-        daemon.client(&["volume", "create", &volume, "--pool", "bench", "--size", &NULL_BYTES.to_string()])?;
+        daemon.client(&["volume", "create", &volume, "--pool", novastor::POOL, "--size", &NULL_BYTES.to_string()])?;
         daemon.export_vhost_user(&volume, socket)?;
     }
     Ok((server, sockets))

@@ -10,21 +10,20 @@ use super::rows::{Protocol, Row};
 use super::{NULL_BYTES, Options, Workspace, files};
 
 pub const NAME: &str = "novastor";
+pub const POOL: &str = "bench";
 const VOLUME: &str = "disk";
 const THREADS: usize = 2;
 
 pub fn start(row: &Row, options: &Options, workspace: &Workspace) -> Result<Running> {
     let daemon = Daemon::new(options, &workspace.run.join(NAME))?;
-    let pool = workspace.files(row.backing).map(|folder| folder.join("novastor-pool"));
-    let object = format!("{VOLUME}.raw");
-    if let Some(pool) = &pool {
-        std::fs::create_dir_all(pool).with_context(|| format!("create {}", pool.display()))?;
-        files::prepare(&pool.join(&object), options.file_bytes)?;
-    }
-    let mut running = daemon.serve(pool.as_deref())?;
-    match pool {
-        None => daemon.client(&["volume", "create", VOLUME, "--pool", "bench", "--size", &NULL_BYTES.to_string()])?,
-        Some(_) => daemon.client(&["volume", "adopt", &format!("bench/{object}"), VOLUME])?,
+    let file = workspace.files(row.backing).map(|folder| folder.join(format!("{NAME}.raw")));
+    let mut running = daemon.serve(if file.is_some() { "file" } else { "null" })?;
+    match file {
+        None => daemon.client(&["volume", "create", VOLUME, "--pool", POOL, "--size", &NULL_BYTES.to_string()])?,
+        Some(file) => {
+            files::prepare(&file, options.file_bytes)?;
+            daemon.client(&["volume", "adopt", &format!("{POOL}/{}", file.display()), VOLUME])?;
+        }
     }
     match row.protocol {
         Protocol::VhostUser { .. } => {
@@ -47,14 +46,16 @@ impl Daemon {
         if folder.exists() {
             std::fs::remove_dir_all(folder).with_context(|| format!("remove {}", folder.display()))?;
         }
-        std::fs::create_dir_all(folder.join("data")).with_context(|| format!("create {}", folder.display()))?;
+        for folder in [folder.join("data"), folder.join("pool")] {
+            std::fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
+        }
         Ok(Self { binary: std::path::absolute(&options.novastor)?, folder: folder.into() })
     }
 
-    /// Starts `serve` with one pool, `bench`: files in `pool`, or the null device.
-    pub fn serve(&self, pool: Option<&Path>) -> Result<Running> {
+    /// Starts `serve` with one new pool of this driver.
+    pub fn serve(&self, driver: &str) -> Result<Running> {
         let config = self.folder.join("novastor.toml");
-        std::fs::write(&config, self.configuration(pool)).with_context(|| format!("write {}", config.display()))?;
+        std::fs::write(&config, self.configuration(driver)).with_context(|| format!("write {}", config.display()))?;
         let log = self.folder.join("log");
         let ready = || std::fs::read_to_string(&log).is_ok_and(|text| text.lines().any(|line| line.trim() == "ready"));
         let mut command = Command::new(&self.binary);
@@ -76,15 +77,12 @@ impl Daemon {
         self.folder.join("nbd.sock")
     }
 
-    fn configuration(&self, pool: Option<&Path>) -> String {
+    fn configuration(&self, driver: &str) -> String {
         let folder = self.folder.display();
-        let pool = match pool {
-            None => "driver = \"null\"".to_owned(),
-            Some(path) => format!("driver = \"file\"\npath = \"{}\"", path.display()),
-        };
+        let path = if driver == "file" { format!("path = \"{folder}/pool\"\n") } else { String::new() };
         format!(
-            "[daemon]\ndata_dir = \"{folder}/data\"\nadmin = \"unix:{folder}/admin.sock\"\nmetrics = \"127.0.0.1:0\"\n\
-             nbd = [\"unix:{}\"]\nthreads = {THREADS}\n\n[pool.bench]\n{pool}\n",
+            "[daemon]\ndata_dir = \"{folder}/data\"\nadmin = \"unix:{folder}/admin.sock\"\n\
+             nbd = [\"unix:{}\"]\nthreads = {THREADS}\n\n[pool.{POOL}]\ndriver = \"{driver}\"\n{path}",
             self.nbd_socket().display()
         )
     }
