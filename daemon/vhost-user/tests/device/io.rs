@@ -18,7 +18,7 @@ fn started(server: &Server) -> (Frontend, Queue) {
 
 #[test]
 fn what_is_written_is_read() {
-    let server = Server::new();
+    let server = Server::start();
     let (frontend, mut queue) = started(&server);
     let bytes: Vec<u8> = (0..4096u32).map(|at| (at * 7) as u8).collect();
     assert_eq!(queue.run(&frontend.memory, T_OUT, 8, Data::Out(&bytes)), 0);
@@ -35,7 +35,7 @@ fn what_is_written_is_read() {
 
 #[test]
 fn every_kind_of_request_is_answered() {
-    let server = Server::new();
+    let server = Server::start();
     let (frontend, mut queue) = started(&server);
     let memory = &frontend.memory;
     let range = |sector: u64, sectors: u32, flags: u32| {
@@ -80,7 +80,7 @@ fn a_read_only_export_refuses_writes() {
 
 #[test]
 fn requests_are_framed_at_will() {
-    let server = Server::new();
+    let server = Server::start();
     let (frontend, mut queue) = started(&server);
     let memory = &frontend.memory;
     let area = queue.data;

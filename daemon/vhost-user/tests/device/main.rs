@@ -1,7 +1,11 @@
 //! The device against a scripted front end.
 
 mod frontend;
+mod hostile;
 mod io;
+mod lifecycle;
+mod model;
+mod restart;
 
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -23,7 +27,7 @@ pub struct Server {
 }
 
 impl Server {
-    pub fn new() -> Server {
+    pub fn start() -> Server {
         Server::of(Arc::new(MemoryDisk::new(DISK, 1)))
     }
 
