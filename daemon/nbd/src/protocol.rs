@@ -220,13 +220,11 @@ impl RequestHeader {
         Some(RequestHeader { flags, command, cookie: be64(bytes, 8), offset: be64(bytes, 16), len })
     }
 
-    /// Bytes of payload that follow the header.
+    /// Bytes of payload that follow the header. With extended headers a flag says so; QEMU (10.0) leaves it out of its writes,
+    /// which have payload all the same.
     pub fn payload_len(&self, headers: Headers) -> u64 {
-        let carries = match headers {
-            Headers::Extended => self.flags & command_flag::PAYLOAD_LEN != 0,
-            _ => self.command == command::WRITE,
-        };
-        if carries { self.len } else { 0 }
+        let flagged = headers == Headers::Extended && self.flags & command_flag::PAYLOAD_LEN != 0;
+        if flagged || self.command == command::WRITE { self.len } else { 0 }
     }
 }
 
@@ -328,7 +326,9 @@ mod tests {
         bytes.splice(0..4, EXTENDED_REQUEST_MAGIC.to_be_bytes());
         let header = RequestHeader::decode(&bytes, Headers::Extended).unwrap();
         assert_eq!(header.len, 512 << 32);
-        assert_eq!(header.payload_len(Headers::Extended), 0);
+        assert_eq!(header.payload_len(Headers::Extended), 512 << 32);
+        let trim = RequestHeader { command: command::TRIM, ..header };
+        assert_eq!(trim.payload_len(Headers::Extended), 0);
     }
 
     #[test]

@@ -17,6 +17,7 @@ use blockdev::{BlockDevice, DataPlane, Errno, Volume, VolumeOptions};
 use nbd::{Export, Server, ServerOptions, Serves, Socket, TlsSettings};
 use tokio::runtime::Runtime;
 
+#[allow(unused_imports, reason = "each test binary uses its own part")]
 pub use wire::{Answer, Wire};
 
 /// Nothing here waits longer.
