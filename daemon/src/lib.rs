@@ -9,5 +9,13 @@
 //! Invariants: nothing here runs per I/O; control work blocks only its own thread; the command line knows nothing that the API
 //! does not say.
 
+pub mod api;
+pub mod cli;
+pub mod client;
 pub mod config;
+pub mod daemon;
+pub mod error;
+pub mod exports;
+pub mod metrics;
+pub mod names;
 pub mod units;

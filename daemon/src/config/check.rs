@@ -114,7 +114,13 @@ impl Checker<'_> {
     fn daemon(&mut self) {
         let daemon = &self.config.daemon;
         match daemon.admin_address() {
-            Ok(address) => self.reach("daemon.admin", &address),
+            Ok(address) => {
+                let has_token = daemon.admin_token.is_some() || daemon.admin_token_file.is_some();
+                if address.unix_path().is_none() && !has_token {
+                    self.refuse("daemon.admin", "the admin API on TCP needs `admin_token_file`: a file of mode 0600");
+                }
+                self.reach("daemon.admin", &address);
+            }
             Err(error) => self.refuse("daemon.admin", error),
         }
         for (index, text) in daemon.nbd.iter().enumerate() {

@@ -1,0 +1,65 @@
+//! `/v1/snapshots`. A snapshot stands in the path as `VOL@SNAP`, with the pool as `POOL%2FVOL@SNAP`.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+use super::reply::{Asked, Body, Done, ErrorBody, Name, Reply, as_job, blocking};
+use super::types::{SnapshotCreate, SnapshotDiff, SnapshotInfo};
+use crate::daemon::Daemon;
+
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+pub struct ListQuery {
+    /// Only this volume's.
+    volume: Option<String>,
+}
+
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+pub struct DiffQuery {
+    /// `VOL@SNAP`.
+    from: String,
+    /// `VOL@SNAP` or `VOL`.
+    to: String,
+}
+
+/// All snapshots.
+#[utoipa::path(get, path = "/v1/snapshots", operation_id = "list_snapshots", params(ListQuery),
+    responses((status = 200, body = [SnapshotInfo]), (status = "4XX", body = ErrorBody)))]
+pub async fn list(State(daemon): State<Arc<Daemon>>, Asked(query): Asked<ListQuery>) -> Reply<Vec<SnapshotInfo>> {
+    blocking(daemon, move |daemon| daemon.list_snapshots(query.volume.as_deref())).await
+}
+
+/// Snapshots of one or several volumes, all at one point in time.
+#[utoipa::path(post, path = "/v1/snapshots", operation_id = "create_snapshots", request_body = SnapshotCreate,
+    responses((status = 200, body = [SnapshotInfo]), (status = "4XX", body = ErrorBody)))]
+pub async fn create(State(daemon): State<Arc<Daemon>>, Body(request): Body<SnapshotCreate>) -> Reply<Vec<SnapshotInfo>> {
+    blocking(daemon, move |daemon| daemon.create_snapshots(&request.snapshots)).await
+}
+
+/// What changed between two states. Runs as a job; answers when it has ended.
+#[utoipa::path(get, path = "/v1/snapshots/diff", operation_id = "diff_snapshots", params(DiffQuery),
+    responses((status = 200, body = SnapshotDiff), (status = "4XX", body = ErrorBody)))]
+pub async fn diff(State(daemon): State<Arc<Daemon>>, Asked(query): Asked<DiffQuery>) -> Reply<SnapshotDiff> {
+    let subject = format!("{} {}", query.from, query.to);
+    as_job(daemon, "snapshot diff", &subject, move |daemon, job| daemon.diff(&query.from, &query.to, job)).await
+}
+
+/// Deletes a snapshot. Runs as a job; answers when it has ended.
+#[utoipa::path(delete, path = "/v1/snapshots/{snapshot}", operation_id = "delete_snapshot", params(("snapshot" = String, Path)),
+    responses((status = 200, body = Done), (status = "4XX", body = ErrorBody)))]
+pub async fn remove(State(daemon): State<Arc<Daemon>>, Name(snapshot): Name<String>) -> Reply<Done> {
+    let work = move |daemon: &Arc<Daemon>, snapshot: &str| daemon.delete_snapshot(snapshot).map(|()| Done { done: true });
+    as_job(daemon, "snapshot delete", &snapshot.clone(), move |daemon, _| work(daemon, &snapshot)).await
+}
+
+/// The volume's content becomes the snapshot's. Runs as a job; answers when it has ended.
+#[utoipa::path(post, path = "/v1/snapshots/{snapshot}/rollback", operation_id = "rollback_snapshot",
+    params(("snapshot" = String, Path)), responses((status = 200, body = Done), (status = "4XX", body = ErrorBody)))]
+pub async fn rollback(State(daemon): State<Arc<Daemon>>, Name(snapshot): Name<String>) -> Reply<Done> {
+    let work = move |daemon: &Arc<Daemon>, snapshot: &str| daemon.rollback(snapshot).map(|()| Done { done: true });
+    as_job(daemon, "snapshot rollback", &snapshot.clone(), move |daemon, _| work(daemon, &snapshot)).await
+}

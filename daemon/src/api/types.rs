@@ -1,0 +1,329 @@
+//! What travels between the API and its clients; `--json` prints the same.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// The daemon.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Status {
+    pub version: String,
+    pub node: String,
+    pub pid: u32,
+    /// Seconds since 1970.
+    pub started: u64,
+    pub data_dir: String,
+    /// Data-plane threads.
+    pub threads: usize,
+    /// The shared NBD listeners, `unix:PATH` or `tcp:HOST:PORT`.
+    pub nbd: Vec<String>,
+    /// Where Prometheus scrapes, `HOST:PORT`.
+    pub metrics: Option<String>,
+}
+
+/// A pool.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct PoolInfo {
+    pub name: String,
+    pub driver: String,
+    pub location: String,
+    pub ok: bool,
+    /// Its state in words.
+    pub detail: String,
+    /// Bytes.
+    pub total: Option<u64>,
+    /// Bytes.
+    pub free: Option<u64>,
+}
+
+/// A volume.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct VolumeInfo {
+    pub pool: String,
+    pub name: String,
+    pub uuid: String,
+    /// Bytes.
+    pub size: u64,
+    pub block_size: u32,
+    pub layout: String,
+    pub policy: Option<String>,
+    pub tenant: Option<String>,
+    /// The file, device or image an adopted volume stands on.
+    pub object: Option<String>,
+    /// `VOL@SNAP` or `VOL` it was cloned from.
+    pub origin: Option<String>,
+    pub snapshots: Vec<SnapshotInfo>,
+    /// Ids of its exports, and of its snapshots' exports.
+    pub exports: Vec<String>,
+    pub open: bool,
+    /// While it cannot serve everything it should: why.
+    pub problem: Option<String>,
+    /// The last failed request since it was opened.
+    pub last_error: Option<String>,
+}
+
+/// A snapshot.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct SnapshotInfo {
+    /// `POOL/VOL@SNAP`.
+    pub name: String,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// Of the volume at that time, in bytes.
+    pub size: u64,
+}
+
+/// What a new volume should be.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeCreate {
+    /// `NAME` or `POOL/NAME`.
+    pub name: String,
+    /// Bytes.
+    pub size: u64,
+    pub pool: Option<String>,
+    /// "raw".
+    pub layout: Option<String>,
+    /// 512 or 4096.
+    pub block_size: Option<u32>,
+    pub policy: Option<String>,
+    pub tenant: Option<String>,
+}
+
+/// An existing object to take over.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeAdopt {
+    pub pool: String,
+    /// A path for a file pool, an image name for an RBD pool.
+    pub object: String,
+    /// By default after the object.
+    pub name: Option<String>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeResize {
+    /// Bytes.
+    pub size: u64,
+    /// Allows a smaller size, and loses what lies beyond.
+    #[serde(default)]
+    pub shrink: bool,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeRename {
+    pub name: String,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeClone {
+    /// The new volume, `NAME` or `POOL/NAME`.
+    pub name: String,
+}
+
+/// Space of a volume, in bytes.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct VolumeUsage {
+    pub volume: String,
+    pub logical: u64,
+    /// Taken on the backend, snapshots not counted.
+    pub allocated: u64,
+    pub snapshots: u64,
+}
+
+/// Outcome of a check.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct CheckReport {
+    pub subject: String,
+    pub ok: bool,
+    /// What is wrong, one sentence each.
+    pub problems: Vec<String>,
+}
+
+/// Snapshots to make at one point in time.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotCreate {
+    /// `VOL@SNAP` each.
+    pub snapshots: Vec<String>,
+}
+
+/// A range of a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RangeInfo {
+    /// Bytes.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+}
+
+/// What differs between two states of a volume.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct SnapshotDiff {
+    pub from: String,
+    pub to: String,
+    pub changed: Vec<RangeInfo>,
+    /// Bytes in all.
+    pub changed_bytes: u64,
+}
+
+/// How a volume is offered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Protocol {
+    Nbd,
+    VhostUser,
+}
+
+/// What a new export should be.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ExportCreate {
+    /// `VOL` or `VOL@SNAP`.
+    pub volume: String,
+    pub protocol: Protocol,
+    /// `unix:PATH` or `tcp:HOST:PORT`; without it NBD is served on the shared listeners.
+    pub address: Option<String>,
+    /// The most queues a vhost-user client may use.
+    pub queues: Option<u16>,
+    #[serde(default)]
+    pub read_only: bool,
+    /// Mode of its socket, in octal.
+    pub mode: Option<String>,
+    /// Group of its socket.
+    pub group: Option<String>,
+    /// Subjects of client certificates that may attach.
+    #[serde(default)]
+    pub tls_allow: Vec<String>,
+}
+
+/// An export.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ExportInfo {
+    pub id: String,
+    pub volume: String,
+    /// Bytes, while it is open.
+    pub size: Option<u64>,
+    pub protocol: Protocol,
+    /// Its own listener, if it has one.
+    pub address: Option<String>,
+    /// Where clients find it: NBD URIs, or the path of a vhost-user socket.
+    pub uris: Vec<String>,
+    pub queues: Option<u16>,
+    pub read_only: bool,
+    pub mode: Option<String>,
+    pub group: Option<String>,
+    pub tls_allow: Vec<String>,
+    /// It stands in the configuration file.
+    pub declared: bool,
+    /// It accepts clients.
+    pub ready: bool,
+    /// Why it does not; it is tried again by itself.
+    pub error: Option<String>,
+    pub clients: Vec<ClientInfo>,
+}
+
+/// Somebody attached to an export.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ClientInfo {
+    pub id: String,
+    /// Where it comes from, and the subject of its certificate.
+    pub peer: String,
+    /// Seconds since 1970.
+    pub since: u64,
+}
+
+/// Whom to drop.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Disconnect {
+    /// All clients without it.
+    pub client: Option<String>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Disconnected {
+    pub clients: usize,
+}
+
+/// What a reload did.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct ReloadReport {
+    /// In effect now.
+    pub changed: Vec<String>,
+    /// Takes effect when the daemon is restarted.
+    pub needs_restart: Vec<String>,
+    pub problems: Vec<String>,
+}
+
+/// State of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum JobState {
+    Running,
+    Done,
+    Failed,
+    Cancelled,
+    /// The daemon or the client ended before the job did.
+    Interrupted,
+}
+
+/// Long work.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct JobInfo {
+    pub id: String,
+    /// What it does, such as `volume delete`.
+    pub kind: String,
+    /// To what.
+    pub subject: String,
+    pub state: JobState,
+    /// How far it is, in bytes where that makes sense.
+    pub done: u64,
+    /// How far it goes; nothing where that is not known.
+    pub total: Option<u64>,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// Seconds since 1970.
+    pub started: u64,
+    /// Seconds since 1970.
+    pub ended: Option<u64>,
+}
+
+/// A transfer of an image that the client carries out over NBD.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TransferCreate {
+    /// The volume, or for an export also `VOL@SNAP`.
+    pub volume: String,
+    /// "import" or "export".
+    pub direction: String,
+    /// The image, for the list of jobs.
+    pub file: String,
+    /// Bytes.
+    pub total: u64,
+}
+
+/// Where the client finds the volume.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct TransferInfo {
+    /// The job that stands for it; the volume stays open until it is finished.
+    pub job: String,
+    /// A unix socket that serves this volume over NBD to whoever may use the admin API.
+    pub socket: String,
+    /// The NBD export name.
+    pub export: String,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// How far a transfer is.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TransferProgress {
+    pub done: u64,
+    /// Set once, at the end.
+    pub state: Option<JobState>,
+    pub error: Option<String>,
+}

@@ -1,0 +1,58 @@
+//! `novastor snapshot`.
+
+use serde_json::json;
+
+use super::Context;
+use super::arguments::Snapshot;
+use super::output::table;
+use crate::api::reply::Done;
+use crate::api::types::{SnapshotCreate, SnapshotDiff, SnapshotInfo};
+use crate::client::encode;
+use crate::units::{format_size, format_time};
+
+pub fn run(context: &Context, command: Snapshot) -> anyhow::Result<()> {
+    let output = context.output;
+    match command {
+        Snapshot::Create { snapshots } => {
+            let made: Vec<SnapshotInfo> = context.client()?.post("/v1/snapshots", &SnapshotCreate { snapshots })?;
+            output.print(&made, |made| {
+                made.iter().map(|snapshot| format!("snapshot {} created", snapshot.name)).collect::<Vec<_>>().join("\n")
+            })
+        }
+        Snapshot::List { volume } => {
+            let query = volume.map(|volume| format!("?volume={}", encode(&volume))).unwrap_or_default();
+            let snapshots: Vec<SnapshotInfo> = context.client()?.get(&format!("/v1/snapshots{query}"))?;
+            output.print(&snapshots, |snapshots| list(snapshots))
+        }
+        Snapshot::Delete { snapshot, consent } => {
+            output.confirm(consent.yes, &format!("Deleting snapshot {snapshot} loses that state."))?;
+            let done: Done = context.client()?.delete(&format!("/v1/snapshots/{}", encode(&snapshot)))?;
+            output.print(&done, |_| format!("snapshot {snapshot} deleted"))
+        }
+        Snapshot::Rollback { snapshot, consent } => {
+            output.confirm(consent.yes, &format!("Rolling back to {snapshot} loses everything written since."))?;
+            let done: Done = context.client()?.post(&format!("/v1/snapshots/{}/rollback", encode(&snapshot)), &json!({}))?;
+            output.print(&done, |_| format!("rolled back to {snapshot}"))
+        }
+        Snapshot::Diff { from, to } => {
+            let to = to.unwrap_or_else(|| from.split('@').next().unwrap_or_default().to_owned());
+            let query = format!("/v1/snapshots/diff?from={}&to={}", encode(&from), encode(&to));
+            let diff: SnapshotDiff = context.client()?.get(&query)?;
+            output.print(&diff, diff_text)
+        }
+    }
+}
+
+fn list(snapshots: &[SnapshotInfo]) -> String {
+    let row = |snapshot: &SnapshotInfo| [snapshot.name.clone(), format_size(snapshot.size), format_time(snapshot.created)];
+    table(["SNAPSHOT", "SIZE", "CREATED"], snapshots.iter().map(row))
+}
+
+fn diff_text(diff: &SnapshotDiff) -> String {
+    let head = format!("{} changed between {} and {}", format_size(diff.changed_bytes), diff.from, diff.to);
+    if diff.changed.is_empty() {
+        return head;
+    }
+    let rows = diff.changed.iter().map(|range| [range.offset.to_string(), range.length.to_string()]);
+    format!("{}\n{head}", table(["OFFSET", "LENGTH"], rows))
+}

@@ -1,0 +1,130 @@
+//! `novastor volume`.
+
+use serde_json::json;
+
+use super::Context;
+use super::arguments::{Usage, Volume};
+use super::output::{facts, table};
+use crate::api::reply::Done;
+use crate::api::types::{
+    CheckReport, VolumeAdopt, VolumeClone, VolumeCreate, VolumeInfo, VolumeRename, VolumeResize, VolumeUsage,
+};
+use crate::client::encode;
+use crate::units::format_size;
+
+pub fn run(context: &Context, command: Volume) -> anyhow::Result<()> {
+    let output = context.output;
+    let path = |volume: &str| format!("/v1/volumes/{}", encode(volume));
+    match command {
+        Volume::Create { name, size, pool, layout, block_size, policy, tenant } => {
+            let request = VolumeCreate { name, size, pool, layout, block_size, policy, tenant };
+            let volume: VolumeInfo = context.client()?.post("/v1/volumes", &request)?;
+            output.print(&volume, |volume| format!("volume {} created: {}", full(volume), format_size(volume.size)))
+        }
+        Volume::Adopt { object, name } => {
+            let Some((pool, object)) = object.split_once('/') else {
+                return Err(Usage(format!("{object:?}: write POOL/OBJECT")).into());
+            };
+            let request = VolumeAdopt { pool: pool.to_owned(), object: object.to_owned(), name };
+            let volume: VolumeInfo = context.client()?.post("/v1/volumes/adopt", &request)?;
+            output.print(&volume, |volume| format!("volume {} adopted: {}", full(volume), format_size(volume.size)))
+        }
+        Volume::List { pool } => {
+            let query = pool.map(|pool| format!("?pool={}", encode(&pool))).unwrap_or_default();
+            let volumes: Vec<VolumeInfo> = context.client()?.get(&format!("/v1/volumes{query}"))?;
+            output.print(&volumes, |volumes| list(volumes))
+        }
+        Volume::Show { volume } => {
+            let volume: VolumeInfo = context.client()?.get(&path(&volume))?;
+            output.print(&volume, show)
+        }
+        Volume::Resize { volume, size, shrink, consent } => {
+            if shrink {
+                let what = format!("Shrinking volume {volume} loses all data past {}.", format_size(size));
+                output.confirm(consent.yes, &what)?;
+            }
+            let request = VolumeResize { size, shrink };
+            let volume: VolumeInfo = context.client()?.post(&format!("{}/resize", path(&volume)), &request)?;
+            output.print(&volume, |volume| format!("volume {} is {} now", full(volume), format_size(volume.size)))
+        }
+        Volume::Rename { volume, name } => {
+            let renamed: VolumeInfo = context.client()?.post(&format!("{}/rename", path(&volume)), &VolumeRename { name })?;
+            output.print(&renamed, |renamed| format!("volume {volume} is {} now", full(renamed)))
+        }
+        Volume::Delete { volume, consent } => {
+            output.confirm(consent.yes, &format!("Deleting volume {volume} loses its data."))?;
+            let done: Done = context.client()?.delete(&path(&volume))?;
+            output.print(&done, |_| format!("volume {volume} deleted"))
+        }
+        Volume::Usage { volume } => {
+            let usage: VolumeUsage = context.client()?.get(&format!("{}/usage", path(&volume)))?;
+            output.print(&usage, usage_text)
+        }
+        Volume::Check { volume } => {
+            let report: CheckReport = context.client()?.post(&format!("{}/check", path(&volume)), &json!({}))?;
+            output.print(&report, report_text)?;
+            if report.ok { Ok(()) } else { Err(anyhow::anyhow!("volume {volume}: {} problems", report.problems.len())) }
+        }
+        Volume::Clone { source, name } => {
+            let volume: VolumeInfo = context.client()?.post(&format!("{}/clone", path(&source)), &VolumeClone { name })?;
+            output.print(&volume, |volume| format!("volume {} cloned from {source}", full(volume)))
+        }
+        Volume::Flatten { volume } => {
+            let done: Done = context.client()?.post(&format!("{}/flatten", path(&volume)), &json!({}))?;
+            output.print(&done, |_| format!("volume {volume} stands alone now"))
+        }
+    }
+}
+
+fn full(volume: &VolumeInfo) -> String {
+    format!("{}/{}", volume.pool, volume.name)
+}
+
+fn list(volumes: &[VolumeInfo]) -> String {
+    let row = |volume: &VolumeInfo| {
+        let state = match (&volume.problem, volume.open) {
+            (Some(problem), _) => problem.clone(),
+            (None, true) => "open".to_owned(),
+            (None, false) => String::new(),
+        };
+        let (snapshots, exports) = (volume.snapshots.len().to_string(), volume.exports.join(","));
+        [full(volume), format_size(volume.size), volume.block_size.to_string(), snapshots, exports, state]
+    };
+    table(["VOLUME", "SIZE", "BLOCK", "SNAPSHOTS", "EXPORTS", "STATE"], volumes.iter().map(row))
+}
+
+fn show(volume: &VolumeInfo) -> String {
+    let snapshots: Vec<_> = volume.snapshots.iter().map(|snapshot| snapshot.name.clone()).collect();
+    facts([
+        ("volume", full(volume)),
+        ("uuid", volume.uuid.clone()),
+        ("size", format!("{} ({} bytes)", format_size(volume.size), volume.size)),
+        ("block size", volume.block_size.to_string()),
+        ("layout", volume.layout.clone()),
+        ("policy", volume.policy.clone().unwrap_or_default()),
+        ("tenant", volume.tenant.clone().unwrap_or_default()),
+        ("object", volume.object.clone().unwrap_or_default()),
+        ("origin", volume.origin.clone().unwrap_or_default()),
+        ("snapshots", snapshots.join(", ")),
+        ("exports", volume.exports.join(", ")),
+        ("problem", volume.problem.clone().unwrap_or_default()),
+        ("last error", volume.last_error.clone().unwrap_or_default()),
+    ])
+}
+
+fn usage_text(usage: &VolumeUsage) -> String {
+    facts([
+        ("volume", usage.volume.clone()),
+        ("logical", format_size(usage.logical)),
+        ("allocated", format_size(usage.allocated)),
+        ("snapshots", format_size(usage.snapshots)),
+    ])
+}
+
+/// Of a pool or a volume.
+pub fn report_text(report: &CheckReport) -> String {
+    if report.ok {
+        return format!("{}: good", report.subject);
+    }
+    report.problems.iter().map(|problem| format!("{}: {problem}", report.subject)).collect::<Vec<_>>().join("\n")
+}

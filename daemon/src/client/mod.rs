@@ -1,0 +1,210 @@
+//! The command line's way to the admin API: over a unix socket, TCP, or TLS.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use axum::http::{Method, Request, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Bytes;
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+
+use crate::api::reply::ErrorBody;
+use crate::config::read_secret;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Where the daemon listens when nothing else is said, first found first: the system's, and that of `novastor quickstart`.
+pub const DEFAULT_SOCKETS: [&str; 2] = ["/run/novastor/admin.sock", "novastor-data/run/admin.sock"];
+
+/// An address of the admin API.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Target {
+    Unix(PathBuf),
+    Plain(String),
+    Tls(String),
+}
+
+/// A client of one daemon.
+pub struct Client {
+    target: Target,
+    token: Option<String>,
+    ca: Option<PathBuf>,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Client {
+    /// `admin`: `unix:PATH`, `http://HOST:PORT` or `https://HOST:PORT`; by default the first default socket there is.
+    pub fn new(admin: Option<&str>, token_file: Option<&Path>, ca: Option<&Path>) -> Result<Client> {
+        let target = match admin {
+            Some(text) => parse(text)?,
+            None => {
+                let found = DEFAULT_SOCKETS.iter().map(Path::new).find(|path| path.exists());
+                Target::Unix(found.unwrap_or(Path::new(DEFAULT_SOCKETS[0])).to_owned())
+            }
+        };
+        let token = token_file.map(|path| read_secret(path).map_err(Error::invalid)).transpose()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        Ok(Client {
+            target,
+            token: token.map(|token| token.trim().to_owned()),
+            ca: ca.map(Path::to_owned),
+            runtime: runtime.map_err(|error| Error::io("starting the client", &error))?,
+        })
+    }
+
+    pub fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
+        self.call(Method::GET, path, None::<&()>)
+    }
+
+    pub fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T> {
+        self.call(Method::POST, path, Some(body))
+    }
+
+    pub fn put<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T> {
+        self.call(Method::PUT, path, Some(body))
+    }
+
+    pub fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
+        self.call(Method::DELETE, path, None::<&()>)
+    }
+
+    fn call<T: DeserializeOwned>(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<T> {
+        let (status, bytes) = self.runtime.block_on(self.exchange(method, path, body))?;
+        if status.is_success() {
+            return serde_json::from_slice(&bytes).map_err(|error| {
+                Error::internal(format!("the daemon's answer is not understood ({error}): are both of one version?"))
+            });
+        }
+        match serde_json::from_slice::<ErrorBody>(&bytes) {
+            Ok(body) => Err(body.error),
+            Err(_) => Err(Error::internal(format!("the daemon answered {status}: {}", String::from_utf8_lossy(&bytes)))),
+        }
+    }
+
+    async fn exchange(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<(StatusCode, Bytes)> {
+        match &self.target {
+            Target::Unix(socket) => {
+                let stream = UnixStream::connect(socket).await.map_err(|error| unreachable_socket(socket, &error))?;
+                self.converse(stream, "localhost", method, path, body).await
+            }
+            Target::Plain(host) => {
+                let stream = connect_tcp(host).await?;
+                self.converse(stream, host, method, path, body).await
+            }
+            Target::Tls(host) => {
+                let stream = self.connect_tls(host).await?;
+                self.converse(stream, host, method, path, body).await
+            }
+        }
+    }
+
+    async fn connect_tls(&self, host: &str) -> Result<impl AsyncRead + AsyncWrite + Unpin + Send + 'static> {
+        use rustls::pki_types::pem::PemObject;
+        use rustls::pki_types::{CertificateDer, ServerName};
+        let bad = |why: String| Error::invalid(format!("TLS to {host}: {why}"));
+        let ca = self.ca.as_ref().ok_or_else(|| bad("name the daemon's CA with --ca FILE or NOVASTOR_ADMIN_CA".to_owned()))?;
+        let mut roots = rustls::RootCertStore::empty();
+        for certificate in CertificateDer::pem_file_iter(ca).map_err(|error| bad(error.to_string()))? {
+            let certificate = certificate.map_err(|error| bad(error.to_string()))?;
+            roots.add(certificate).map_err(|error| bad(error.to_string()))?;
+        }
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .map_err(|error| bad(error.to_string()))?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let name = host.rsplit_once(':').map_or(host, |(name, _)| name).trim_matches(['[', ']']).to_owned();
+        let name = ServerName::try_from(name).map_err(|error| bad(error.to_string()))?;
+        let stream = connect_tcp(host).await?;
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+        connector.connect(name, stream).await.map_err(|error| bad(error.to_string()))
+    }
+
+    async fn converse(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        host: &str,
+        method: Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<(StatusCode, Bytes)> {
+        let lost = |error: hyper::Error| Error::new(ErrorKind::Io, format!("the connection to the daemon broke: {error}"));
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(lost)?;
+        tokio::spawn(connection);
+        let mut request = Request::builder().method(method).uri(path).header("host", host);
+        if let Some(token) = &self.token {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        let content = match body {
+            Some(body) => {
+                request = request.header("content-type", "application/json");
+                serde_json::to_vec(body).map_err(|error| Error::internal(error.to_string()))?
+            }
+            None => Vec::new(),
+        };
+        let request = request.body(Full::new(Bytes::from(content))).map_err(|error| Error::invalid(error.to_string()))?;
+        let response = sender.send_request(request).await.map_err(lost)?;
+        let status = response.status();
+        let bytes = response.into_body().collect().await.map_err(lost)?.to_bytes();
+        Ok((status, bytes))
+    }
+}
+
+async fn connect_tcp(host: &str) -> Result<TcpStream> {
+    TcpStream::connect(host).await.map_err(|error| Error::io(format!("the daemon at {host} does not answer"), &error))
+}
+
+fn unreachable_socket(socket: &Path, error: &std::io::Error) -> Error {
+    let next = match error.kind() {
+        std::io::ErrorKind::PermissionDenied => "run as the daemon's user (sudo)",
+        _ => "is `novastor serve` running? name its socket with --admin unix:PATH or NOVASTOR_ADMIN",
+    };
+    Error::io(format!("no daemon answers at {} ({next})", socket.display()), error)
+}
+
+fn parse(text: &str) -> Result<Target> {
+    if let Some(path) = text.strip_prefix("unix:").filter(|path| !path.is_empty()) {
+        return Ok(Target::Unix(PathBuf::from(path)));
+    }
+    let host = |rest: &str, port: u16| {
+        let host = rest.trim_end_matches('/');
+        let has_port = host.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+        if has_port { host.to_owned() } else { format!("{host}:{port}") }
+    };
+    if let Some(rest) = text.strip_prefix("http://").or_else(|| text.strip_prefix("tcp:")) {
+        return Ok(Target::Plain(host(rest, 80)));
+    }
+    if let Some(rest) = text.strip_prefix("https://") {
+        return Ok(Target::Tls(host(rest, 443)));
+    }
+    Err(Error::invalid(format!("--admin {text:?}: write unix:PATH, http://HOST:PORT or https://HOST:PORT")))
+}
+
+/// A name as one segment of a path, or a value of a query.
+pub fn encode(name: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~@".contains(&byte);
+    name.bytes().map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_are_read() {
+        assert_eq!(parse("unix:/a").unwrap(), Target::Unix("/a".into()));
+        assert_eq!(parse("http://h:1/").unwrap(), Target::Plain("h:1".into()));
+        assert_eq!(parse("http://[::1]:80").unwrap(), Target::Plain("[::1]:80".into()));
+        assert_eq!(parse("https://h").unwrap(), Target::Tls("h:443".into()));
+        assert!(parse("h:1").is_err() && parse("unix:").is_err());
+    }
+
+    #[test]
+    fn names_are_encoded() {
+        assert_eq!(encode("pool/a@s b"), "pool%2Fa@s%20b");
+    }
+}

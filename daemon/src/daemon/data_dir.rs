@@ -1,0 +1,108 @@
+//! The folder with what belongs to this host: locked against a second daemon, written atomically.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{ErrorKind, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::FlockOperation;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::error::{Error, Result};
+
+/// A killed daemon holds its lock until the kernel has torn down its rings.
+const PREDECESSOR_WAIT: Duration = Duration::from_secs(2);
+
+/// The locked folder.
+pub struct DataDir {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl DataDir {
+    /// Makes the folder where it is missing, and locks it.
+    pub fn open(path: &Path) -> Result<DataDir> {
+        let shown = path.display();
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| {
+            Error::io(format!("data_dir {shown} cannot be made (set [daemon].data_dir to a folder you may write)"), &error)
+        })?;
+        let lock_path = path.join("lock");
+        let lock = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&lock_path);
+        let lock = lock.map_err(|error| Error::io(format!("data_dir {shown}: lock file"), &error))?;
+        let deadline = blockdev::clock::monotonic() + PREDECESSOR_WAIT;
+        while let Err(error) = rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            if error != rustix::io::Errno::WOULDBLOCK {
+                return Err(Error::io(format!("data_dir {shown}: locking"), &error.into()));
+            }
+            if blockdev::clock::monotonic() >= deadline {
+                return Err(Error::in_use(format!(
+                    "data_dir {shown} is used by another novastor: stop that one, or give this one a data_dir of its own"
+                )));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(DataDir { path: path.to_owned(), _lock: lock })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Reads `name`; the default when there is none.
+    pub fn read<T: DeserializeOwned + Default>(&self, name: &str) -> Result<T> {
+        let path = self.path.join(name);
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(T::default()),
+            Err(error) => return Err(Error::io(path.display(), &error)),
+        };
+        serde_json::from_slice(&text).map_err(|error| {
+            Error::invalid(format!("{}: {error}; restore it, or move it away to start without it", path.display()))
+        })
+    }
+
+    /// Replaces `name`, durably, or leaves it as it was.
+    pub fn write<T: Serialize>(&self, name: &str, value: &T) -> Result<()> {
+        let path = self.path.join(name);
+        let text = serde_json::to_vec_pretty(value).map_err(|error| Error::internal(error.to_string()))?;
+        replace_file(&path, &text).map_err(|error| Error::io(path.display(), &error))
+    }
+}
+
+/// Replaces a file's content atomically and durably.
+pub fn replace_file(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".new");
+    let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&temporary)?;
+    file.write_all(content)?;
+    file.sync_all()?;
+    fs::rename(&temporary, path)?;
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(folder)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::error::ErrorKind;
+
+    #[test]
+    fn a_second_daemon_is_refused_and_values_survive() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("data");
+        let first = DataDir::open(&path).unwrap();
+        let value = BTreeMap::from([("a".to_owned(), 1)]);
+        first.write("x.json", &value).unwrap();
+        assert_eq!(DataDir::open(&path).err().unwrap().kind, ErrorKind::InUse);
+        drop(first);
+        let again = DataDir::open(&path).unwrap();
+        assert_eq!(again.read::<BTreeMap<String, i32>>("x.json").unwrap(), value);
+        assert!(again.read::<BTreeMap<String, i32>>("y.json").unwrap().is_empty());
+        std::fs::write(path.join("x.json"), "{").unwrap();
+        assert!(again.read::<BTreeMap<String, i32>>("x.json").unwrap_err().message.contains("x.json"));
+    }
+}

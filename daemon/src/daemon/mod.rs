@@ -1,0 +1,189 @@
+//! The daemon: what it holds, and how it starts and ends.
+//!
+//! ```text
+//!   Daemon ── Config · DataDir (locked) · DataPlane
+//!      ├── Pools          configured backends, retried until they open
+//!      ├── OpenVolumes    one blockdev::Volume per volume in use
+//!      ├── Exports        NBD and vhost-user, kept in data_dir, restored at start
+//!      └── Jobs           long work
+//! ```
+//!
+//! Invariants: all methods block and run on control-plane threads, never on a data-plane thread; a panic in one of them fails
+//! that operation alone; control operations on one volume exclude each other.
+
+pub mod data_dir;
+mod diff;
+pub mod jobs;
+mod locks;
+mod log;
+pub mod open;
+pub mod pools;
+mod process;
+mod reload;
+pub mod serve;
+mod snapshots;
+pub mod sockets;
+pub mod systemd;
+mod transfers;
+mod volumes;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use backends::VolumeRecord;
+use blockdev::{DataPlane, Volume, VolumeOptions};
+use parking_lot::RwLock;
+
+use crate::api::types::Status;
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::exports::Exports;
+use crate::names::{VolumeId, VolumeRef};
+use data_dir::DataDir;
+use jobs::Jobs;
+use locks::NameLocks;
+use open::{Lease, OpenVolumes};
+use pools::Pools;
+
+/// Everything the control plane works on.
+pub struct Daemon {
+    config: RwLock<Arc<Config>>,
+    config_file: Option<PathBuf>,
+    data_dir: Arc<DataDir>,
+    pools: Arc<Pools>,
+    open: Arc<OpenVolumes>,
+    locks: NameLocks,
+    jobs: Jobs,
+    exports: Exports,
+    transfers: transfers::Transfers,
+    metrics_address: parking_lot::Mutex<Option<String>>,
+    started: u64,
+    log: log::LogControl,
+    /// Last, so that it outlives what runs on it.
+    plane: DataPlane,
+}
+
+impl Daemon {
+    pub fn config(&self) -> Arc<Config> {
+        self.config.read().clone()
+    }
+
+    pub fn jobs(&self) -> &Jobs {
+        &self.jobs
+    }
+
+    pub fn exports(&self) -> &Exports {
+        &self.exports
+    }
+
+    pub fn data_dir(&self) -> &Arc<DataDir> {
+        &self.data_dir
+    }
+
+    pub fn pools(&self) -> &Arc<Pools> {
+        &self.pools
+    }
+
+    pub fn plane(&self) -> &DataPlane {
+        &self.plane
+    }
+
+    pub fn open_volumes(&self) -> &Arc<OpenVolumes> {
+        &self.open
+    }
+
+    /// Where the metrics are really served, once that is known.
+    pub fn note_metrics_address(&self, address: String) {
+        *self.metrics_address.lock() = Some(address);
+    }
+
+    pub fn status(&self) -> Status {
+        let config = self.config();
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            node: config.daemon.node.clone(),
+            pid: std::process::id(),
+            started: self.started,
+            data_dir: config.daemon.data_dir.display().to_string(),
+            threads: self.plane.handles().len(),
+            nbd: self.exports.nbd().addresses(),
+            metrics: self.metrics_address.lock().clone(),
+        }
+    }
+
+    /// The volume that `name` means: with its pool, or unique among all pools.
+    pub fn resolve(&self, name: &VolumeRef) -> Result<VolumeId> {
+        let id = |pool: &str| VolumeId { pool: pool.to_owned(), name: name.name.clone(), snapshot: name.snapshot.clone() };
+        if let Some(pool) = &name.pool {
+            self.pools.get(pool)?.get(&name.name)?;
+            return Ok(id(pool));
+        }
+        let mut found = Vec::new();
+        let mut silent = Vec::new();
+        for state in self.pools.list() {
+            match state.pool {
+                Ok(pool) if pool.get(&name.name).is_ok() => found.push(state.name),
+                Ok(_) => {}
+                Err(_) => silent.push(state.name),
+            }
+        }
+        match (found.as_slice(), silent.as_slice()) {
+            ([pool], _) => Ok(id(pool)),
+            ([], []) => {
+                Err(Error::not_found(format!("volume {} does not exist: `novastor volume list` shows those that do", name.name)))
+            }
+            ([], silent) => Err(Error::not_found(format!(
+                "volume {} is in no pool that answers (not answering: {})",
+                name.name,
+                silent.join(", ")
+            ))),
+            (several, _) => {
+                Err(Error::invalid(format!("volume {} is in the pools {}: write POOL/NAME", name.name, several.join(", "))))
+            }
+        }
+    }
+
+    /// Resolves a name as written.
+    pub fn resolve_text(&self, name: &str) -> Result<VolumeId> {
+        self.resolve(&name.parse()?)
+    }
+
+    /// The catalogue's record of a volume.
+    pub fn record(&self, id: &VolumeId) -> Result<VolumeRecord> {
+        Ok(self.pools.get(&id.pool)?.get(&id.name)?)
+    }
+
+    /// Opens a volume or a snapshot, or shares it if it is open. The caller holds its name lock.
+    pub fn lease(&self, id: &VolumeId, write: bool) -> Result<Lease> {
+        if write && id.snapshot.is_some() {
+            return Err(Error::invalid(format!("snapshot {id} can only be used read-only: add --read-only")));
+        }
+        self.open.lease(id, write, || self.open_volume(id, write))
+    }
+
+    fn open_volume(&self, id: &VolumeId, write: bool) -> Result<Arc<Volume>> {
+        let pool = self.pools.get(&id.pool)?;
+        let record = pool.get(&id.name)?;
+        let (device, read_only) = match &id.snapshot {
+            Some(snapshot) => (pool.open_snapshot(&id.name, snapshot)?, true),
+            None => match pool.open(&id.name, false) {
+                Ok(device) => (device, false),
+                Err(error) if write || matches!(error, backends::PoolError::NotFound(_)) => return Err(error.into()),
+                Err(_) => (pool.open(&id.name, true)?, true),
+            },
+        };
+        let device = self.with_faults(id, device)?;
+        let options = VolumeOptions { name: id.to_string(), read_only, block_size: record.block_size };
+        Ok(Volume::new(device, options))
+    }
+
+    #[cfg(not(feature = "fault-injection"))]
+    fn with_faults(&self, _id: &VolumeId, device: Arc<dyn blockdev::BlockDevice>) -> Result<Arc<dyn blockdev::BlockDevice>> {
+        Ok(device)
+    }
+
+    /// Holds the volumes against other control operations.
+    pub fn hold<'i>(&self, ids: impl IntoIterator<Item = &'i VolumeId>) -> locks::NameGuard<'_> {
+        self.locks.hold(ids.into_iter().map(|id| id.volume().to_string()))
+    }
+}

@@ -1,0 +1,88 @@
+//! `config reload` and SIGHUP: adds pools, follows the declared exports, changes tunables; open volumes are not touched.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Daemon;
+use crate::api::types::ReloadReport;
+use crate::config::{self, Config};
+use crate::error::{Error, Result};
+use crate::exports::Exports;
+
+const POOL_PATIENCE: Duration = Duration::from_secs(5);
+
+impl Daemon {
+    /// Reads the configuration again. Nothing changes if it is not valid.
+    pub fn reload(self: &Arc<Self>) -> Result<ReloadReport> {
+        let new = config::load(self.config_file.as_deref()).map_err(|error| Error::invalid(error.to_string()))?;
+        let old = self.config();
+        let mut report = ReloadReport { needs_restart: needing_restart(&old, &new), ..ReloadReport::default() };
+        self.reload_pools(&new, &mut report);
+        if old.log.level != new.log.level {
+            self.log.set_level(&new.log.level)?;
+            report.changed.push(format!("log.level is {}", new.log.level));
+        }
+        let sockets = |config: &Config| {
+            let daemon = &config.daemon;
+            (daemon.socket_mode.clone(), daemon.socket_group.clone(), daemon.socket_dirs.clone())
+        };
+        if sockets(&old) != sockets(&new) {
+            report.changed.push("rules for sockets made from now on".to_owned());
+        }
+        if old.policy != new.policy {
+            report.changed.push("policies".to_owned());
+        }
+        *self.config.write() = Arc::new(effective(&old, new));
+        report.changed.extend(self.exports.declare(&self.config())?);
+        Exports::start_missing(self, POOL_PATIENCE);
+        let failed = self.exports.list().into_iter().filter_map(|export| Some((export.volume, export.error?)));
+        report.problems.extend(failed.map(|(volume, error)| format!("export of {volume}: {error}")));
+        Ok(report)
+    }
+
+    fn reload_pools(&self, new: &Config, report: &mut ReloadReport) {
+        for (name, pool) in &new.pool {
+            match self.pools.config(name) {
+                None => {
+                    self.pools.add(name, pool, self.data_dir.path());
+                    report.changed.push(format!("pool {name} added"));
+                }
+                Some(known) if known != *pool => report.needs_restart.push(format!("pool.{name}")),
+                Some(_) => {}
+            }
+        }
+        let gone = self.pools.names().into_iter().filter(|name| !new.pool.contains_key(name));
+        report.needs_restart.extend(gone.map(|name| format!("pool.{name} (removal)")));
+        self.pools.wait_settled(POOL_PATIENCE);
+        let failed = self.pools.list().into_iter().filter_map(|state| Some((state.name, state.pool.err()?)));
+        report.problems.extend(failed.map(|(name, why)| format!("pool {name}: {why}")));
+    }
+}
+
+/// What is fixed while the daemon runs.
+fn needing_restart(old: &Config, new: &Config) -> Vec<String> {
+    let (a, b) = (&old.daemon, &new.daemon);
+    let changed = [
+        ("daemon.data_dir", a.data_dir != b.data_dir),
+        ("daemon.admin", a.admin != b.admin),
+        ("daemon.admin_token_file", (&a.admin_token_file, &a.admin_token) != (&b.admin_token_file, &b.admin_token)),
+        ("daemon.metrics", a.metrics != b.metrics),
+        ("daemon.nbd", a.nbd != b.nbd),
+        ("daemon.node", a.node != b.node),
+        ("daemon.threads", a.threads != b.threads),
+        ("daemon.spin_us", a.spin_us != b.spin_us),
+        ("daemon.faults", a.faults != b.faults),
+        ("log.format", old.log.format != new.log.format),
+        ("tls", old.tls != new.tls),
+    ];
+    changed.into_iter().filter(|(_, changed)| *changed).map(|(key, _)| key.to_owned()).collect()
+}
+
+/// The new configuration, with what is fixed as it was.
+fn effective(old: &Config, new: Config) -> Config {
+    let mut daemon = old.daemon.clone();
+    daemon.socket_mode = new.daemon.socket_mode;
+    daemon.socket_group = new.daemon.socket_group;
+    daemon.socket_dirs = new.daemon.socket_dirs;
+    Config { daemon, tls: old.tls.clone(), ..new }
+}

@@ -1,0 +1,121 @@
+//! Snapshots: create at one point in time, list, delete, roll back, compare.
+
+use std::collections::BTreeMap;
+
+use super::Daemon;
+use crate::api::types::SnapshotInfo;
+use crate::error::{Error, Result};
+use crate::names::{VolumeId, VolumeRef};
+
+impl Daemon {
+    /// Makes all of `names` (`VOL@SNAP` each) at one point in time, or none of them.
+    pub fn create_snapshots(&self, names: &[String]) -> Result<Vec<SnapshotInfo>> {
+        let mut targets: Vec<VolumeId> = Vec::new();
+        for name in names {
+            let (volume, snapshot) = name.parse::<VolumeRef>()?.with_snapshot()?;
+            let id = self.resolve(&volume)?;
+            let target = VolumeId { snapshot: Some(snapshot), ..id };
+            if targets.iter().any(|other| other.volume() == target.volume()) {
+                return Err(Error::invalid(format!("volume {} is named twice", target.volume())));
+            }
+            targets.push(target);
+        }
+        if targets.is_empty() {
+            return Err(Error::invalid("name at least one VOL@SNAP"));
+        }
+        let volumes: Vec<VolumeId> = targets.iter().map(VolumeId::volume).collect();
+        let _held = self.hold(&volumes);
+        for target in &targets {
+            let snapshot = target.snapshot.as_deref().unwrap_or_default();
+            if self.record(target)?.snapshots.contains_key(snapshot) {
+                return Err(Error::exists(format!("snapshot {target} exists already: choose another name")));
+            }
+        }
+        self.with_writes_held(&volumes, || self.take_snapshots(&targets))?;
+        targets.iter().map(|target| self.snapshot_info(target)).collect()
+    }
+
+    /// One call per pool and snapshot name; what was made is taken back if a later one fails.
+    fn take_snapshots(&self, targets: &[VolumeId]) -> Result<()> {
+        let mut groups: BTreeMap<(&str, &str), Vec<&str>> = BTreeMap::new();
+        for target in targets {
+            let snapshot = target.snapshot.as_deref().unwrap_or_default();
+            groups.entry((&target.pool, snapshot)).or_default().push(&target.name);
+        }
+        let mut made = Vec::new();
+        for ((pool_name, snapshot), volumes) in groups {
+            let pool = self.pools.get(pool_name)?;
+            if let Err(error) = pool.snapshot(&volumes, snapshot) {
+                for (pool, volume, snapshot) in made {
+                    let pool: std::sync::Arc<dyn backends::Pool> = pool;
+                    if let Err(error) = pool.delete_snapshot(volume, snapshot) {
+                        tracing::warn!("snapshot {volume}@{snapshot} was left behind: {error}");
+                    }
+                }
+                return Err(error.into());
+            }
+            made.extend(volumes.into_iter().map(|volume| (pool.clone(), volume, snapshot)));
+        }
+        Ok(())
+    }
+
+    /// Runs `work` while no write of the open ones among `volumes` is in flight or starts.
+    pub(super) fn with_writes_held<T>(&self, volumes: &[VolumeId], work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let _held: Vec<_> = volumes.iter().filter_map(|id| self.open.get(id)).map(|volume| volume.hold_writes()).collect();
+        work()
+    }
+
+    fn snapshot_info(&self, id: &VolumeId) -> Result<SnapshotInfo> {
+        let record = self.record(id)?;
+        let name = id.snapshot.as_deref().unwrap_or_default();
+        let snapshot = record.snapshots.get(name).ok_or_else(|| missing(id))?;
+        Ok(SnapshotInfo { name: id.to_string(), created: snapshot.created, size: snapshot.size })
+    }
+
+    /// A snapshot that exists.
+    pub(super) fn resolve_snapshot(&self, name: &str) -> Result<VolumeId> {
+        let (volume, snapshot) = name.parse::<VolumeRef>()?.with_snapshot()?;
+        let id = VolumeId { snapshot: Some(snapshot), ..self.resolve(&volume)? };
+        self.snapshot_info(&id)?;
+        Ok(id)
+    }
+
+    pub fn list_snapshots(&self, volume: Option<&str>) -> Result<Vec<SnapshotInfo>> {
+        let volumes = match volume {
+            Some(volume) => vec![self.show_volume(volume)?],
+            None => self.list_volumes(None)?,
+        };
+        Ok(volumes.into_iter().flat_map(|volume| volume.snapshots).collect())
+    }
+
+    pub fn delete_snapshot(&self, name: &str) -> Result<()> {
+        let id = self.resolve_snapshot(name)?;
+        let _held = self.hold([&id]);
+        let exports = self.exports.ids_of_exactly(&id);
+        if !exports.is_empty() {
+            let ids = exports.join(", ");
+            return Err(Error::in_use(format!("snapshot {id}: delete refused: it is exported ({ids})")));
+        }
+        self.open.ensure_closed(&id, false, "delete of the snapshot")?;
+        Ok(self.pools.get(&id.pool)?.delete_snapshot(&id.name, id.snapshot.as_deref().unwrap_or_default())?)
+    }
+
+    pub fn rollback(&self, name: &str) -> Result<()> {
+        let id = self.resolve_snapshot(name)?;
+        let volume = id.volume();
+        let _held = self.hold([&volume]);
+        let exports = self.exports.ids_of_exactly(&volume);
+        if !exports.is_empty() {
+            let ids = exports.join(", ");
+            return Err(Error::in_use(format!(
+                "volume {volume}: rollback refused: it is exported ({ids}); `novastor export remove` first"
+            )));
+        }
+        self.open.ensure_closed(&volume, false, "rollback")?;
+        Ok(self.pools.get(&id.pool)?.rollback(&id.name, id.snapshot.as_deref().unwrap_or_default())?)
+    }
+}
+
+fn missing(id: &VolumeId) -> Error {
+    Error::not_found(format!("snapshot {id} does not exist: `novastor snapshot list {}` shows those that do", id.volume()))
+}

@@ -1,0 +1,193 @@
+//! Listening sockets: made only where the configuration allows, with the configured mode and group; a stale socket is replaced,
+//! a live one never.
+
+use std::fs;
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt, chown};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::config::Config;
+use crate::config::address::{Address, check_socket_path};
+use crate::error::{Error, Result};
+
+/// A killed daemon's listener can still accept for a moment.
+const PREDECESSOR_WAIT: Duration = Duration::from_secs(2);
+
+/// Where sockets may be made, and how they look.
+#[derive(Clone, Debug)]
+pub struct SocketRules {
+    pub folders: Vec<PathBuf>,
+    pub mode: u32,
+    pub group: Option<String>,
+}
+
+impl SocketRules {
+    /// As configured: `socket_dirs`, and the folders of all sockets that the configuration names.
+    pub fn from_config(config: &Config) -> SocketRules {
+        let mut sockets: Vec<PathBuf> = Vec::new();
+        let texts = config.daemon.nbd.iter().chain([&config.daemon.admin]);
+        sockets.extend(texts.filter_map(|text| text.parse::<Address>().ok()?.unix_path().cloned()));
+        for export in &config.export {
+            sockets.extend(export.vhost_user.clone());
+            if let Some(crate::config::NbdTarget::Own(text)) = &export.nbd {
+                sockets.extend(text.parse::<Address>().ok().and_then(|address| address.unix_path().cloned()));
+            }
+        }
+        let absolute = sockets.iter().filter_map(|socket| std::path::absolute(socket).ok());
+        let mut folders: Vec<PathBuf> = absolute.filter_map(|socket| socket.parent().map(Path::to_owned)).collect();
+        folders.extend(config.daemon.socket_dirs.iter().cloned());
+        folders.sort();
+        folders.dedup();
+        SocketRules {
+            folders,
+            mode: crate::config::parse_mode(&config.daemon.socket_mode).unwrap_or(0o600),
+            group: config.daemon.socket_group.clone(),
+        }
+    }
+
+    fn check_folder(&self, path: &Path) -> Result<()> {
+        let shown = path.display();
+        let folder = path.parent().filter(|_| path.is_absolute() && path.file_name().is_some());
+        let folder = folder.ok_or_else(|| Error::invalid(format!("socket {shown}: give an absolute path")))?;
+        let real = fs::canonicalize(folder).map_err(|error| Error::io(format!("socket {shown}: its folder"), &error))?;
+        let allowed = |known: &PathBuf| known == folder || fs::canonicalize(known).is_ok_and(|known| known == real);
+        if self.folders.iter().any(allowed) {
+            return Ok(());
+        }
+        let known: Vec<_> = self.folders.iter().map(|known| known.display().to_string()).collect();
+        Err(Error::invalid(format!(
+            "socket {shown} refused: sockets may be made in {}; add its folder to [daemon].socket_dirs",
+            known.join(", ")
+        )))
+    }
+}
+
+/// Listens on a unix socket at `path`.
+pub fn listen_unix(path: &Path, rules: &SocketRules) -> Result<UnixListener> {
+    let shown = path.display();
+    check_socket_path(&path.to_string_lossy()).map_err(Error::invalid)?;
+    rules.check_folder(path)?;
+    let group = rules.group.as_deref().map(group_id).transpose()?;
+    remove_stale(path)?;
+    let listener = UnixListener::bind(path).map_err(|error| Error::io(format!("socket {shown}"), &error))?;
+    let dressed = group
+        .map_or(Ok(()), |group| chown(path, None, Some(group)))
+        .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(rules.mode)));
+    if let Err(error) = dressed {
+        let _ = fs::remove_file(path);
+        return Err(Error::io(format!("socket {shown}: setting its mode and group"), &error));
+    }
+    Ok(listener)
+}
+
+/// Removes a socket that nobody listens on; refuses anything else.
+fn remove_stale(path: &Path) -> Result<()> {
+    let shown = path.display();
+    let deadline = blockdev::clock::monotonic() + PREDECESSOR_WAIT;
+    loop {
+        let metadata = match fs::symlink_metadata(path) {
+            Ok(metadata) => metadata,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(Error::io(format!("socket {shown}"), &error)),
+        };
+        if !metadata.file_type().is_socket() {
+            return Err(Error::exists(format!("socket {shown} refused: something that is no socket is there; move it away")));
+        }
+        match UnixStream::connect(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                return fs::remove_file(path).map_err(|error| Error::io(format!("socket {shown}: replacing it"), &error));
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(Error::io(format!("socket {shown}"), &error)),
+            Ok(_) if blockdev::clock::monotonic() > deadline => {
+                return Err(Error::in_use(format!("socket {shown} refused: another process listens there")));
+            }
+            Ok(_) => std::thread::sleep(Duration::from_millis(10)),
+        }
+    }
+}
+
+/// Listens on `HOST:PORT`.
+pub fn listen_tcp(host_port: &str) -> Result<TcpListener> {
+    let addresses: Vec<SocketAddr> =
+        host_port.to_socket_addrs().map_err(|error| Error::io(format!("address {host_port}"), &error))?.collect();
+    TcpListener::bind(&addresses[..]).map_err(|error| {
+        let advice = match error.kind() {
+            std::io::ErrorKind::AddrInUse => " (another process listens there: choose another port)",
+            _ => "",
+        };
+        Error::io(format!("listening on {host_port}{advice}"), &error)
+    })
+}
+
+/// The id of a group, by name or number.
+pub fn group_id(group: &str) -> Result<u32> {
+    if let Ok(number) = group.parse() {
+        return Ok(number);
+    }
+    let unknown = || Error::not_found(format!("group {group:?} does not exist: `getent group` lists those that do"));
+    let name = std::ffi::CString::new(group).map_err(|_| unknown())?;
+    let mut buffer = vec![0; 1 << 16];
+    let mut found = std::ptr::null_mut();
+    let mut entry = std::mem::MaybeUninit::<libc::group>::uninit();
+    // SAFETY: all pointers are to live memory of the lengths given; `found` is null or points to `entry`.
+    let status = unsafe { libc::getgrnam_r(name.as_ptr(), entry.as_mut_ptr(), buffer.as_mut_ptr(), buffer.len(), &mut found) };
+    if status != 0 || found.is_null() {
+        return Err(unknown());
+    }
+    // SAFETY: a success with a non-null `found` means that `entry` was filled in.
+    Ok(unsafe { entry.assume_init() }.gr_gid)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+    use crate::error::ErrorKind;
+
+    fn rules(folder: &Path) -> SocketRules {
+        SocketRules { folders: vec![folder.to_owned()], mode: 0o640, group: None }
+    }
+
+    #[test]
+    fn mode_and_group_are_set_and_a_stale_socket_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.sock");
+        let group = rustix::process::getgid().as_raw();
+        let rules = SocketRules { group: Some(group.to_string()), ..rules(folder.path()) };
+        drop(listen_unix(&path, &rules).unwrap());
+        let listener = listen_unix(&path, &rules).unwrap();
+        let metadata = fs::metadata(&path).unwrap();
+        assert_eq!((metadata.mode() & 0o777, metadata.gid()), (0o640, group));
+        assert_eq!(listen_unix(&path, &rules).unwrap_err().kind, ErrorKind::InUse);
+        drop(listener);
+    }
+
+    #[test]
+    fn other_folders_and_other_files_are_left_alone() {
+        let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let rules = rules(folder.path());
+        let refused = listen_unix(&other.path().join("a.sock"), &rules).unwrap_err();
+        assert!(refused.message.contains("socket_dirs"), "{refused}");
+        let file = folder.path().join("file");
+        fs::write(&file, "mine").unwrap();
+        assert_eq!(listen_unix(&file, &rules).unwrap_err().kind, ErrorKind::Exists);
+        assert_eq!(fs::read(&file).unwrap(), b"mine");
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        assert_eq!(listen_unix(&link, &rules).unwrap_err().kind, ErrorKind::Exists);
+        let escape = folder.path().join("..").join(other.path().file_name().unwrap()).join("a.sock");
+        assert!(listen_unix(&escape, &rules).is_err());
+        assert!(listen_unix(Path::new("a.sock"), &rules).is_err());
+    }
+
+    #[test]
+    fn groups_are_found() {
+        assert_eq!(group_id("root").unwrap(), 0);
+        assert_eq!(group_id("17").unwrap(), 17);
+        assert_eq!(group_id("no-such-group-here").unwrap_err().kind, ErrorKind::NotFound);
+    }
+}

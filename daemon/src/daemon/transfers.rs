@@ -1,0 +1,125 @@
+//! Images copied in and out: the client moves the bytes, over NBD on a socket of its own; here are the job and the open volume.
+//!
+//! A transfer whose client has gone for [`SILENCE_MAX`] is given up: its job counts as interrupted, the volume is released.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use super::Daemon;
+use super::jobs::Job;
+use crate::api::types::{JobInfo, JobState, TransferCreate, TransferInfo, TransferProgress};
+use crate::config::Address;
+use crate::error::{Error, Result};
+use crate::exports::PrivateExport;
+
+const SILENCE_MAX: Duration = Duration::from_secs(60);
+const LOOK: Duration = Duration::from_secs(5);
+
+/// The transfers that run, by job.
+#[derive(Default)]
+pub struct Transfers {
+    running: Mutex<HashMap<String, Transfer>>,
+}
+
+struct Transfer {
+    job: Arc<Job>,
+    /// Held until the end; dropping it closes the socket and releases the volume.
+    _export: PrivateExport,
+    heard: Instant,
+}
+
+impl Daemon {
+    pub fn begin_transfer(self: &Arc<Self>, request: &TransferCreate) -> Result<TransferInfo> {
+        let import = match request.direction.as_str() {
+            "import" => true,
+            "export" => false,
+            other => return Err(Error::invalid(format!("direction {other:?}: \"import\" or \"export\""))),
+        };
+        let id = self.resolve_text(&request.volume)?;
+        let _held = self.hold([&id]);
+        let exported = self.exports.ids_of_exactly(&id);
+        if import && !exported.is_empty() {
+            return Err(Error::in_use(format!(
+                "volume {id}: import refused: it is exported ({}); `novastor export remove` first",
+                exported.join(", ")
+            )));
+        }
+        let lease = self.lease(&id, import)?;
+        let size = lease.volume().size();
+        let subject = if import { format!("{} to {id}", request.file) } else { format!("{id} to {}", request.file) };
+        let job = self.jobs.begin(&format!("image {}", request.direction), subject);
+        job.progress(0, Some(request.total));
+        let socket = format!("transfer-{}", job.id());
+        let export = self.exports.nbd().start_private(lease, !import, &self.private_folder(), &socket).inspect_err(|error| {
+            self.jobs.end(&job, &Err::<(), _>(error.clone()));
+        })?;
+        let info =
+            TransferInfo { job: job.id(), socket: export.path().display().to_string(), export: export.name().to_owned(), size };
+        let transfer = Transfer { job: job.clone(), _export: export, heard: blockdev::clock::monotonic() };
+        self.transfers.running.lock().insert(job.id(), transfer);
+        let (daemon, id) = (Arc::downgrade(self), job.id());
+        std::thread::spawn(move || {
+            while let Some(daemon) = daemon.upgrade() {
+                if !daemon.give_up_silent(&id) {
+                    return;
+                }
+                drop(daemon);
+                std::thread::sleep(LOOK);
+            }
+        });
+        Ok(info)
+    }
+
+    /// Beside the admin socket, which has a short path; else in `data_dir`.
+    fn private_folder(&self) -> PathBuf {
+        let config = self.config();
+        let admin = config.daemon.admin_address().ok();
+        let folder = match &admin {
+            Some(Address::Unix(path)) => std::path::absolute(path).ok().and_then(|path| path.parent().map(PathBuf::from)),
+            _ => None,
+        };
+        folder.unwrap_or_else(|| self.data_dir.path().to_owned())
+    }
+
+    pub fn report_transfer(&self, id: &str, progress: TransferProgress) -> Result<JobInfo> {
+        let mut running = self.transfers.running.lock();
+        let transfer = running.get_mut(id).ok_or_else(|| Error::not_found(format!("transfer {id} does not run")))?;
+        transfer.heard = blockdev::clock::monotonic();
+        let job = transfer.job.clone();
+        let total = job.info().total;
+        job.progress(progress.done, total);
+        if let Some(state) = progress.state.filter(|state| *state != JobState::Running) {
+            let ended = running.remove(id);
+            drop(running);
+            drop(ended);
+            self.jobs.conclude(&job, state, progress.error);
+        }
+        Ok(job.info())
+    }
+
+    /// True while the transfer runs and is heard of.
+    fn give_up_silent(&self, id: &str) -> bool {
+        let mut running = self.transfers.running.lock();
+        let Some(transfer) = running.get(id) else { return false };
+        let silent = blockdev::clock::monotonic().saturating_duration_since(transfer.heard) > SILENCE_MAX;
+        if silent && let Some(transfer) = running.remove(id) {
+            drop(running);
+            let error = "the client went away; the same command resumes it".to_owned();
+            self.jobs.conclude(&transfer.job, JobState::Interrupted, Some(error));
+        }
+        !silent
+    }
+
+    /// Ends all of them, as the daemon ends.
+    pub(super) fn stop_transfers(&self) {
+        let running: Vec<Transfer> = self.transfers.running.lock().drain().map(|(_, transfer)| transfer).collect();
+        for transfer in running {
+            let error = "the daemon ended; the same command resumes it".to_owned();
+            self.jobs.conclude(&transfer.job, JobState::Interrupted, Some(error));
+        }
+    }
+}

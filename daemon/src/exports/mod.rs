@@ -1,0 +1,284 @@
+//! The exports of this host: kept in `data_dir`, restored at start, retried while their volume cannot be opened.
+//!
+//! ```text
+//!   ExportRecord (durable) ── Entry ── Running: FrontEnd (nbd | vhost_user) + Lease of the volume
+//! ```
+//!
+//! Invariants: what `add` reported as done survives a restart; an export that cannot be served says why and is tried again; an
+//! export is stopped (its I/O drained) before its volume is released.
+
+mod nbd;
+mod restore;
+mod spec;
+mod vhost_user;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use blockdev::stats::Snapshot;
+use parking_lot::Mutex;
+
+use crate::api::types::{ClientInfo, ExportCreate, ExportInfo, Protocol};
+use crate::daemon::Daemon;
+use crate::daemon::data_dir::DataDir;
+use crate::daemon::open::Lease;
+use crate::error::{Error, Result};
+use crate::names::VolumeId;
+pub use nbd::{NbdFrontEnd, PrivateExport};
+use spec::{ExportFile, same_listener};
+pub use spec::{ExportRecord, ExportSpec};
+
+const FILE: &str = "exports.json";
+
+/// A protocol serving one export.
+pub trait FrontEnd: Send + Sync {
+    fn clients(&self) -> Vec<ClientInfo>;
+    /// Drops one client, or all; how many that were.
+    fn disconnect(&self, client: Option<&str>) -> usize;
+    /// What its clients did.
+    fn stats(&self) -> Snapshot;
+    /// Takes no new client, lets requests in flight finish, and lets go of the volume. Blocks.
+    fn stop(&mut self);
+}
+
+/// The exports.
+pub struct Exports {
+    data_dir: Arc<DataDir>,
+    nbd: NbdFrontEnd,
+    table: Mutex<Table>,
+}
+
+struct Table {
+    next: u64,
+    entries: BTreeMap<String, Entry>,
+}
+
+struct Entry {
+    record: ExportRecord,
+    running: Option<Running>,
+    /// Why it does not run.
+    error: Option<String>,
+}
+
+struct Running {
+    front_end: Box<dyn FrontEnd>,
+    lease: Lease,
+}
+
+impl Exports {
+    /// Reads the list; nothing runs yet.
+    pub fn load(data_dir: Arc<DataDir>, nbd: NbdFrontEnd) -> Result<Exports> {
+        let file: ExportFile = data_dir.read(FILE)?;
+        let entry = |record: ExportRecord| (record.id.clone(), Entry { record, running: None, error: None });
+        let entries = file.exports.into_iter().map(entry).collect();
+        Ok(Exports { data_dir, nbd, table: Mutex::new(Table { next: file.next.max(1), entries }) })
+    }
+
+    pub fn nbd(&self) -> &NbdFrontEnd {
+        &self.nbd
+    }
+
+    fn save(&self, table: &Table) -> Result<()> {
+        let exports = table.entries.values().map(|entry| entry.record.clone()).collect();
+        self.data_dir.write(FILE, &ExportFile { next: table.next, exports })
+    }
+
+    /// Exports a volume.
+    pub fn add(&self, daemon: &Daemon, request: ExportCreate) -> Result<ExportInfo> {
+        let spec = ExportSpec::from_request(request, daemon.config().tls.is_some())?;
+        self.add_spec(daemon, spec, false)
+    }
+
+    fn add_spec(&self, daemon: &Daemon, mut spec: ExportSpec, declared: bool) -> Result<ExportInfo> {
+        let volume = daemon.resolve_text(&spec.volume)?;
+        spec.volume = volume.to_string();
+        let _held = daemon.hold([&volume]);
+        let id = {
+            let mut table = self.table.lock();
+            let clash = |entry: &&Entry| {
+                let shared_twice = entry.record.spec.address.is_none() && spec.address.is_none();
+                same_listener(&entry.record.spec, &spec) || (shared_twice && entry.record.spec.volume == spec.volume)
+            };
+            if let Some(other) = table.entries.values().find(clash) {
+                let (id, volume) = (&other.record.id, &other.record.spec.volume);
+                return Err(Error::exists(format!(
+                    "export {id} serves {volume} there already: remove it first, or choose another address"
+                )));
+            }
+            let id = table.next.to_string();
+            table.next += 1;
+            id
+        };
+        let record = ExportRecord { id: id.clone(), declared, spec };
+        let running = self.start(daemon, &record, &volume)?;
+        let mut table = self.table.lock();
+        table.entries.insert(id.clone(), Entry { record, running: Some(running), error: None });
+        if let Err(error) = self.save(&table) {
+            let entry = table.entries.remove(&id);
+            drop(table);
+            entry.and_then(|entry| entry.running).into_iter().for_each(|mut running| running.front_end.stop());
+            return Err(error.of(format!("export of {volume}")));
+        }
+        Ok(self.info(&table.entries[&id]))
+    }
+
+    fn start(&self, daemon: &Daemon, record: &ExportRecord, volume: &VolumeId) -> Result<Running> {
+        if volume.snapshot.is_some() && !record.spec.read_only {
+            return Err(Error::invalid(format!("snapshot {volume} can only be exported with --read-only")));
+        }
+        let lease = daemon.lease(volume, !record.spec.read_only)?;
+        let front_end: Box<dyn FrontEnd> = match record.spec.protocol {
+            Protocol::Nbd => self.nbd.start(daemon, record, &lease)?,
+            Protocol::VhostUser => vhost_user::start(daemon, record, &lease)?,
+        };
+        tracing::info!("export {}: {volume} is served ({})", record.id, describe(&record.spec));
+        Ok(Running { front_end, lease })
+    }
+
+    /// Stops an export and forgets it.
+    pub fn remove(&self, daemon: &Daemon, id: &str) -> Result<()> {
+        let volume = {
+            let table = self.table.lock();
+            let entry = find(&table, id)?;
+            if entry.record.declared {
+                return Err(Error::invalid(format!(
+                    "export {id} stands in the configuration file: remove its [[export]] there, then `novastor config reload`"
+                )));
+            }
+            entry.record.spec.volume.clone()
+        };
+        let volume: crate::names::VolumeRef = volume.parse()?;
+        let volume = VolumeId { pool: volume.pool.unwrap_or_default(), name: volume.name, snapshot: volume.snapshot };
+        let _held = daemon.hold([&volume]);
+        self.remove_entry(id)
+    }
+
+    fn remove_entry(&self, id: &str) -> Result<()> {
+        let mut table = self.table.lock();
+        find(&table, id)?;
+        let Some(entry) = table.entries.remove(id) else { return Ok(()) };
+        if let Err(error) = self.save(&table) {
+            table.entries.insert(id.to_owned(), entry);
+            return Err(error.of(format!("export {id}")));
+        }
+        drop(table);
+        entry.stop();
+        Ok(())
+    }
+
+    pub fn list(&self) -> Vec<ExportInfo> {
+        let table = self.table.lock();
+        let mut list: Vec<_> = table.entries.values().map(|entry| self.info(entry)).collect();
+        list.sort_by_key(|export| export.id.parse::<u64>().unwrap_or(u64::MAX));
+        list
+    }
+
+    pub fn get(&self, id: &str) -> Result<ExportInfo> {
+        let table = self.table.lock();
+        find(&table, id).map(|entry| self.info(entry))
+    }
+
+    pub fn disconnect(&self, id: &str, client: Option<&str>) -> Result<usize> {
+        let table = self.table.lock();
+        let entry = find(&table, id)?;
+        let dropped = entry.running.as_ref().map_or(0, |running| running.front_end.disconnect(client));
+        match client {
+            Some(client) if dropped == 0 => {
+                Err(Error::not_found(format!("export {id} has no client {client:?}: `novastor export show {id}` lists them")))
+            }
+            _ => Ok(dropped),
+        }
+    }
+
+    /// Statistics of those that run.
+    pub fn stats(&self) -> Vec<(ExportRecord, usize, Snapshot)> {
+        let table = self.table.lock();
+        let running = table.entries.values().filter_map(|entry| Some((entry, entry.running.as_ref()?)));
+        let stats = running.map(|(entry, running)| {
+            let front_end = &running.front_end;
+            (entry.record.clone(), front_end.clients().len(), front_end.stats())
+        });
+        stats.collect()
+    }
+
+    /// Ids of the exports of a volume and of its snapshots, running or not.
+    pub fn ids_of(&self, volume: &VolumeId) -> Vec<String> {
+        let (name, prefix) = (volume.to_string(), format!("{volume}@"));
+        self.ids_where(|spec| spec.volume == name || spec.volume.starts_with(&prefix))
+    }
+
+    /// Ids of the exports of exactly this volume or snapshot.
+    pub fn ids_of_exactly(&self, volume: &VolumeId) -> Vec<String> {
+        let name = volume.to_string();
+        self.ids_where(|spec| spec.volume == name)
+    }
+
+    fn ids_where(&self, matches: impl Fn(&ExportSpec) -> bool) -> Vec<String> {
+        let table = self.table.lock();
+        table.entries.values().filter(|entry| matches(&entry.record.spec)).map(|entry| entry.record.id.clone()).collect()
+    }
+
+    /// Stops all of them, keeping the records. Blocks until their I/O is done.
+    pub fn stop_all(&self) {
+        let entries: Vec<Entry> = {
+            let mut table = self.table.lock();
+            let records: Vec<_> = table.entries.values().map(|entry| entry.record.clone()).collect();
+            let blank = records.into_iter().map(|record| (record.id.clone(), Entry { record, running: None, error: None }));
+            std::mem::replace(&mut table.entries, blank.collect()).into_values().collect()
+        };
+        std::thread::scope(|scope| {
+            for entry in entries {
+                scope.spawn(move || entry.stop());
+            }
+        });
+    }
+
+    fn info(&self, entry: &Entry) -> ExportInfo {
+        let ExportRecord { id, declared, spec } = entry.record.clone();
+        let running = entry.running.as_ref();
+        ExportInfo {
+            id,
+            declared,
+            size: running.map(|running| running.lease.volume().size()),
+            uris: match spec.protocol {
+                Protocol::Nbd => self.nbd.uris(&spec),
+                Protocol::VhostUser => spec.socket_path().map(|path| path.display().to_string()).into_iter().collect(),
+            },
+            volume: spec.volume,
+            protocol: spec.protocol,
+            address: spec.address,
+            queues: spec.queues,
+            read_only: spec.read_only,
+            mode: spec.mode,
+            group: spec.group,
+            tls_allow: spec.tls_allow,
+            ready: running.is_some(),
+            error: entry.error.clone(),
+            clients: running.map(|running| running.front_end.clients()).unwrap_or_default(),
+        }
+    }
+}
+
+impl Entry {
+    fn stop(self) {
+        if let Some(mut running) = self.running {
+            running.front_end.stop();
+            tracing::info!("export {}: {} is no longer served", self.record.id, self.record.spec.volume);
+        }
+    }
+}
+
+fn find<'a>(table: &'a Table, id: &str) -> Result<&'a Entry> {
+    table
+        .entries
+        .get(id)
+        .ok_or_else(|| Error::not_found(format!("export {id:?} does not exist: `novastor export list` shows those that do")))
+}
+
+fn describe(spec: &ExportSpec) -> String {
+    match (spec.protocol, &spec.address) {
+        (Protocol::Nbd, None) => "NBD, shared listeners".to_owned(),
+        (Protocol::Nbd, Some(address)) => format!("NBD, {address}"),
+        (Protocol::VhostUser, address) => format!("vhost-user, {}", address.as_deref().unwrap_or_default()),
+    }
+}

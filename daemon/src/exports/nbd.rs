@@ -1,0 +1,247 @@
+//! Exports over NBD: one server for the shared listeners and for those of single exports.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use blockdev::ReactorHandle;
+use blockdev::stats::Snapshot;
+use nbd::{Export, Server, ServerOptions, Serves, Socket, TlsSettings};
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+
+use super::spec::{ExportRecord, ExportSpec};
+use super::{FrontEnd, Lease};
+use crate::api::types::ClientInfo;
+use crate::config::{Address, Config, tls_key};
+use crate::daemon::Daemon;
+use crate::daemon::sockets::{SocketRules, listen_tcp, listen_unix};
+use crate::daemon::systemd::PassedSockets;
+use crate::error::{Error, Result};
+use crate::units::unix_seconds;
+
+/// The NBD server and what it listens on.
+pub struct NbdFrontEnd {
+    server: Server,
+    tls: Option<TlsSettings>,
+    runtime: Handle,
+    shared: Mutex<Vec<SharedListener>>,
+}
+
+struct SharedListener {
+    address: Address,
+    /// To remove at the end; a socket that the service manager made is not ours to remove.
+    path: Option<PathBuf>,
+}
+
+impl NbdFrontEnd {
+    /// Must be called within the control plane's runtime.
+    pub fn new(config: &Config, reactors: &[ReactorHandle]) -> Result<NbdFrontEnd> {
+        Ok(NbdFrontEnd {
+            server: Server::new(reactors, ServerOptions::default()),
+            tls: load_tls(config)?,
+            runtime: Handle::current(),
+            shared: Mutex::default(),
+        })
+    }
+
+    /// Opens the shared listeners.
+    pub fn listen(&self, config: &Config, passed: &mut PassedSockets) -> Result<()> {
+        let rules = SocketRules::from_config(config);
+        for address in config.daemon.nbd_addresses().map_err(Error::invalid)? {
+            let address = absolute(address);
+            let claimed = passed.claim(&address);
+            let path = if claimed.is_some() { None } else { address.unix_path().cloned() };
+            let (socket, address) = open_socket(&address, claimed, &rules)?;
+            self.accept(socket, &address, Serves::Shared)?;
+            tracing::info!("NBD: listening on {address}");
+            self.shared.lock().push(SharedListener { address, path });
+        }
+        Ok(())
+    }
+
+    fn accept(&self, socket: Socket, address: &Address, serves: Serves) -> Result<()> {
+        let _runtime = self.runtime.enter();
+        // A unix socket is guarded by its mode and group; TLS there would only cost.
+        let tls = if address.unix_path().is_some() { None } else { self.tls.clone() };
+        match self.server.listen(socket, serves, tls) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(Error::invalid(format!("NBD on {address}: {error}"))),
+        }
+    }
+
+    /// The shared listeners' addresses.
+    pub fn addresses(&self) -> Vec<String> {
+        self.shared.lock().iter().map(|listener| listener.address.to_string()).collect()
+    }
+
+    /// The URIs under which clients find an export.
+    pub fn uris(&self, spec: &ExportSpec) -> Vec<String> {
+        let name = export_name(&spec.volume);
+        match spec.parsed_address() {
+            Some(address) => vec![uri(&address, name, self.tls.is_some())],
+            None => self.shared.lock().iter().map(|listener| uri(&listener.address, name, self.tls.is_some())).collect(),
+        }
+    }
+
+    /// Serves one export.
+    pub fn start(&self, daemon: &Daemon, record: &ExportRecord, lease: &Lease) -> Result<Box<dyn FrontEnd>> {
+        let spec = &record.spec;
+        let export = Export::new(export_name(&spec.volume), lease.volume().clone())
+            .description(format!("volume {}", spec.volume))
+            .read_only(spec.read_only)
+            .tls_allow(spec.tls_allow.clone());
+        let export = Arc::new(export);
+        let mut path = None;
+        match spec.parsed_address() {
+            None => self.server.publish(&export).map_err(|error| Error::exists(error.to_string()))?,
+            Some(address) => {
+                let mut rules = SocketRules::from_config(&daemon.config());
+                rules.mode = spec.mode.as_deref().and_then(crate::config::parse_mode).unwrap_or(rules.mode);
+                rules.group = spec.group.clone().or(rules.group);
+                path = address.unix_path().cloned();
+                let (socket, address) = open_socket(&address, None, &rules)?;
+                self.accept(socket, &address, Serves::Only(export.clone()))?;
+            }
+        }
+        Ok(Box::new(NbdExport { server: self.server.clone(), runtime: self.runtime.clone(), export, path }))
+    }
+
+    /// Serves one volume on a socket that only the daemon's own user can reach, for a transfer.
+    pub fn start_private(&self, lease: Lease, read_only: bool, folder: &Path, name: &str) -> Result<PrivateExport> {
+        let path = folder.join(format!("{name}.sock"));
+        let rules = SocketRules { folders: vec![folder.to_owned()], mode: 0o600, group: None };
+        let volume = export_name(&lease.id().to_string()).to_owned();
+        let export = Arc::new(Export::new(&volume, lease.volume().clone()).read_only(read_only));
+        let address = Address::Unix(path.clone());
+        let (socket, _) = open_socket(&address, None, &rules)?;
+        self.accept(socket, &address, Serves::Only(export.clone()))?;
+        let front_end =
+            NbdExport { server: self.server.clone(), runtime: self.runtime.clone(), export, path: Some(path.clone()) };
+        Ok(PrivateExport { front_end, lease: Some(lease), path, name: volume })
+    }
+
+    /// Closes all listeners and connections, after the requests taken in. Blocks.
+    pub fn stop(&self) {
+        self.runtime.block_on(self.server.shutdown());
+        for listener in self.shared.lock().drain(..) {
+            listener.path.into_iter().for_each(|path| remove_socket(&path));
+        }
+    }
+}
+
+/// An export with a listener of its own that no list shows.
+pub struct PrivateExport {
+    front_end: NbdExport,
+    lease: Option<Lease>,
+    path: PathBuf,
+    name: String,
+}
+
+impl PrivateExport {
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+impl Drop for PrivateExport {
+    fn drop(&mut self) {
+        self.front_end.stop();
+        self.lease = None;
+    }
+}
+
+struct NbdExport {
+    server: Server,
+    runtime: Handle,
+    export: Arc<Export>,
+    /// Of its own socket, to remove at the end.
+    path: Option<PathBuf>,
+}
+
+impl FrontEnd for NbdExport {
+    fn clients(&self) -> Vec<ClientInfo> {
+        let own = self.server.clients().into_iter().filter(|client| client.export == self.export.name());
+        own.map(|client| ClientInfo {
+            id: client.id.to_string(),
+            peer: match client.tls_subject {
+                Some(subject) => format!("{} ({subject})", client.peer),
+                None => client.peer,
+            },
+            since: unix_seconds(client.since),
+        })
+        .collect()
+    }
+
+    fn disconnect(&self, client: Option<&str>) -> usize {
+        let chosen = self.clients().into_iter().filter(|other| client.is_none_or(|client| client == other.id));
+        chosen.filter_map(|client| client.id.parse().ok()).filter(|id| self.server.disconnect(*id)).count()
+    }
+
+    fn stats(&self) -> Snapshot {
+        self.export.stats()
+    }
+
+    fn stop(&mut self) {
+        self.runtime.block_on(self.server.withdraw(&self.export));
+        self.path.take().into_iter().for_each(|path| remove_socket(&path));
+    }
+}
+
+/// The name clients ask for: that of the volume, without its pool.
+fn export_name(volume: &str) -> &str {
+    volume.split_once('/').map_or(volume, |(_, name)| name)
+}
+
+fn open_socket(address: &Address, claimed: Option<OwnedFd>, rules: &SocketRules) -> Result<(Socket, Address)> {
+    match address {
+        Address::Unix(path) => {
+            let listener = claimed.map_or_else(|| listen_unix(path, rules), |socket| Ok(socket.into()))?;
+            Ok((Socket::Unix(listener), address.clone()))
+        }
+        Address::Tcp { host, .. } => {
+            let host_port = address.host_port().unwrap_or_default();
+            let listener: std::net::TcpListener = claimed.map_or_else(|| listen_tcp(&host_port), |socket| Ok(socket.into()))?;
+            let port = listener.local_addr().map_err(|error| Error::io(&host_port, &error))?.port();
+            Ok((Socket::Tcp(listener), Address::Tcp { host: host.clone(), port }))
+        }
+    }
+}
+
+fn remove_socket(path: &Path) {
+    if let Err(error) = std::fs::remove_file(path)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        tracing::warn!("socket {} was left behind: {error}", path.display());
+    }
+}
+
+fn absolute(address: Address) -> Address {
+    match address {
+        Address::Unix(path) => Address::Unix(std::path::absolute(&path).unwrap_or(path)),
+        tcp => tcp,
+    }
+}
+
+fn uri(address: &Address, name: &str, has_tls: bool) -> String {
+    match address {
+        Address::Unix(path) => format!("nbd+unix:///{name}?socket={}", path.display()),
+        Address::Tcp { .. } => {
+            let scheme = if has_tls { "nbds" } else { "nbd" };
+            format!("{scheme}://{}/{name}", address.host_port().unwrap_or_default())
+        }
+    }
+}
+
+fn load_tls(config: &Config) -> Result<Option<TlsSettings>> {
+    let Some(tls) = &config.tls else { return Ok(None) };
+    let read = |path: &Path| std::fs::read(path).map_err(|error| Error::io(path.display(), &error));
+    let client_ca = tls.client_ca.as_deref().map(read).transpose()?;
+    let key = tls_key(tls).map_err(Error::invalid)?;
+    let settings = TlsSettings::from_pem(&read(&tls.cert)?, key.as_bytes(), client_ca.as_deref());
+    settings.map(Some).map_err(|error| Error::invalid(format!("[tls]: {error}")))
+}

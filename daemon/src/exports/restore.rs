@@ -1,0 +1,141 @@
+//! Exports come back by themselves: after a start, after a reload, and when a backend answers again.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Entry, Exports, Running};
+use crate::config::Config;
+use crate::daemon::Daemon;
+use crate::error::Result;
+use crate::exports::spec::{ExportRecord, ExportSpec};
+use crate::names::VolumeId;
+
+const RETRY: Duration = Duration::from_secs(2);
+
+impl Exports {
+    /// Makes the declared exports those of `config`: new ones are noted, those gone are stopped and forgotten. Returns what
+    /// changed, in words.
+    pub fn declare(&self, config: &Config) -> Result<Vec<String>> {
+        let wanted: Result<Vec<ExportSpec>> =
+            config.export.iter().map(|export| ExportSpec::from_config(export, config.tls.is_some())).collect();
+        let wanted = wanted?;
+        let mut changes = Vec::new();
+        let mut gone = Vec::new();
+        let mut table = self.table.lock();
+        let ids: Vec<String> = table.entries.keys().cloned().collect();
+        for id in ids {
+            let record = &table.entries[&id].record;
+            if record.declared && !wanted.iter().any(|spec| same_export(spec, &record.spec)) {
+                changes.push(format!("export of {} removed", record.spec.volume));
+                gone.extend(table.entries.remove(&id));
+            }
+        }
+        for spec in wanted {
+            if table.entries.values().any(|entry| entry.record.declared && same_export(&spec, &entry.record.spec)) {
+                continue;
+            }
+            changes.push(format!("export of {} added", spec.volume));
+            let id = table.next.to_string();
+            table.next += 1;
+            let record = ExportRecord { id: id.clone(), declared: true, spec };
+            table.entries.insert(id, Entry { record, running: None, error: None });
+        }
+        if !changes.is_empty() {
+            self.save(&table)?;
+        }
+        drop(table);
+        gone.into_iter().for_each(Entry::stop);
+        Ok(changes)
+    }
+
+    /// Tries to start everything that does not run. Pools do not wait for each other. Blocks until each was tried once, or for
+    /// `limit`.
+    pub fn start_missing(daemon: &Arc<Daemon>, limit: Duration) {
+        let mut by_pool: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        {
+            let table = daemon.exports().table.lock();
+            for entry in table.entries.values().filter(|entry| entry.running.is_none()) {
+                let pool = entry.record.spec.volume.split_once('/').map_or("", |(pool, _)| pool).to_owned();
+                by_pool.entry(pool).or_default().push(entry.record.id.clone());
+            }
+        }
+        let (sender, receiver) = std::sync::mpsc::channel::<()>();
+        for ids in by_pool.into_values() {
+            let (daemon, sender) = (daemon.clone(), sender.clone());
+            std::thread::spawn(move || {
+                for id in ids {
+                    daemon.exports().start_again(&daemon, &id);
+                }
+                drop(sender);
+            });
+        }
+        drop(sender);
+        let _ = receiver.recv_timeout(limit);
+    }
+
+    fn start_again(&self, daemon: &Daemon, id: &str) {
+        let Some(record) = self.table.lock().entries.get(id).map(|entry| entry.record.clone()) else { return };
+        let outcome = self.start_record(daemon, &record);
+        let mut table = self.table.lock();
+        match outcome {
+            Ok(None) => {}
+            Ok(Some((volume, mut running))) => match table.entries.get_mut(id) {
+                Some(entry) if !daemon.is_stopping() => {
+                    entry.record.spec.volume = volume.to_string();
+                    entry.running = Some(running);
+                    entry.error = None;
+                }
+                _ => {
+                    drop(table);
+                    running.front_end.stop();
+                }
+            },
+            Err(error) => {
+                let Some(entry) = table.entries.get_mut(id) else { return };
+                if entry.error.as_deref() != Some(&error.message) {
+                    tracing::error!(
+                        "export {id} of {} is not served: {error}; trying again every {} s",
+                        record.spec.volume,
+                        RETRY.as_secs()
+                    );
+                }
+                entry.error = Some(error.message);
+            }
+        }
+    }
+
+    /// Nothing if it runs by now, or the daemon ends.
+    fn start_record(&self, daemon: &Daemon, record: &ExportRecord) -> Result<Option<(VolumeId, Running)>> {
+        let volume = daemon.resolve_text(&record.spec.volume)?;
+        let _held = daemon.hold([&volume]);
+        let is_missing = self.table.lock().entries.get(&record.id).is_some_and(|entry| entry.running.is_none());
+        if !is_missing || daemon.is_stopping() {
+            return Ok(None);
+        }
+        let running = self.start(daemon, record, &volume)?;
+        Ok(Some((volume.clone(), running)))
+    }
+
+    fn has_missing(&self) -> bool {
+        self.table.lock().entries.values().any(|entry| entry.running.is_none())
+    }
+
+    /// Tries again for ever.
+    pub async fn keep_trying(daemon: Arc<Daemon>) {
+        loop {
+            tokio::time::sleep(RETRY).await;
+            if daemon.exports().has_missing() && !daemon.is_stopping() {
+                let daemon = daemon.clone();
+                let _ = tokio::task::spawn_blocking(move || Exports::start_missing(&daemon, Duration::from_secs(60))).await;
+            }
+        }
+    }
+}
+
+/// The same export, whether its volume was written with the pool or without.
+fn same_export(wanted: &ExportSpec, kept: &ExportSpec) -> bool {
+    let same_volume = wanted.volume == kept.volume
+        || (!wanted.volume.contains('/') && kept.volume.split_once('/').is_some_and(|(_, name)| name == wanted.volume));
+    same_volume && ExportSpec { volume: kept.volume.clone(), ..wanted.clone() } == *kept
+}

@@ -1,0 +1,203 @@
+//! What an export is, checked; and how the list of them is kept.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::api::types::{ExportCreate, Protocol};
+use crate::config::address::{Address, check_socket_path};
+use crate::config::{ExportConfig, NbdTarget, parse_mode};
+use crate::error::{Error, Result};
+
+/// The most queues of a vhost-user export where nothing else is said.
+pub const QUEUES_DEFAULT: u16 = 64;
+const QUEUES_MAX: u16 = 256;
+
+/// An export, checked but not resolved: `volume` is as written, or canonical once stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExportSpec {
+    pub volume: String,
+    pub protocol: Protocol,
+    /// `unix:PATH` or `tcp:HOST:PORT`; none for the shared NBD listeners.
+    pub address: Option<String>,
+    pub queues: Option<u16>,
+    #[serde(default)]
+    pub read_only: bool,
+    pub mode: Option<String>,
+    pub group: Option<String>,
+    #[serde(default)]
+    pub tls_allow: Vec<String>,
+}
+
+/// One export as it is kept in `data_dir`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExportRecord {
+    pub id: String,
+    /// It stands in the configuration file and goes when it goes from there.
+    #[serde(default)]
+    pub declared: bool,
+    #[serde(flatten)]
+    pub spec: ExportSpec,
+}
+
+/// The file of exports.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct ExportFile {
+    /// The number of the next id; ids are not used twice.
+    pub next: u64,
+    pub exports: Vec<ExportRecord>,
+}
+
+impl ExportSpec {
+    pub fn from_request(request: ExportCreate, has_tls: bool) -> Result<ExportSpec> {
+        let spec = ExportSpec {
+            volume: request.volume,
+            protocol: request.protocol,
+            address: request.address,
+            queues: request.queues,
+            read_only: request.read_only,
+            mode: request.mode,
+            group: request.group,
+            tls_allow: request.tls_allow,
+        };
+        spec.checked(has_tls)
+    }
+
+    pub fn from_config(config: &ExportConfig, has_tls: bool) -> Result<ExportSpec> {
+        let (protocol, address) = match (&config.vhost_user, &config.nbd) {
+            (Some(path), _) => (Protocol::VhostUser, Some(format!("unix:{}", path.display()))),
+            (None, Some(NbdTarget::Own(address))) => (Protocol::Nbd, Some(address.clone())),
+            (None, _) => (Protocol::Nbd, None),
+        };
+        let spec = ExportSpec {
+            volume: config.volume.clone(),
+            protocol,
+            address,
+            queues: config.queues,
+            read_only: config.read_only,
+            mode: config.mode.clone(),
+            group: config.group.clone(),
+            tls_allow: config.tls_allow.clone(),
+        };
+        spec.checked(has_tls)
+    }
+
+    fn checked(mut self, has_tls: bool) -> Result<ExportSpec> {
+        let subject = format!("export of {}", self.volume);
+        let refuse = |why: String| Err(Error::invalid(format!("{subject} refused: {why}")));
+        let address = match self.address.as_deref().map(str::parse::<Address>).transpose() {
+            Ok(address) => address,
+            Err(why) => return refuse(why),
+        };
+        if let Some(mode) = self.mode.as_deref().filter(|mode| parse_mode(mode).is_none()) {
+            return refuse(format!("mode {mode:?} is no mode: write it in octal, such as 0660"));
+        }
+        let own_socket = matches!(address, Some(Address::Unix(_)));
+        if !own_socket && (self.mode.is_some() || self.group.is_some()) {
+            return refuse("--mode and --group are for an export with a socket of its own".to_owned());
+        }
+        match self.protocol {
+            Protocol::VhostUser => {
+                if !own_socket {
+                    return refuse("vhost-user needs the path of a unix socket".to_owned());
+                }
+                if !self.tls_allow.is_empty() {
+                    return refuse("--tls-allow is for NBD; vhost-user has no TLS: use --mode and --group".to_owned());
+                }
+                let queues = *self.queues.get_or_insert(QUEUES_DEFAULT);
+                if !(1..=QUEUES_MAX).contains(&queues) {
+                    return refuse(format!("{queues} queues: choose 1 to {QUEUES_MAX}"));
+                }
+            }
+            Protocol::Nbd => {
+                if self.queues.is_some() {
+                    return refuse("--queues is for vhost-user; an NBD client opens as many connections as it likes".to_owned());
+                }
+                if !self.tls_allow.is_empty() && !has_tls {
+                    return refuse("--tls-allow needs [tls] in the configuration".to_owned());
+                }
+                if let Some(address) = address.as_ref().filter(|address| !address.is_local() && !has_tls) {
+                    return refuse(format!("{address} can be reached from other hosts: that needs [tls], or use 127.0.0.1"));
+                }
+            }
+        }
+        self.address = address.map(|address| absolute(address).to_string());
+        if let Some(path) = self.socket_path()
+            && let Err(why) = check_socket_path(&path.to_string_lossy())
+        {
+            return refuse(why);
+        }
+        Ok(self)
+    }
+
+    pub fn parsed_address(&self) -> Option<Address> {
+        self.address.as_ref().and_then(|address| address.parse().ok())
+    }
+
+    /// Of an export with a unix socket of its own.
+    pub fn socket_path(&self) -> Option<PathBuf> {
+        self.parsed_address().and_then(|address| address.unix_path().cloned())
+    }
+}
+
+fn absolute(address: Address) -> Address {
+    match address {
+        Address::Unix(path) => Address::Unix(std::path::absolute(&path).unwrap_or(path)),
+        tcp => tcp,
+    }
+}
+
+/// Whether two listeners would be the same.
+pub fn same_listener(left: &ExportSpec, right: &ExportSpec) -> bool {
+    let real = |path: &Path| {
+        let folder = path.parent().and_then(|folder| std::fs::canonicalize(folder).ok());
+        folder.and_then(|folder| Some(folder.join(path.file_name()?))).unwrap_or_else(|| path.to_owned())
+    };
+    match (left.parsed_address(), right.parsed_address()) {
+        (Some(Address::Unix(left)), Some(Address::Unix(right))) => real(&left) == real(&right),
+        (Some(left), Some(right)) => left == right,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(protocol: Protocol, address: Option<&str>) -> ExportCreate {
+        ExportCreate {
+            volume: "v".to_owned(),
+            protocol,
+            address: address.map(str::to_owned),
+            queues: None,
+            read_only: false,
+            mode: None,
+            group: None,
+            tls_allow: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn good_exports_are_completed() {
+        let spec = ExportSpec::from_request(request(Protocol::VhostUser, Some("unix:/run/a.sock")), false).unwrap();
+        assert_eq!(spec.queues, Some(QUEUES_DEFAULT));
+        let spec = ExportSpec::from_request(request(Protocol::Nbd, Some("unix:a.sock")), false).unwrap();
+        assert!(spec.socket_path().unwrap().is_absolute());
+        let text = serde_json::to_string(&ExportRecord { id: "1".to_owned(), declared: true, spec: spec.clone() }).unwrap();
+        assert_eq!(serde_json::from_str::<ExportRecord>(&text).unwrap().spec, spec);
+    }
+
+    #[test]
+    fn senseless_exports_are_refused() {
+        let refused = |request| ExportSpec::from_request(request, false).unwrap_err().message;
+        assert!(refused(request(Protocol::VhostUser, None)).contains("unix socket"));
+        assert!(refused(request(Protocol::VhostUser, Some("tcp:127.0.0.1:1"))).contains("unix socket"));
+        assert!(refused(request(Protocol::Nbd, Some("tcp:0.0.0.0:1"))).contains("[tls]"));
+        assert!(refused(request(Protocol::Nbd, Some(&format!("unix:/{}", "a".repeat(200))))).contains("107"));
+        assert!(refused(ExportCreate { queues: Some(2), ..request(Protocol::Nbd, None) }).contains("--queues"));
+        assert!(refused(ExportCreate { mode: Some("0660".into()), ..request(Protocol::Nbd, None) }).contains("--mode"));
+        assert!(refused(ExportCreate { tls_allow: vec!["a".into()], ..request(Protocol::Nbd, None) }).contains("[tls]"));
+        let queues = ExportCreate { queues: Some(0), ..request(Protocol::VhostUser, Some("unix:/a")) };
+        assert!(refused(queues).contains("1 to 256"));
+    }
+}

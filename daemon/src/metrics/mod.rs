@@ -1,0 +1,73 @@
+//! What volumes, exports and pools do, as numbers: for Prometheus and for `novastor top`.
+//!
+//! ```text
+//!   data-plane threads ── OpStats (plain stores) ──▶ Sample ──▶ prometheus text
+//!                                                      └─ since(earlier) ──▶ StatsReport: rates and percentiles
+//! ```
+//!
+//! Nothing is counted here and nothing runs in the background: a sample is taken when somebody asks.
+
+pub mod prometheus;
+mod report;
+
+use std::time::Instant;
+
+use blockdev::stats::Snapshot;
+
+use crate::api::types::{PoolInfo, Protocol};
+use crate::daemon::Daemon;
+pub use report::{ExportStats, OpStats, PoolStats, StatsReport, VolumeStats};
+
+/// All counters at about one moment.
+pub struct Sample {
+    pub node: String,
+    pub taken: Instant,
+    pub volumes: Vec<VolumeSample>,
+    pub exports: Vec<ExportSample>,
+    pub pools: Vec<PoolInfo>,
+}
+
+pub struct VolumeSample {
+    pub name: String,
+    pub pool: String,
+    pub size: u64,
+    pub stats: Snapshot,
+    pub problem: Option<String>,
+    pub last_error: Option<String>,
+}
+
+pub struct ExportSample {
+    pub id: String,
+    pub volume: String,
+    pub protocol: Protocol,
+    pub clients: usize,
+    pub stats: Snapshot,
+}
+
+impl Sample {
+    /// Asks everybody. Pools may block.
+    pub fn take(daemon: &Daemon) -> Sample {
+        let volumes = daemon.open_volumes().list().into_iter().map(|(id, volume)| VolumeSample {
+            name: id.to_string(),
+            pool: id.pool,
+            size: volume.size(),
+            stats: volume.stats(),
+            problem: volume.health(),
+            last_error: volume.last_error(),
+        });
+        let exports = daemon.exports().stats().into_iter().map(|(record, clients, stats)| ExportSample {
+            id: record.id,
+            volume: record.spec.volume,
+            protocol: record.spec.protocol,
+            clients,
+            stats,
+        });
+        Sample {
+            node: daemon.config().daemon.node.clone(),
+            taken: blockdev::clock::monotonic(),
+            volumes: volumes.collect(),
+            exports: exports.collect(),
+            pools: daemon.list_pools(),
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! A sample as Prometheus text, format 0.0.4.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use blockdev::stats::{ClassSnapshot, OpClass, Snapshot, Stage};
+
+use super::Sample;
+use crate::api::types::{PoolInfo, Protocol};
+
+/// Upper limits of the latency buckets, in microseconds.
+const BUCKETS_US: [u64; 16] =
+    [5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 100_000, 500_000, 2_000_000, 10_000_000];
+
+/// All metrics.
+pub fn render(sample: &Sample) -> String {
+    let mut page = Page::default();
+    page.family("novastor_up", "gauge", "The daemon answers.");
+    page.value("novastor_up", &[("node", &sample.node), ("version", env!("CARGO_PKG_VERSION"))], 1.0);
+    pools(&mut page, sample);
+    volumes(&mut page, sample);
+    exports(&mut page, sample);
+    page.text
+}
+
+type PoolBytes = fn(&PoolInfo) -> Option<u64>;
+type Count = fn(&ClassSnapshot) -> u64;
+type Labels<'a> = Vec<(&'a str, &'a str)>;
+
+fn pools(page: &mut Page, sample: &Sample) {
+    page.family("novastor_pool_healthy", "gauge", "1 while the backend works.");
+    for pool in &sample.pools {
+        page.value("novastor_pool_healthy", &[("pool", &pool.name), ("driver", &pool.driver)], f64::from(pool.ok));
+    }
+    let sizes: [(&str, &str, PoolBytes); 2] = [
+        ("novastor_pool_size_bytes", "Size of the backend.", |pool| pool.total),
+        ("novastor_pool_free_bytes", "Free space of the backend.", |pool| pool.free),
+    ];
+    for (name, help, size) in sizes {
+        page.family(name, "gauge", help);
+        for (pool, bytes) in sample.pools.iter().filter_map(|pool| Some((pool, size(pool)?))) {
+            page.value(name, &[("pool", &pool.name)], bytes as f64);
+        }
+    }
+    let of_pool: Vec<(Labels<'_>, Vec<&Snapshot>)> = sample
+        .pools
+        .iter()
+        .map(|pool| {
+            let stats = sample.volumes.iter().filter(|volume| volume.pool == pool.name).map(|volume| &volume.stats);
+            (vec![("pool", pool.name.as_str())], stats.collect())
+        })
+        .collect();
+    page.operations("novastor_pool", &of_pool);
+    page.latencies("novastor_pool", &of_pool, &[Stage::Backend]);
+}
+
+fn volumes(page: &mut Page, sample: &Sample) {
+    page.family("novastor_volume_size_bytes", "gauge", "Size of an open volume.");
+    for volume in &sample.volumes {
+        page.value("novastor_volume_size_bytes", &[("volume", &volume.name)], volume.size as f64);
+    }
+    page.family("novastor_volume_healthy", "gauge", "1 while the volume serves everything it should.");
+    for volume in &sample.volumes {
+        page.value("novastor_volume_healthy", &[("volume", &volume.name)], f64::from(volume.problem.is_none()));
+    }
+    let of_volume: Vec<(Labels<'_>, Vec<&Snapshot>)> =
+        sample.volumes.iter().map(|volume| (vec![("volume", volume.name.as_str())], vec![&volume.stats])).collect();
+    page.operations("novastor_volume", &of_volume);
+    page.latencies("novastor_volume", &of_volume, &Stage::ALL);
+}
+
+fn exports(page: &mut Page, sample: &Sample) {
+    let labels = |export: &super::ExportSample| (export.id.clone(), export.volume.clone(), protocol(export.protocol));
+    let named: Vec<_> = sample.exports.iter().map(|export| (labels(export), export)).collect();
+    page.family("novastor_export_clients", "gauge", "Clients attached.");
+    for ((id, volume, protocol), export) in &named {
+        let labels = [("export", id.as_str()), ("volume", volume), ("protocol", protocol)];
+        page.value("novastor_export_clients", &labels, export.clients as f64);
+    }
+    let of_export: Vec<(Labels<'_>, Vec<&Snapshot>)> = named
+        .iter()
+        .map(|((id, volume, protocol), export)| {
+            (vec![("export", id.as_str()), ("volume", volume.as_str()), ("protocol", *protocol)], vec![&export.stats])
+        })
+        .collect();
+    page.operations("novastor_export", &of_export);
+    page.latencies("novastor_export", &of_export, &[Stage::Total]);
+}
+
+fn protocol(protocol: Protocol) -> &'static str {
+    match protocol {
+        Protocol::Nbd => "nbd",
+        Protocol::VhostUser => "vhost-user",
+    }
+}
+
+#[derive(Default)]
+struct Page {
+    text: String,
+}
+
+impl Page {
+    fn family(&mut self, name: &str, kind: &str, help: &str) {
+        let _ = writeln!(self.text, "# HELP {name} {help}\n# TYPE {name} {kind}");
+    }
+
+    fn value(&mut self, name: &str, labels: &[(&str, &str)], value: f64) {
+        let labels: Vec<String> = labels.iter().map(|(key, value)| format!("{key}=\"{}\"", escape(value))).collect();
+        let _ = writeln!(self.text, "{name}{{{}}} {value}", labels.join(","));
+    }
+
+    fn operations(&mut self, prefix: &str, subjects: &[(Labels<'_>, Vec<&Snapshot>)]) {
+        let families: [(&str, &str, &str, Count); 4] = [
+            ("operations_total", "counter", "Operations completed.", |class| class.ended),
+            ("bytes_total", "counter", "Bytes of operations that succeeded.", |class| class.bytes),
+            ("errors_total", "counter", "Operations that failed.", |class| class.errors),
+            ("in_flight", "gauge", "Operations taken and not completed.", ClassSnapshot::in_flight),
+        ];
+        for (suffix, kind, help, count) in families {
+            let name = format!("{prefix}_{suffix}");
+            self.family(&name, kind, help);
+            for (labels, stats) in subjects {
+                for class in OpClass::ALL {
+                    let sum: u64 = stats.iter().map(|stats| count(stats.class(class))).sum();
+                    let labels = [labels.as_slice(), &[("operation", class.name())]].concat();
+                    self.value(&name, &labels, sum as f64);
+                }
+            }
+        }
+    }
+
+    fn latencies(&mut self, prefix: &str, subjects: &[(Labels<'_>, Vec<&Snapshot>)], stages: &[Stage]) {
+        let name = format!("{prefix}_latency_seconds");
+        self.family(&name, "histogram", "Time in a stage: queued, backend, total.");
+        for (labels, stats) in subjects {
+            for class in [OpClass::Read, OpClass::Write, OpClass::Flush, OpClass::Discard, OpClass::WriteZeroes] {
+                for stage in stages {
+                    let own = [("operation", class.name()), ("stage", stage.name())];
+                    self.histogram(&name, &[labels.as_slice(), &own].concat(), stats, class, *stage);
+                }
+            }
+        }
+    }
+
+    fn histogram(&mut self, name: &str, labels: &[(&str, &str)], stats: &[&Snapshot], class: OpClass, stage: Stage) {
+        let histograms = || stats.iter().map(|stats| stats.class(class).stage(stage));
+        let count: u64 = histograms().map(|histogram| histogram.count()).sum();
+        let sum: u64 = histograms().map(|histogram| histogram.sum_nanos).sum();
+        for limit_us in BUCKETS_US {
+            let below: u64 = histograms().map(|histogram| histogram.at_most(Duration::from_micros(limit_us))).sum();
+            let limit = (limit_us as f64 / 1e6).to_string();
+            self.value(&format!("{name}_bucket"), &[labels, &[("le", limit.as_str())]].concat(), below as f64);
+        }
+        self.value(&format!("{name}_bucket"), &[labels, &[("le", "+Inf")]].concat(), count as f64);
+        self.value(&format!("{name}_sum"), labels, sum as f64 / 1e9);
+        self.value(&format!("{name}_count"), labels, count as f64);
+    }
+}
+
+fn escape(value: &str) -> String {
+    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::VolumeSample;
+
+    #[test]
+    fn the_text_is_well_formed_and_cumulative() {
+        let counters = blockdev::stats::OpStats::default();
+        for micros in [3, 30, 300, 3_000_000] {
+            counters.started(OpClass::Write);
+            counters.stage(OpClass::Write, Stage::Total, Duration::from_micros(micros));
+            counters.ended(OpClass::Write, 512, micros != 30);
+        }
+        let mut stats = Snapshot::default();
+        counters.add_to(&mut stats);
+        let volume = VolumeSample {
+            name: "p/a\"b".to_owned(),
+            pool: "p".to_owned(),
+            size: 1 << 20,
+            stats,
+            problem: Some("broken".to_owned()),
+            last_error: None,
+        };
+        let sample = Sample {
+            node: "n".to_owned(),
+            taken: blockdev::clock::monotonic(),
+            volumes: vec![volume],
+            exports: Vec::new(),
+            pools: Vec::new(),
+        };
+        let text = render(&sample);
+        for line in text.lines().filter(|line| !line.starts_with('#')) {
+            let (name, value) = line.rsplit_once(' ').unwrap();
+            assert!(name.ends_with('}') && value.parse::<f64>().is_ok(), "{line}");
+        }
+        let label = "volume=\"p/a\\\"b\",operation=\"write\"";
+        assert!(text.contains(&format!("novastor_volume_errors_total{{{label}}} 1\n")), "{text}");
+        assert!(text.contains("novastor_volume_healthy{volume=\"p/a\\\"b\"} 0\n"));
+        let counts: Vec<f64> = text
+            .lines()
+            .filter(|line| line.contains("_bucket") && line.contains("operation=\"write\",stage=\"total\""))
+            .map(|line| line.rsplit_once(' ').unwrap().1.parse().unwrap())
+            .collect();
+        assert_eq!(counts.len(), BUCKETS_US.len() + 1);
+        assert!(counts.is_sorted() && counts.last() == Some(&4.0) && counts[0] == 1.0, "{counts:?}");
+    }
+}
