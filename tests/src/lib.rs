@@ -4,9 +4,9 @@
 //!   tests/tests/*.rs     one file per subject; a file whose name holds `guest` boots guests, `ceph` starts a Ceph
 //!        │
 //!   rig::guest           QEMU guest running a shell job          rig::ceph    one-node Ceph on loopback
-//!   rig::daemon          the novastor under test, and its CLI    rig::xfs     a file system with reflink
+//!   rig::daemon          the novastor under test, and its CLI    rig::loop_mount  a small file system
 //!        │
-//!   rig::{tools, scratch, process, deadline}
+//!   rig::fio      verified load from the host            rig::{tools, scratch, process, deadline}
 //! ```
 //!
 //! Invariants:

@@ -97,6 +97,11 @@ impl Console {
         }
     }
 
+    /// The place behind everything printed so far.
+    pub fn end(&self) -> Position {
+        Position(self.state().lines.len())
+    }
+
     /// Waits until every source has ended, so that an error shows all there is; gives up after `limit`.
     pub fn wait_end(&self, limit: Duration) {
         let deadline = Deadline::after(limit);

@@ -16,6 +16,9 @@ use serde_json::Value;
 use std::env;
 use std::ffi::OsStr;
 use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -181,6 +184,33 @@ impl Daemon {
         self.log.text()
     }
 
+    /// Creates a volume in the pool `local`.
+    pub fn create_volume(&self, name: &str, size: &str) -> Result<()> {
+        self.cli(["volume", "create", &format!("local/{name}"), "--size", size])?;
+        Ok(())
+    }
+
+    /// Exports a volume on a vhost-user socket of its own, and returns the socket.
+    pub fn export_vhost_user(&self, volume: &str) -> Result<PathBuf> {
+        let socket = self.folder().join(format!("{volume}.sock"));
+        self.cli(["export", "add", volume, "--vhost-user", &socket.display().to_string()])?;
+        Ok(socket)
+    }
+
+    /// Exports a volume on the shared NBD socket, and returns its URI.
+    pub fn export_nbd(&self, volume: &str) -> Result<String> {
+        self.cli(["export", "add", volume, "--nbd"])?;
+        Ok(self.nbd_uri(volume))
+    }
+
+    /// What Prometheus would scrape, from the metrics endpoint of its own.
+    pub fn metrics(&self) -> Result<String> {
+        let admin = UnixStream::connect(self.folder().join("admin.sock")).context("the admin socket")?;
+        let status: Value = serde_json::from_str(&http_get(admin, "/v1/status")?).context("the daemon's status")?;
+        let address = status["metrics"].as_str().context("the daemon serves no metrics")?;
+        http_get(TcpStream::connect(address).with_context(|| format!("connecting to {address}"))?, "/metrics")
+    }
+
     /// Runs `novastor ARGUMENTS` against this daemon, whatever comes of it.
     pub fn try_cli<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<Output> {
         let mut command = Command::new(binary()?);
@@ -206,5 +236,16 @@ impl Daemon {
         let arguments = arguments.into_iter().map(|argument| argument.as_ref().to_owned());
         let output = self.cli(arguments.chain([OsStr::new("--json").to_owned()]))?;
         serde_json::from_str(&output).with_context(|| format!("novastor printed no JSON: {output:?}"))
+    }
+}
+
+/// The body of an HTTP answer, which must be a success.
+fn http_get(mut stream: impl Read + Write, path: &str) -> Result<String> {
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n").with_context(|| format!("asking for {path}"))?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).with_context(|| format!("the answer to {path}"))?;
+    match answer.split_once("\r\n\r\n") {
+        Some((head, body)) if head.lines().next().is_some_and(|status| status.contains(" 200 ")) => Ok(body.to_owned()),
+        _ => bail!("{path} was answered with {answer:?}"),
     }
 }

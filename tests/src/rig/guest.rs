@@ -131,6 +131,17 @@ impl GuestSpec {
         self.args(["-chardev", &chardev, "-device", &device])
     }
 
+    /// Adds a disk over NBD, through QEMU's own client, which reconnects within `reconnect_delay` seconds.
+    pub fn nbd_disk(self, id: &str, socket: &Path, export: &str, reconnect_delay: u32) -> Self {
+        let drive = format!(
+            "if=none,id=drive-{id},format=raw,cache=none,discard=unmap,file.driver=nbd,file.server.type=unix,\
+             file.server.path={},file.export={export},file.reconnect-delay={reconnect_delay}",
+            socket.display()
+        );
+        let device = format!("virtio-blk-pci,id={id},drive=drive-{id}");
+        self.args(["-drive", &drive, "-device", &device])
+    }
+
     /// User networking: the guest reaches the host's 127.0.0.1 as 10.0.2.2.
     pub fn network(mut self) -> Self {
         self.network = true;
@@ -262,6 +273,11 @@ impl Guest {
             let rest = line.strip_prefix(&prefix)?;
             (rest.is_empty() || rest.starts_with(' ')).then(|| rest.trim_start().to_owned())
         })
+    }
+
+    /// Forgets the marks that have come so far.
+    pub fn skip_marks(&mut self) {
+        self.marks_seen = self.marks.end();
     }
 
     fn wait_control<T>(&mut self, what: &str, limit: Duration, mut accept: impl FnMut(&str) -> Option<T>) -> Result<T> {

@@ -1,4 +1,4 @@
-//! A small XFS with reflink on a loop device, unmounted on drop.
+//! A small file system on a loop device, unmounted on drop.
 
 use crate::rig::process::run;
 use crate::rig::{scratch, tools};
@@ -13,21 +13,31 @@ use tempfile::TempDir;
 const LIMIT: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
-pub struct Xfs {
+pub struct LoopMount {
     mount: PathBuf,
     _folder: TempDir,
 }
 
-impl Xfs {
-    /// Makes and mounts a file system of this size (XFS wants 300 MiB at least).
-    pub fn mount(size_mib: u64) -> Result<Self> {
+impl LoopMount {
+    /// XFS with reflink; it wants 300 MiB at least.
+    pub fn xfs(size_mib: u64) -> Result<Self> {
+        Self::make(size_mib, &["mkfs.xfs", "-q", "-m", "reflink=1"])
+    }
+
+    /// Ext4, which has no reflink.
+    pub fn ext4(size_mib: u64) -> Result<Self> {
+        Self::make(size_mib, &["mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal"])
+    }
+
+    fn make(size_mib: u64, make: &[&str]) -> Result<Self> {
         if !geteuid().is_root() {
             bail!("mounting a loop device needs root: run the tests as root");
         }
         let folder = scratch::disk_dir()?;
         let image = folder.path().join("image");
         File::create(&image)?.set_len(size_mib << 20).with_context(|| format!("sizing {}", image.display()))?;
-        run(Command::new(tools::require("mkfs.xfs")?).args(["-q", "-m", "reflink=1"]).arg(&image), LIMIT)?;
+        let (program, arguments) = make.split_first().context("no program")?;
+        run(Command::new(tools::require(program)?).args(arguments).arg(&image), LIMIT)?;
         let mount = folder.path().join("mount");
         fs::create_dir(&mount)?;
         // `mount` frees the loop device again when it unmounts.
@@ -40,7 +50,7 @@ impl Xfs {
     }
 }
 
-impl Drop for Xfs {
+impl Drop for LoopMount {
     fn drop(&mut self) {
         // Lazily: a process about to end may still hold a file, and the mount must go even so.
         let unmounted = run(Command::new("umount").arg("--lazy").arg(&self.mount), LIMIT);
