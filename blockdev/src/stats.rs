@@ -213,6 +213,20 @@ impl Default for Snapshot {
 }
 
 impl Snapshot {
+    /// Counts what `other` counted as well.
+    pub fn add(&mut self, other: &Snapshot) {
+        for (to, from) in self.classes.iter_mut().zip(&other.classes) {
+            to.started += from.started;
+            to.ended += from.ended;
+            to.errors += from.errors;
+            to.bytes += from.bytes;
+            for (to, from) in to.stages.iter_mut().zip(&from.stages) {
+                to.buckets.iter_mut().zip(&from.buckets).for_each(|(to, from)| *to += from);
+                to.sum_nanos += from.sum_nanos;
+            }
+        }
+    }
+
     pub fn class(&self, class: OpClass) -> &ClassSnapshot {
         &self.classes[class as usize]
     }
@@ -290,6 +304,10 @@ mod tests {
         let median = total.quantile(0.5).unwrap().as_micros();
         assert!((50..=57).contains(&median), "{median}");
         assert_eq!(total.since(total).count(), 0);
+        let mut twice = snapshot.clone();
+        twice.add(&snapshot);
+        let doubled = twice.class(OpClass::Read);
+        assert_eq!((doubled.in_flight(), doubled.errors, doubled.stage(Stage::Total).count()), (2, 2, 200));
         assert!(total.at_most(Duration::from_micros(50)) >= 40);
         assert_eq!(class.stage(Stage::Queued).quantile(0.5), None);
     }

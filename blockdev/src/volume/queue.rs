@@ -10,6 +10,7 @@
 //! the time, and one not done after [`ANSWER_AFTER`] is answered and goes on by itself (see [`super::later`]).
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -46,11 +47,15 @@ struct Inner {
     id: HandlerId,
     completions: Rc<CompletionQueue>,
     slots: RefCell<Slab<Slot>>,
+    /// Requests that wait for their range, by slot.
+    waiting: RefCell<HashMap<u32, Request>>,
     stats: Arc<OpStats>,
     lock_unit: u64,
     device_fua: bool,
     device_discards: bool,
     device_block_status: bool,
+    device_zeroes_fast: bool,
+    read_only: bool,
     failed_flush_is_fatal: bool,
     piece: Cell<u64>,
     closing: Cell<bool>,
@@ -60,17 +65,23 @@ struct Inner {
 struct Slot {
     op: Op,
     offset: u64,
-    /// Where the next piece starts.
-    cursor: u64,
-    end: u64,
     len: u64,
     arrived: Instant,
     submitted: Instant,
+    /// Gone once the request is answered.
     completer: Option<Completer>,
-    waiting: Option<Request>,
+    /// Start of the range held, or waited for.
     locked: Option<u64>,
     flushing: bool,
-    piece_started: Instant,
+    pieces: Option<Box<Pieces>>,
+}
+
+/// How far a discard or zeroing has come.
+struct Pieces {
+    /// Where the next piece starts.
+    cursor: u64,
+    end: u64,
+    started: Instant,
     /// Others' reads and writes when the last piece ended.
     transfers_seen: u64,
     /// Resting between two pieces of a discard.
@@ -82,8 +93,14 @@ impl Slot {
         self.completer.is_none()
     }
 
-    fn has_pieces(&self) -> bool {
-        matches!(self.op, Op::Discard | Op::WriteZeroes { .. })
+    fn rest(&self) -> Option<(u64, u64)> {
+        self.pieces.as_ref().map(|pieces| (pieces.cursor, pieces.end)).filter(|(cursor, end)| cursor < end)
+    }
+}
+
+impl Pieces {
+    fn of(request: &Request, now: Instant) -> Pieces {
+        Pieces { cursor: request.offset, end: request.end(), started: now, transfers_seen: u64::MAX, resting: false }
     }
 }
 
@@ -102,11 +119,14 @@ impl VolumeQueue {
                 id,
                 completions: CompletionQueue::new(reactor, id, SLOTS),
                 slots: RefCell::new(Slab::with_capacity(SLOTS)),
+                waiting: RefCell::new(HashMap::new()),
                 stats,
                 lock_unit: u64::from(volume.lock_unit()),
                 device_fua: capabilities.fua,
                 device_discards: capabilities.discard,
                 device_block_status: capabilities.block_status,
+                device_zeroes_fast: capabilities.fast_zero,
+                read_only: volume.is_read_only(),
                 failed_flush_is_fatal: capabilities.flush_failure_loses_writes,
                 piece: Cell::new(PIECE_FIRST),
                 closing: Cell::new(false),
@@ -137,11 +157,11 @@ impl Drop for VolumeQueue {
     fn drop(&mut self) {
         self.inner.closing.set(true);
         self.inner.slots.borrow_mut().retain(|_, slot| {
-            let abandon = slot.answered() && slot.resting;
-            if abandon {
-                self.inner.volume.later.keep(slot.cursor, slot.end);
+            let resting = slot.answered() && slot.pieces.as_ref().is_some_and(|pieces| pieces.resting);
+            if resting {
+                self.inner.forget_rest(slot);
             }
-            !abandon
+            !resting
         });
         self.inner.leave_if_done();
     }
@@ -189,14 +209,14 @@ impl Inner {
             });
         }
         if request.op.modifies() {
-            if self.volume.is_read_only() {
+            if self.read_only {
                 return Err(Errno::EPERM);
             }
             if self.volume.flushes.has_failed() {
                 return Err(Errno::EIO);
             }
         }
-        if matches!(request.op, Op::WriteZeroes { fast: true, .. }) && !self.volume.capabilities().fast_zero {
+        if matches!(request.op, Op::WriteZeroes { fast: true, .. }) && !self.device_zeroes_fast {
             return Err(Errno::EOPNOTSUPP);
         }
         let carries_memory = matches!(request.op, Op::Read | Op::Write { .. });
@@ -221,18 +241,13 @@ impl Inner {
         let slot = Slot {
             op: request.op,
             offset: request.offset,
-            cursor: request.end(),
-            end: request.end(),
             len: request.len,
             arrived: request.arrived,
             submitted: now,
             completer: None,
-            waiting: None,
             locked: None,
             flushing: request.op == Op::Flush,
-            piece_started: now,
-            transfers_seen: u64::MAX,
-            resting: false,
+            pieces: matches!(request.op, Op::Discard | Op::WriteZeroes { .. }).then(|| Box::new(Pieces::of(&request, now))),
         };
         let token = self.slots.borrow_mut().insert(slot) as u32;
         let (piece, completer) = request.divert(&self.completions, u64::from(token));
@@ -244,43 +259,44 @@ impl Inner {
     fn lock(&self, token: u32, mut piece: Request) {
         let mut slots = self.slots.borrow_mut();
         let slot = &mut slots[token as usize];
-        if slot.has_pieces() {
+        if let Some(pieces) = &mut slot.pieces {
             let limit = self.piece.get();
             piece.len = piece.end().min((piece.offset + limit) / limit * limit) - piece.offset;
+            pieces.cursor = piece.end();
         }
         let start = piece.offset / self.lock_unit * self.lock_unit;
         let end = piece.end().next_multiple_of(self.lock_unit);
-        slot.cursor = piece.end();
         slot.locked = Some(start);
-        slot.waiting = Some(piece);
         let waiter = || Waiter::Handler { reactor: self.reactor.handle(), handler: self.id, token };
         if self.volume.ranges.acquire(start, end, waiter) {
             drop(slots);
-            self.start(token);
+            self.start(token, piece);
+        } else {
+            self.waiting.borrow_mut().insert(token, piece);
         }
     }
 
     /// The piece's range is locked: hands it to the device.
-    fn start(&self, token: u32) {
-        let mut slots = self.slots.borrow_mut();
-        let slot = &mut slots[token as usize];
-        let Some(mut piece) = slot.waiting.take() else { return };
+    fn start(&self, token: u32, mut piece: Request) {
         piece.op = match piece.op {
             Op::Write { fua } => Op::Write { fua: fua && self.device_fua },
             Op::WriteZeroes { unmap, fast, .. } => Op::WriteZeroes { unmap, fua: false, fast },
             other => other,
         };
-        if slot.has_pieces() {
-            slot.piece_started = clock::monotonic();
-        }
+        let mut slots = self.slots.borrow_mut();
+        let slot = &mut slots[token as usize];
         if slot.answered() {
             let Some((from, to)) = self.volume.later.take_first(piece.offset, piece.end()) else {
                 drop(slots);
                 return piece.complete(Ok(()));
             };
-            (piece.offset, piece.len, slot.cursor) = (from, to - from, to);
+            (piece.offset, piece.len) = (from, to - from);
         } else {
             self.volume.later.keep(piece.offset, piece.end());
+        }
+        if let Some(pieces) = &mut slot.pieces {
+            pieces.started = clock::monotonic();
+            pieces.cursor = piece.end();
         }
         drop(slots);
         self.device.submit(piece);
@@ -304,11 +320,7 @@ impl Inner {
         } else if matches!(slot.op, Op::Write { fua: true }) && completion.result == Err(Errno::EIO) && self.failed_flush_is_fatal
         {
             self.volume.fail_closed(Errno::EIO);
-        } else if completion.result.is_ok()
-            && slot.has_pieces()
-            && slot.cursor < slot.end
-            && !(slot.answered() && self.closing.get())
-        {
+        } else if completion.result.is_ok() && slot.rest().is_some() && !(slot.answered() && self.closing.get()) {
             drop(slots);
             return self.after_piece(token);
         } else if completion.result.is_ok() && self.needs_flush(slot) && self.volume.flushes.begin() {
@@ -319,11 +331,18 @@ impl Inner {
         }
         let slot = slots.remove(token as usize);
         drop(slots);
-        if slot.answered() {
-            self.volume.later.keep(slot.cursor, slot.end);
-        }
+        self.forget_rest(&slot);
         self.finish(slot, completion);
         self.leave_if_done();
+    }
+
+    /// What is left of an answered discard stays as it is.
+    fn forget_rest(&self, slot: &Slot) {
+        if slot.answered()
+            && let Some((from, to)) = slot.rest()
+        {
+            self.volume.later.keep(from, to);
+        }
     }
 
     fn needs_flush(&self, slot: &Slot) -> bool {
@@ -342,30 +361,29 @@ impl Inner {
     fn after_piece(&self, token: u32) {
         let mut slots = self.slots.borrow_mut();
         let slot = &mut slots[token as usize];
+        let Some((cursor, end)) = slot.rest() else { return };
+        let Some(pieces) = &mut slot.pieces else { return };
         let now = clock::monotonic();
-        let took = now - slot.piece_started;
-        let piece = self.piece.get();
-        self.piece.set(match took {
-            slow if slow > PIECE_TIME => (piece / 2).max(PIECE_MIN),
-            quick if quick < PIECE_TIME / 4 => (piece * 2).min(PIECE_MAX),
-            _ => piece,
-        });
+        let took = now - pieces.started;
+        self.adapt_piece(took);
         let mut answer = None;
         if slot.op == Op::Discard {
-            if !slot.answered() && now.saturating_duration_since(slot.arrived) > ANSWER_AFTER {
-                self.volume.later.add(slot.cursor, slot.end);
-                self.count(slot, Ok(()));
-                answer = slot.completer.take();
-            }
             let transfers = self.volume.transfers();
-            slot.resting = transfers > slot.transfers_seen;
-            slot.transfers_seen = transfers;
+            pieces.resting = transfers > pieces.transfers_seen;
+            pieces.transfers_seen = transfers;
+            if now.saturating_duration_since(slot.arrived) > ANSWER_AFTER
+                && let Some(completer) = slot.completer.take()
+            {
+                self.volume.later.add(cursor, end);
+                self.count(slot, Ok(()));
+                answer = Some(completer);
+            }
         }
-        if slot.resting {
+        let resting = slot.pieces.as_ref().is_some_and(|pieces| pieces.resting);
+        drop(slots);
+        if resting {
             self.reactor.set_timer(self.id, now + took * GIVE_WAY, token);
-            drop(slots);
         } else {
-            drop(slots);
             self.next_piece(token);
         }
         if let Some(completer) = answer {
@@ -373,10 +391,20 @@ impl Inner {
         }
     }
 
+    fn adapt_piece(&self, took: Duration) {
+        let piece = self.piece.get();
+        self.piece.set(match took {
+            slow if slow > PIECE_TIME => (piece / 2).max(PIECE_MIN),
+            quick if quick < PIECE_TIME / 4 => (piece * 2).min(PIECE_MAX),
+            _ => piece,
+        });
+    }
+
     fn next_piece(&self, token: u32) {
         let slots = self.slots.borrow();
         let slot = &slots[token as usize];
-        let rest = self.part(token, slot, slot.op, slot.cursor, slot.end - slot.cursor);
+        let Some((cursor, end)) = slot.rest() else { return };
+        let rest = self.part(token, slot, slot.op, cursor, end - cursor);
         drop(slots);
         self.lock(token, rest);
     }
@@ -410,14 +438,19 @@ impl Inner {
 impl Handler for Inner {
     /// A range this queue waited for was granted.
     fn completed(&self, token: u32, _result: i32, _flags: u32) {
+        let Some(piece) = self.waiting.borrow_mut().remove(&token) else { return };
         self.slots.borrow_mut()[token as usize].submitted = self.reactor.now();
-        self.start(token);
+        self.start(token, piece);
     }
 
     /// A discard has rested.
     fn timer(&self, token: u32) {
-        let resting = self.slots.borrow_mut().get_mut(token as usize).is_some_and(|slot| std::mem::take(&mut slot.resting));
-        if resting {
+        let rested = {
+            let mut slots = self.slots.borrow_mut();
+            let pieces = slots.get_mut(token as usize).and_then(|slot| slot.pieces.as_mut());
+            pieces.is_some_and(|pieces| std::mem::take(&mut pieces.resting))
+        };
+        if rested {
             self.next_piece(token);
         }
     }
