@@ -17,6 +17,7 @@ mod device;
 mod health;
 mod helper;
 mod image;
+mod images;
 mod library;
 mod lock;
 mod openings;

@@ -1,10 +1,8 @@
 //! A Ceph pool as a pool of volumes: each image is one.
 
 use std::collections::HashMap;
-use std::ffi::{CStr, CString, c_int};
 use std::io;
 use std::path::PathBuf;
-use std::ptr;
 use std::sync::Arc;
 
 use blockdev::{BlockDevice, DeviceError};
@@ -14,10 +12,8 @@ use serde::{Deserialize, Serialize};
 use super::cluster::{Cluster, Connection, IoContext};
 use super::device::RbdDevice;
 use super::image::{Access, Image};
-use super::library::{
-    FEATURE_EXCLUSIVE_LOCK, FLAG_FAST_DIFF_INVALID, IMAGE_OPTION_CLONE_FORMAT, IMAGE_OPTION_FEATURES_SET, ImageSpec, Library,
-    RawIoContext, RawOptions,
-};
+use super::images;
+use super::library::{FEATURE_EXCLUSIVE_LOCK, FLAG_FAST_DIFF_INVALID};
 use super::lock;
 use super::openings::Openings;
 use super::record::{self, Record};
@@ -198,31 +194,6 @@ impl RbdPool {
         }
     }
 
-    fn image_names(&self, context: &IoContext) -> io::Result<Vec<String>> {
-        let mut room = 256;
-        loop {
-            let mut list: Vec<ImageSpec> = Vec::with_capacity(room);
-            let mut count = room;
-            // SAFETY: the context is open; the array is writable for the length given.
-            let listed = context.call(|library, raw| unsafe { (library.rbd_list2)(raw, list.as_mut_ptr(), &mut count) });
-            match listed {
-                Err(error) if error.raw_os_error() == Some(libc::ERANGE) && count > room => {
-                    room = count;
-                    continue;
-                }
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(Vec::new()),
-                other => other?,
-            };
-            // SAFETY: the call filled `count` entries with terminated strings, which the clean-up frees once they are copied.
-            unsafe {
-                list.set_len(count);
-                let names = list.iter().map(|spec| CStr::from_ptr(spec.name).to_string_lossy().into_owned()).collect();
-                (context.library().rbd_image_spec_list_cleanup)(list.as_mut_ptr(), count);
-                return Ok(names);
-            }
-        }
-    }
-
     /// Writes the record of a new image, or takes the image away again.
     fn finish_new(&self, context: &Arc<IoContext>, volume: &str, record: &Record) -> Result<VolumeRecord> {
         let finish = || -> io::Result<VolumeRecord> {
@@ -231,19 +202,10 @@ impl RbdPool {
             record.describe(volume, volume, &image)
         };
         finish().map_err(|source| {
-            if let Err(error) = remove_image(context, volume) {
+            if let Err(error) = images::remove(context, volume) {
                 tracing::warn!("image {}/{volume} is left over from a failed creation: {error}", context.location());
             }
             self.failed(volume, "writing its record", source)
-        })
-    }
-
-    fn clone_image(&self, context: &IoContext, image: &str, snapshot: &str, to: &str) -> io::Result<()> {
-        let (image, snapshot, to) = (CString::new(image)?, CString::new(snapshot)?, CString::new(to)?);
-        // Format 2 needs no protected snapshot, and the snapshot can be removed while the clone lives.
-        with_options(context, &[(IMAGE_OPTION_CLONE_FORMAT, 2)], |library, raw, options| {
-            // SAFETY: the context is open; the strings and the options live through the call.
-            unsafe { (library.rbd_clone3)(raw, image.as_ptr(), snapshot.as_ptr(), raw, to.as_ptr(), options) }
         })
     }
 
@@ -263,39 +225,6 @@ impl RbdPool {
         found.image.allocated(before.as_deref(), false, 0, logical, |_, len| total += len)?;
         Ok(Usage { logical, allocated, snapshots: total.saturating_sub(allocated) })
     }
-}
-
-/// Makes an image with the cluster's default features, lockable in any case, and with further options.
-fn with_options(
-    context: &IoContext,
-    further: &[(c_int, u64)],
-    make: impl FnOnce(&'static Library, RawIoContext, RawOptions) -> c_int,
-) -> io::Result<()> {
-    let made = context.call(|library, raw| {
-        let mut options = ptr::null_mut();
-        // SAFETY: the call stores new options at the address given.
-        unsafe { (library.rbd_image_options_create)(&mut options) };
-        let set = |code: c_int, &(option, value): &(c_int, u64)| match code {
-            // SAFETY: the options were made above and are not yet freed.
-            0.. => unsafe { (library.rbd_image_options_set_uint64)(options, option, value) },
-            refused => refused,
-        };
-        let lockable = (IMAGE_OPTION_FEATURES_SET, FEATURE_EXCLUSIVE_LOCK);
-        let code = match further.iter().fold(set(0, &lockable), set) {
-            0.. => make(library, raw, options),
-            refused => refused,
-        };
-        // SAFETY: the options were made above, and this is their last use.
-        unsafe { (library.rbd_image_options_destroy)(options) };
-        code
-    });
-    made.map(drop)
-}
-
-fn remove_image(context: &IoContext, image: &str) -> io::Result<()> {
-    let name = CString::new(image)?;
-    // SAFETY: the context is open; the string lives through the call.
-    context.call(|library, raw| unsafe { (library.rbd_remove)(raw, name.as_ptr()) }).map(drop)
 }
 
 impl Pool for RbdPool {
@@ -320,7 +249,7 @@ impl Pool for RbdPool {
         let aliases = record::aliases(&context).map_err(broken)?;
         let by_image: HashMap<&str, &str> = aliases.iter().map(|(volume, image)| (image.as_str(), volume.as_str())).collect();
         let mut volumes = Vec::new();
-        for image in self.image_names(&context).map_err(broken)? {
+        for image in images::list(&context).map_err(broken)? {
             let volume = by_image.get(image.as_str()).copied().unwrap_or(&image);
             if check_name("volume", volume).is_err() {
                 continue;
@@ -355,11 +284,7 @@ impl Pool for RbdPool {
         }
         self.refuse_if_taken(volume)?;
         let context = self.context()?;
-        let name = CString::new(volume).map_err(|error| PoolError::Invalid(error.to_string()))?;
-        let created = with_options(&context, &[], |library, raw, options| {
-            // SAFETY: the context is open; the string and the options live through the call.
-            unsafe { (library.rbd_create4)(raw, name.as_ptr(), spec.size, options) }
-        });
+        let created = images::create(&context, volume, spec.size);
         created.map_err(|source| self.failed(volume, "creating its image", source))?;
         let mut record = Record::new(spec.block_size);
         (record.policy, record.tenant) = (spec.policy.clone(), spec.tenant.clone());
@@ -422,11 +347,7 @@ impl Pool for RbdPool {
         let context = self.context()?;
         let broken = |source| self.failed(volume, &format!("renaming it to {to}"), source);
         if record.created {
-            let (from, target) = (CString::new(image_name.as_str()), CString::new(to));
-            let (Ok(from), Ok(target)) = (from, target) else { return Err(broken(io::Error::from_raw_os_error(libc::EINVAL))) };
-            // SAFETY: the context is open; both strings live through the call.
-            let renamed = context.call(|library, raw| unsafe { (library.rbd_rename)(raw, from.as_ptr(), target.as_ptr()) });
-            renamed.map_err(broken)?;
+            images::rename(&context, &image_name, to).map_err(broken)?;
             self.openings.rename(&image_name, to);
             return Ok(());
         }
@@ -467,7 +388,7 @@ impl Pool for RbdPool {
             )));
         }
         drop(image);
-        remove_image(&context, &image_name).map_err(broken)
+        images::remove(&context, &image_name).map_err(broken)
     }
 
     fn clone_volume(&self, volume: &str, snapshot: Option<&str>, to: &str) -> Result<VolumeRecord> {
@@ -480,14 +401,14 @@ impl Pool for RbdPool {
         (record.policy, record.tenant) = (parent.policy, parent.tenant);
         match snapshot {
             Some(snapshot) => {
-                self.clone_image(&context, &image_name, snapshot, to).map_err(broken)?;
+                images::clone(&context, &image_name, snapshot, to).map_err(broken)?;
                 record.origin = Some(format!("{volume}@{snapshot}"));
             }
             None => {
                 // A clone needs a snapshot: one made for it, which Ceph keeps out of sight as long as the clone needs it.
                 let passing = format!("clone-{}", record.uuid.simple());
                 self.change(&image_name, |image| image.create_snapshot(&passing)).map_err(broken)?;
-                let cloned = self.clone_image(&context, &image_name, &passing, to);
+                let cloned = images::clone(&context, &image_name, &passing, to);
                 let removed = self.change(&image_name, |image| image.remove_snapshot(&passing));
                 cloned.and(removed).map_err(broken)?;
                 record.origin = Some(volume.to_owned());
@@ -561,7 +482,7 @@ impl Pool for RbdPool {
     fn check(&self) -> Result<Vec<String>> {
         let context = self.context()?;
         let broken = |source| failed(format!("pool {}: listing its images", self.name), source);
-        let names = self.image_names(&context).map_err(broken)?;
+        let names = images::list(&context).map_err(broken)?;
         let mut findings = Vec::new();
         for (volume, image) in record::aliases(&context).map_err(broken)? {
             if !names.contains(&image) {
