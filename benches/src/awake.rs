@@ -1,7 +1,9 @@
 //! Keeps every core from going idle while servers are compared: one thread per core at the lowest scheduling class.
 //!
 //! A core that sleeps takes many microseconds to answer an interrupt, and how deep it slept depends on what ran before.
-//! `SCHED_IDLE` gives way to any other thread at once, so the servers and the load generator lose nothing to these threads.
+//! `SCHED_IDLE` gives way to any other thread, so the servers and the load generator lose nothing to these threads; but a kernel
+//! with lazy preemption takes a core from a thread only when that enters the kernel, so these enter it all the time. Without that,
+//! whoever is woken by another core waits for the next timer tick: 4 ms.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -50,9 +52,10 @@ fn spin(cpu: usize, stop: &AtomicBool) {
     // Plain arithmetic: the PAUSE instruction makes some hypervisors take the virtual core away.
     let mut value = 1u64;
     while !stop.load(Ordering::Relaxed) {
-        for _ in 0..1000 {
+        for _ in 0..100 {
             value = black_box(value.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         }
+        rustix::thread::sched_yield();
     }
 }
 
