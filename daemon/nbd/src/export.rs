@@ -16,6 +16,8 @@ use crate::protocol::{PAYLOAD_MAX, STRING_MAX, transmission_flag};
 /// How a volume is exported.
 pub struct Export {
     name: String,
+    /// Another name that clients may ask for; lists do not show it.
+    alias: Option<String>,
     description: String,
     volume: Arc<Volume>,
     read_only: bool,
@@ -37,6 +39,7 @@ impl Export {
     pub fn new(name: impl Into<String>, volume: Arc<Volume>) -> Export {
         Export {
             name: name.into(),
+            alias: None,
             description: String::new(),
             volume,
             read_only: false,
@@ -44,6 +47,12 @@ impl Export {
             withdrawn: AtomicBool::new(false),
             stats: Mutex::new(Vec::new()),
         }
+    }
+
+    /// A second name that clients may ask for. A published name goes before an alias.
+    pub fn alias(mut self, alias: impl Into<String>) -> Export {
+        self.alias = Some(alias.into());
+        self
     }
 
     /// For people who list the exports.
@@ -199,7 +208,8 @@ impl Table {
 
     fn find(&self, name: &str) -> Option<Arc<Export>> {
         let exports = self.exports.read();
-        match exports.get(name) {
+        let by_alias = || exports.values().find(|export| export.alias.as_deref() == Some(name));
+        match exports.get(name).or_else(by_alias) {
             Some(export) => Some(export.clone()),
             None if name.is_empty() && exports.len() == 1 => exports.values().next().cloned(),
             None => None,
@@ -239,7 +249,10 @@ impl Directory for View<'_> {
     fn find(&self, name: &str) -> Result<(Arc<Export>, Description), Refusal> {
         let export = match self.serves {
             Serves::Shared => self.table.find(name),
-            Serves::Only(export) => Some(export.clone()).filter(|export| name.is_empty() || export.name == name),
+            Serves::Only(export) => {
+                let asked_for = name.is_empty() || export.name == name || export.alias.as_deref() == Some(name);
+                asked_for.then(|| export.clone())
+            }
         };
         let export = export.filter(|export| !export.is_withdrawn()).ok_or(Refusal::Unknown)?;
         export.admits(self.identity)?;

@@ -10,8 +10,9 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use blockdev::{ReactorHandle, clock};
@@ -21,8 +22,10 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinHandle;
 
 use crate::client::{Client, ClientInfo};
-use crate::export::{Export, ExportError, Serves, Table};
+use crate::export::{Export, ExportError, Identity, Serves, Table};
 use crate::handshake::{self, Ready, Stream};
+use crate::negotiation::Chosen;
+use crate::protocol::Headers;
 use crate::tls::TlsSettings;
 use crate::transmission::{Gone, Negotiated, Worker};
 
@@ -77,7 +80,7 @@ struct Shared {
     clients: Mutex<Clients>,
     client_left: Notify,
     stopping: AtomicBool,
-    gone: Mutex<Option<Gone>>,
+    gone: Gone,
 }
 
 struct Clients {
@@ -101,23 +104,25 @@ impl Server {
     /// A server whose connections live on these data-plane threads, of which there must be at least one.
     pub fn new(reactors: &[ReactorHandle], options: ServerOptions) -> Server {
         assert!(!reactors.is_empty(), "an NBD server needs a data-plane thread");
-        let shared = Arc::new(Shared {
-            key: next_id(),
-            options,
-            reactors: reactors.to_vec(),
-            table: Table::default(),
-            listeners: Mutex::new(HashMap::new()),
-            clients: Mutex::new(Clients { by_id: HashMap::new(), on_thread: vec![0; reactors.len()] }),
-            client_left: Notify::new(),
-            stopping: AtomicBool::new(false),
-            gone: Mutex::new(None),
-        });
-        let weak = Arc::downgrade(&shared);
-        *shared.gone.lock() = Some(Arc::new(move |id| {
-            if let Some(shared) = weak.upgrade() {
-                shared.client_is_gone(id);
+        let shared = Arc::new_cyclic(|shared: &Weak<Shared>| {
+            let shared = shared.clone();
+            let gone: Gone = Arc::new(move |id| {
+                if let Some(shared) = shared.upgrade() {
+                    shared.client_is_gone(id);
+                }
+            });
+            Shared {
+                key: next_id(),
+                options,
+                reactors: reactors.to_vec(),
+                table: Table::default(),
+                listeners: Mutex::new(HashMap::new()),
+                clients: Mutex::new(Clients { by_id: HashMap::new(), on_thread: vec![0; reactors.len()] }),
+                client_left: Notify::new(),
+                stopping: AtomicBool::new(false),
+                gone,
             }
-        }));
+        });
         Server { shared }
     }
 
@@ -174,6 +179,13 @@ impl Server {
         }
     }
 
+    /// Serves a client that has negotiated somewhere else, from its first request on. False if it must not be served.
+    pub fn adopt(&self, socket: OwnedFd, export: &Arc<Export>, headers: Headers, allocation_context: bool) -> bool {
+        let chosen = Chosen { export: export.clone(), name: export.name().to_owned(), headers, allocation_context };
+        let ready = Ready { socket, early: Vec::new(), tls: None, identity: Identity::default(), chosen };
+        self.shared.attach(ready, "a client negotiated with elsewhere".to_owned())
+    }
+
     async fn close_listeners(&self, which: impl Fn(&Listener) -> bool) {
         let ids: Vec<ListenerId> =
             self.shared.listeners.lock().iter().filter(|(_, listener)| which(listener)).map(|(id, _)| *id).collect();
@@ -185,6 +197,15 @@ impl Server {
     /// Who is attached, oldest first.
     pub fn clients(&self) -> Vec<ClientInfo> {
         let mut clients: Vec<_> = self.shared.clients.lock().by_id.values().map(|client| client.info()).collect();
+        clients.sort_by_key(|client| client.id);
+        clients
+    }
+
+    /// Who is attached to this export, oldest first.
+    pub fn clients_of(&self, export: &Arc<Export>) -> Vec<ClientInfo> {
+        let clients = self.shared.clients.lock();
+        let own = clients.by_id.values().filter(|client| Arc::ptr_eq(&client.export, export));
+        let mut clients: Vec<_> = own.map(|client| client.info()).collect();
         clients.sort_by_key(|client| client.id);
         clients
     }
@@ -271,16 +292,18 @@ impl Shared {
     async fn welcome<S: Stream>(self: Arc<Self>, stream: S, peer: String, serves: &Serves, tls: Option<&TlsSettings>) {
         let negotiation = handshake::negotiate(stream, tls, &self.table, serves);
         match tokio::time::timeout(self.options.handshake_time_max, negotiation).await {
-            Ok(Ok(Some(ready))) => self.attach(ready, peer),
+            Ok(Ok(Some(ready))) => drop(self.attach(ready, peer)),
             Ok(Ok(None)) => tracing::debug!("{peer} left without choosing an export"),
             Ok(Err(error)) => tracing::info!("NBD handshake with {peer}: {error}"),
             Err(_) => tracing::info!("NBD handshake with {peer}: took too long"),
         }
     }
 
-    fn attach(&self, ready: Ready, peer: String) {
+    fn attach(&self, ready: Ready, peer: String) -> bool {
         let Ready { socket, early, tls, identity, chosen } = ready;
-        let Some(client) = self.register(chosen.export, peer, identity.0.map(|subject| subject.full)) else { return };
+        let Some(client) = self.register(chosen.export, peer, identity.0.map(|subject| subject.full)) else {
+            return false;
+        };
         tracing::info!(client = client.id, export = client.export.name(), "{} attached", client.peer);
         let negotiated = Negotiated {
             socket,
@@ -290,9 +313,9 @@ impl Shared {
             allocation_context: chosen.allocation_context,
             client: client.clone(),
         };
-        let Some(gone) = self.gone.lock().clone() else { return };
-        let key = self.key;
+        let (key, gone) = (self.key, self.gone.clone());
         client.reactor.spawn(move |reactor| Worker::of_thread(key, reactor, &gone).adopt(negotiated));
+        true
     }
 
     /// Enters a client on the thread that has the fewest. `None` if it must not be served any more.
