@@ -460,3 +460,10 @@ fn event_fd(event: Option<OwnedFd>) -> Result<Option<Arc<OwnedFd>>, Refusal> {
     let _ = rustix::io::ioctl_fionbio(&event, true);
     Ok(Some(Arc::new(event)))
 }
+
+impl Drop for Session {
+    /// Queues must not outlive what they stand on.
+    fn drop(&mut self) {
+        self.drain();
+    }
+}

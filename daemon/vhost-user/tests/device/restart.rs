@@ -12,7 +12,8 @@ use std::sync::atomic::Ordering;
 use crate::frontend::*;
 use crate::{DISK, eventually};
 
-const DEPTH: u16 = 21;
+const DEPTH: u16 = 32;
+const RING: u16 = 128;
 const SECTORS: u64 = 8;
 
 /// The example server in a process of its own.
@@ -77,9 +78,9 @@ struct Log {
 
 impl Log {
     fn get(frontend: &Frontend) -> Log {
-        let wanted = [u64s(&[0, 0]), vec![1, 0, 64, 0, 0, 0, 0, 0]].concat();
+        let wanted = [u64s(&[0, 0]), vec![1, 0, RING as u8, 0, 0, 0, 0, 0]].concat();
         let mut reply = frontend.ask(req::GET_INFLIGHT_FD, &wanted);
-        assert_eq!(reply.payload[16..20], [1, 0, 64, 0]);
+        assert_eq!(reply.payload[16..20], [1, 0, RING as u8, 0]);
         Log { payload: reply.payload, file: reply.fds.pop().expect("a descriptor") }
     }
 
@@ -110,7 +111,7 @@ fn survives(base: Base, rounds: u8) {
     let mut frontend = Frontend::connect_with(&rig.socket, memory, u64::MAX);
     let log = Log::get(&frontend);
     log.set(&frontend);
-    let mut queue = Queue::new(0, 64);
+    let mut queue = Queue::new(0, RING);
     frontend.start(&queue, 0);
     let mut answers = [0u32; DEPTH as usize];
     for round in 0..rounds {
@@ -119,7 +120,7 @@ fn survives(base: Base, rounds: u8) {
         }
         queue.kick();
         let goal = queue.seen_used.wrapping_add(u16::from(round % 4) * 4);
-        eventually("some are answered", || queue.used_index(&frontend.memory).wrapping_sub(goal) < 64);
+        eventually("some are answered", || queue.used_index(&frontend.memory).wrapping_sub(goal) < RING);
         drop(server);
         let used = queue.used_index(&frontend.memory);
         let available = queue.avail_index(&frontend.memory);
