@@ -13,6 +13,8 @@ use super::secret;
 
 /// The drivers that work.
 const DRIVERS: [&str; 4] = ["file", "rbd", "memory", "null"];
+const RBD_KEYS: [&str; 8] =
+    ["pool", "conf", "user", "namespace", "cluster", "keyring", "connect_timeout_seconds", "request_timeout_seconds"];
 const DRIVERS_LATER: [&str; 6] = ["nfs", "smb", "s3", "gcs", "azure", "swift"];
 const POLICY_LATER: [&str; 7] = ["iops", "bandwidth", "burst_iops", "burst_seconds", "compression", "dedup", "encryption"];
 
@@ -190,7 +192,7 @@ impl Checker<'_> {
         let driver_path = format!("{path}.driver");
         let allowed: &[&str] = match pool.driver.as_str() {
             "file" => &["path"],
-            "rbd" => &["pool", "conf", "user", "namespace"],
+            "rbd" => &RBD_KEYS,
             "memory" | "null" => &[],
             "" => return self.refuse(&path, format!("needs a driver: one of {}", DRIVERS.join(", "))),
             other => {
@@ -206,9 +208,19 @@ impl Checker<'_> {
             ("conf", pool.conf.is_some()),
             ("user", pool.user.is_some()),
             ("namespace", pool.namespace.is_some()),
+            ("cluster", pool.cluster.is_some()),
+            ("keyring", pool.keyring.is_some()),
+            ("connect_timeout_seconds", pool.connect_timeout_seconds.is_some()),
+            ("request_timeout_seconds", pool.request_timeout_seconds.is_some()),
         ];
         for (key, _) in given.iter().filter(|(key, given)| *given && !allowed.contains(key)) {
             self.refuse(&format!("{path}.{key}"), format!("driver \"{}\" has no key `{key}`", pool.driver));
+        }
+        if pool.connect_timeout_seconds.is_some_and(|seconds| !(1..=3600).contains(&seconds)) {
+            self.refuse(&format!("{path}.connect_timeout_seconds"), "choose 1 to 3600 seconds");
+        }
+        if pool.request_timeout_seconds.is_some_and(|seconds| seconds > 86_400) {
+            self.refuse(&format!("{path}.request_timeout_seconds"), "choose at most 86400 seconds; 0 waits for ever");
         }
         let needed = if pool.driver == "file" {
             "path"

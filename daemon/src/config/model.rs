@@ -93,6 +93,16 @@ pub struct PoolConfig {
     pub user: Option<String>,
     /// rbd: the namespace within the pool.
     pub namespace: Option<String>,
+    /// rbd: the cluster's name, "ceph" by default.
+    pub cluster: Option<String>,
+    /// rbd: the file with the user's key, instead of the one that `conf` names.
+    pub keyring: Option<PathBuf>,
+    /// rbd: the longest that connecting, and asking a monitor, may take; 30 by default.
+    #[schemars(range(min = 1, max = 3600))]
+    pub connect_timeout_seconds: Option<u64>,
+    /// rbd: requests that Ceph does not answer in this time fail; 0, the default: they wait until it does.
+    #[schemars(range(max = 86400))]
+    pub request_timeout_seconds: Option<u64>,
 }
 
 /// Certificates for NBD and the admin API on TCP.

@@ -13,6 +13,8 @@
 
 pub mod data_dir;
 mod diff;
+#[cfg(feature = "fault-injection")]
+pub mod faults;
 pub mod jobs;
 mod locks;
 mod log;
@@ -31,7 +33,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use backends::VolumeRecord;
-use blockdev::{DataPlane, Volume, VolumeOptions};
+use blockdev::{BlockDevice, DataPlane, Volume, VolumeOptions};
 use parking_lot::RwLock;
 
 use crate::api::types::Status;
@@ -70,6 +72,10 @@ impl Daemon {
 
     pub fn jobs(&self) -> &Jobs {
         &self.jobs
+    }
+
+    pub fn transfers(&self) -> &transfers::Transfers {
+        &self.transfers
     }
 
     pub fn exports(&self) -> &Exports {
@@ -178,8 +184,16 @@ impl Daemon {
     }
 
     #[cfg(not(feature = "fault-injection"))]
-    fn with_faults(&self, _id: &VolumeId, device: Arc<dyn blockdev::BlockDevice>) -> Result<Arc<dyn blockdev::BlockDevice>> {
+    fn with_faults(&self, _id: &VolumeId, device: Arc<dyn BlockDevice>) -> Result<Arc<dyn BlockDevice>> {
         Ok(device)
+    }
+
+    #[cfg(feature = "fault-injection")]
+    fn with_faults(&self, id: &VolumeId, device: Arc<dyn BlockDevice>) -> Result<Arc<dyn BlockDevice>> {
+        match &self.config().daemon.faults {
+            Some(text) => faults::wrap(id, device, text),
+            None => Ok(device),
+        }
     }
 
     /// Holds the volumes against other control operations.

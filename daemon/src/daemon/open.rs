@@ -1,10 +1,11 @@
 //! The volumes that are open: one [`Volume`] each, shared by all its users, closed with the last.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use blockdev::Volume;
+use blockdev::stats::Snapshot;
 use parking_lot::Mutex;
 
 use crate::error::{Error, Result};
@@ -23,6 +24,8 @@ pub struct OpenVolumes {
 struct State {
     open: HashMap<VolumeId, Open>,
     closing: HashMap<VolumeId, Weak<Volume>>,
+    /// What closed volumes did, by pool.
+    closed: BTreeMap<String, Snapshot>,
 }
 
 struct Open {
@@ -88,6 +91,11 @@ impl OpenVolumes {
         self.state.lock().open.get(id).map(|open| open.volume.clone())
     }
 
+    /// What volumes did that are no longer open, by pool.
+    pub fn closed_stats(&self) -> BTreeMap<String, Snapshot> {
+        self.state.lock().closed.clone()
+    }
+
     pub fn list(&self) -> Vec<(VolumeId, Arc<Volume>)> {
         let state = self.state.lock();
         let mut list: Vec<_> = state.open.iter().map(|(id, open)| (id.clone(), open.volume.clone())).collect();
@@ -131,6 +139,7 @@ impl Drop for Lease {
         if open.users == 0
             && let Some(open) = state.open.remove(&self.id)
         {
+            state.closed.entry(self.id.pool.clone()).or_default().add(&open.volume.stats());
             state.closing.insert(self.id.clone(), Arc::downgrade(&open.volume));
             self.volume = None;
             drop(state);

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use backends::Pool;
 use backends::file::{FilePool, FilePoolConfig};
+use backends::rbd::{RbdPool, RbdPoolConfig};
 use backends::simple::{SimpleKind, SimplePool};
 use parking_lot::{Condvar, Mutex};
 
@@ -143,6 +144,17 @@ fn open(name: &str, config: &PoolConfig, data_dir: &Path) -> Result<Arc<dyn Pool
         }
         "null" => Arc::new(SimplePool::open(name, SimpleKind::Null, &folder)?),
         "memory" => Arc::new(SimplePool::open(name, SimpleKind::Memory, &folder)?),
+        "rbd" => {
+            let mut rbd = RbdPoolConfig::new(config.pool.as_deref().ok_or_else(|| missing("pool"))?);
+            rbd.namespace = config.namespace.clone().unwrap_or_default();
+            rbd.conf = config.conf.clone().unwrap_or(rbd.conf);
+            rbd.user = config.user.clone().unwrap_or(rbd.user);
+            rbd.cluster = config.cluster.clone().unwrap_or(rbd.cluster);
+            rbd.keyring = config.keyring.clone();
+            rbd.connect_timeout_seconds = config.connect_timeout_seconds.unwrap_or(rbd.connect_timeout_seconds);
+            rbd.request_timeout_seconds = config.request_timeout_seconds.unwrap_or(rbd.request_timeout_seconds);
+            Arc::new(RbdPool::open(name, rbd)?)
+        }
         other => return Err(Error::unsupported(format!("no driver {other:?}"))),
     })
 }

@@ -15,6 +15,7 @@ use crate::api::types::{JobInfo, JobState, TransferCreate, TransferInfo, Transfe
 use crate::config::Address;
 use crate::error::{Error, Result};
 use crate::exports::PrivateExport;
+use crate::names::VolumeId;
 
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_secs(5);
@@ -26,10 +27,25 @@ pub struct Transfers {
 }
 
 struct Transfer {
+    volume: VolumeId,
+    import: bool,
     job: Arc<Job>,
     /// Held until the end; dropping it closes the socket and releases the volume.
     _export: PrivateExport,
     heard: Instant,
+}
+
+impl Transfers {
+    /// The job of a transfer of `volume` that `which` is true of.
+    fn job_of(&self, volume: &VolumeId, which: impl Fn(&Transfer) -> bool) -> Option<String> {
+        let running = self.running.lock();
+        running.values().find(|transfer| transfer.volume == *volume && which(transfer)).map(|transfer| transfer.job.id())
+    }
+
+    /// The job that fills `volume` from an image, if one does.
+    pub fn import_of(&self, volume: &VolumeId) -> Option<String> {
+        self.job_of(volume, |transfer| transfer.import)
+    }
 }
 
 impl Daemon {
@@ -48,6 +64,12 @@ impl Daemon {
                 exported.join(", ")
             )));
         }
+        if let Some(job) = self.transfers.job_of(&id, |other| import || other.import) {
+            return Err(Error::in_use(format!(
+                "volume {id}: {} refused: job {job} copies it; wait for it, or cancel it",
+                request.direction
+            )));
+        }
         let lease = self.lease(&id, import)?;
         let size = lease.volume().size();
         let subject = if import { format!("{} to {id}", request.file) } else { format!("{id} to {}", request.file) };
@@ -59,7 +81,7 @@ impl Daemon {
         })?;
         let info =
             TransferInfo { job: job.id(), socket: export.path().display().to_string(), export: export.name().to_owned(), size };
-        let transfer = Transfer { job: job.clone(), _export: export, heard: blockdev::clock::monotonic() };
+        let transfer = Transfer { volume: id, import, job: job.clone(), _export: export, heard: blockdev::clock::monotonic() };
         self.transfers.running.lock().insert(job.id(), transfer);
         let (daemon, id) = (Arc::downgrade(self), job.id());
         std::thread::spawn(move || {
@@ -92,7 +114,8 @@ impl Daemon {
         let job = transfer.job.clone();
         let total = job.info().total;
         job.progress(progress.done, total);
-        if let Some(state) = progress.state.filter(|state| *state != JobState::Running) {
+        let cancelled = job.is_cancelled().then_some(JobState::Cancelled);
+        if let Some(state) = progress.state.filter(|state| *state != JobState::Running).or(cancelled) {
             let ended = running.remove(id);
             drop(running);
             drop(ended);

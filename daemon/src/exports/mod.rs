@@ -53,6 +53,15 @@ struct Table {
     entries: BTreeMap<String, Entry>,
 }
 
+impl Table {
+    /// `NAME`, or `POOL/NAME` where another pool's volume has that name here already.
+    fn choose_name(&self, volume: &VolumeId) -> String {
+        let (short, full) = (volume.short(), volume.to_string());
+        let taken = |entry: &Entry| entry.record.spec.volume != full && entry.record.name.as_deref() == Some(&short);
+        if self.entries.values().any(taken) { full } else { short }
+    }
+}
+
 struct Entry {
     record: ExportRecord,
     running: Option<Running>,
@@ -93,7 +102,7 @@ impl Exports {
         let volume = daemon.resolve_text(&spec.volume)?;
         spec.volume = volume.to_string();
         let _held = daemon.hold([&volume]);
-        let id = {
+        let (id, name) = {
             let mut table = self.table.lock();
             let clash = |entry: &&Entry| {
                 let shared_twice = entry.record.spec.address.is_none() && spec.address.is_none();
@@ -107,9 +116,9 @@ impl Exports {
             }
             let id = table.next.to_string();
             table.next += 1;
-            id
+            (id, table.choose_name(&volume))
         };
-        let record = ExportRecord { id: id.clone(), declared, spec };
+        let record = ExportRecord { id: id.clone(), declared, name: Some(name), spec };
         let running = self.start(daemon, &record, &volume)?;
         let mut table = self.table.lock();
         table.entries.insert(id.clone(), Entry { record, running: Some(running), error: None });
@@ -125,6 +134,11 @@ impl Exports {
     fn start(&self, daemon: &Daemon, record: &ExportRecord, volume: &VolumeId) -> Result<Running> {
         if volume.snapshot.is_some() && !record.spec.read_only {
             return Err(Error::invalid(format!("snapshot {volume} can only be exported with --read-only")));
+        }
+        if let Some(job) = daemon.transfers().import_of(volume) {
+            return Err(Error::in_use(format!(
+                "volume {volume} is being filled from an image: wait for job {job}, or cancel it"
+            )));
         }
         let lease = daemon.lease(volume, !record.spec.read_only)?;
         let front_end: Box<dyn FrontEnd> = match record.spec.protocol {
@@ -234,14 +248,14 @@ impl Exports {
     }
 
     fn info(&self, entry: &Entry) -> ExportInfo {
-        let ExportRecord { id, declared, spec } = entry.record.clone();
+        let ExportRecord { id, declared, name, spec } = entry.record.clone();
         let running = entry.running.as_ref();
         ExportInfo {
             id,
             declared,
             size: running.map(|running| running.lease.volume().size()),
             uris: match spec.protocol {
-                Protocol::Nbd => self.nbd.uris(&spec),
+                Protocol::Nbd => self.nbd.uris(&spec, name.as_deref()),
                 Protocol::VhostUser => spec.socket_path().map(|path| path.display().to_string()).into_iter().collect(),
             },
             volume: spec.volume,

@@ -76,8 +76,8 @@ impl NbdFrontEnd {
     }
 
     /// The URIs under which clients find an export.
-    pub fn uris(&self, spec: &ExportSpec) -> Vec<String> {
-        let name = export_name(&spec.volume);
+    pub fn uris(&self, spec: &ExportSpec, name: Option<&str>) -> Vec<String> {
+        let name = name.unwrap_or_else(|| short_name(&spec.volume));
         match spec.parsed_address() {
             Some(address) => vec![uri(&address, name, self.tls.is_some())],
             None => self.shared.lock().iter().map(|listener| uri(&listener.address, name, self.tls.is_some())).collect(),
@@ -87,7 +87,9 @@ impl NbdFrontEnd {
     /// Serves one export.
     pub fn start(&self, daemon: &Daemon, record: &ExportRecord, lease: &Lease) -> Result<Box<dyn FrontEnd>> {
         let spec = &record.spec;
-        let export = Export::new(export_name(&spec.volume), lease.volume().clone())
+        let name = record.name.as_deref().unwrap_or_else(|| short_name(&spec.volume));
+        let export = Export::new(name, lease.volume().clone())
+            .alias(&spec.volume)
             .description(format!("volume {}", spec.volume))
             .read_only(spec.read_only)
             .tls_allow(spec.tls_allow.clone());
@@ -111,7 +113,7 @@ impl NbdFrontEnd {
     pub fn start_private(&self, lease: Lease, read_only: bool, folder: &Path, name: &str) -> Result<PrivateExport> {
         let path = folder.join(format!("{name}.sock"));
         let rules = SocketRules { folders: vec![folder.to_owned()], mode: 0o600, group: None };
-        let volume = export_name(&lease.id().to_string()).to_owned();
+        let volume = short_name(&lease.id().to_string()).to_owned();
         let export = Arc::new(Export::new(&volume, lease.volume().clone()).read_only(read_only));
         let address = Address::Unix(path.clone());
         let (socket, _) = open_socket(&address, None, &rules)?;
@@ -165,7 +167,7 @@ struct NbdExport {
 
 impl FrontEnd for NbdExport {
     fn clients(&self) -> Vec<ClientInfo> {
-        let own = self.server.clients().into_iter().filter(|client| client.export == self.export.name());
+        let own = self.server.clients_of(&self.export).into_iter();
         own.map(|client| ClientInfo {
             id: client.id.to_string(),
             peer: match client.tls_subject {
@@ -192,8 +194,8 @@ impl FrontEnd for NbdExport {
     }
 }
 
-/// The name clients ask for: that of the volume, without its pool.
-fn export_name(volume: &str) -> &str {
+/// The volume's name without its pool.
+fn short_name(volume: &str) -> &str {
     volume.split_once('/').map_or(volume, |(_, name)| name)
 }
 

@@ -9,7 +9,6 @@ use crate::config::Config;
 use crate::daemon::Daemon;
 use crate::error::Result;
 use crate::exports::spec::{ExportRecord, ExportSpec};
-use crate::names::VolumeId;
 
 const RETRY: Duration = Duration::from_secs(2);
 
@@ -38,7 +37,7 @@ impl Exports {
             changes.push(format!("export of {} added", spec.volume));
             let id = table.next.to_string();
             table.next += 1;
-            let record = ExportRecord { id: id.clone(), declared: true, spec };
+            let record = ExportRecord { id: id.clone(), declared: true, name: None, spec };
             table.entries.insert(id, Entry { record, running: None, error: None });
         }
         if !changes.is_empty() {
@@ -80,9 +79,8 @@ impl Exports {
         let mut table = self.table.lock();
         match outcome {
             Ok(None) => {}
-            Ok(Some((volume, mut running))) => match table.entries.get_mut(id) {
+            Ok(Some(mut running)) => match table.entries.get_mut(id) {
                 Some(entry) if !daemon.is_stopping() => {
-                    entry.record.spec.volume = volume.to_string();
                     entry.running = Some(running);
                     entry.error = None;
                 }
@@ -106,15 +104,25 @@ impl Exports {
     }
 
     /// Nothing if it runs by now, or the daemon ends.
-    fn start_record(&self, daemon: &Daemon, record: &ExportRecord) -> Result<Option<(VolumeId, Running)>> {
+    fn start_record(&self, daemon: &Daemon, record: &ExportRecord) -> Result<Option<Running>> {
         let volume = daemon.resolve_text(&record.spec.volume)?;
         let _held = daemon.hold([&volume]);
         let is_missing = self.table.lock().entries.get(&record.id).is_some_and(|entry| entry.running.is_none());
         if !is_missing || daemon.is_stopping() {
             return Ok(None);
         }
-        let running = self.start(daemon, record, &volume)?;
-        Ok(Some((volume.clone(), running)))
+        let mut record = record.clone();
+        record.spec.volume = volume.to_string();
+        if record.name.is_none() {
+            let mut table = self.table.lock();
+            record.name = Some(table.choose_name(&volume));
+            if let Some(entry) = table.entries.get_mut(&record.id) {
+                entry.record = record.clone();
+            }
+            self.save(&table)?;
+        }
+        let running = self.start(daemon, &record, &volume)?;
+        Ok(Some(running))
     }
 
     fn has_missing(&self) -> bool {

@@ -36,6 +36,9 @@ pub struct ExportRecord {
     /// It stands in the configuration file and goes when it goes from there.
     #[serde(default)]
     pub declared: bool,
+    /// What NBD clients ask for. Chosen once, so that a name never comes to mean another volume.
+    #[serde(default)]
+    pub name: Option<String>,
     #[serde(flatten)]
     pub spec: ExportSpec,
 }
@@ -183,7 +186,8 @@ mod tests {
         assert_eq!(spec.queues, Some(QUEUES_DEFAULT));
         let spec = ExportSpec::from_request(request(Protocol::Nbd, Some("unix:a.sock")), false).unwrap();
         assert!(spec.socket_path().unwrap().is_absolute());
-        let text = serde_json::to_string(&ExportRecord { id: "1".to_owned(), declared: true, spec: spec.clone() }).unwrap();
+        let text =
+            serde_json::to_string(&ExportRecord { id: "1".to_owned(), declared: true, name: None, spec: spec.clone() }).unwrap();
         assert_eq!(serde_json::from_str::<ExportRecord>(&text).unwrap().spec, spec);
     }
 

@@ -10,6 +10,7 @@
 pub mod prometheus;
 mod report;
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use blockdev::stats::Snapshot;
@@ -21,10 +22,16 @@ pub use report::{ExportStats, OpStats, PoolStats, StatsReport, VolumeStats};
 /// All counters at about one moment.
 pub struct Sample {
     pub node: String,
+    /// Seconds since 1970.
+    pub started: u64,
+    /// Data-plane threads.
+    pub threads: usize,
     pub taken: Instant,
     pub volumes: Vec<VolumeSample>,
     pub exports: Vec<ExportSample>,
     pub pools: Vec<PoolInfo>,
+    /// What volumes that are no longer open did, by pool: without it a pool's counters would fall when one is closed.
+    pub closed: BTreeMap<String, Snapshot>,
 }
 
 pub struct VolumeSample {
@@ -64,10 +71,13 @@ impl Sample {
         });
         Sample {
             node: daemon.config().daemon.node.clone(),
+            started: daemon.status().started,
+            threads: daemon.plane().handles().len(),
             taken: blockdev::clock::monotonic(),
             volumes: volumes.collect(),
             exports: exports.collect(),
             pools: daemon.list_pools(),
+            closed: daemon.open_volumes().closed_stats(),
         }
     }
 }

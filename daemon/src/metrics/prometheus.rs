@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use blockdev::stats::{ClassSnapshot, OpClass, Snapshot, Stage};
 
-use super::Sample;
+use super::{Sample, VolumeSample};
 use crate::api::types::{PoolInfo, Protocol};
 
 /// Upper limits of the latency buckets, in microseconds.
@@ -15,8 +15,12 @@ const BUCKETS_US: [u64; 16] =
 /// All metrics.
 pub fn render(sample: &Sample) -> String {
     let mut page = Page::default();
-    page.family("novastor_up", "gauge", "The daemon answers.");
-    page.value("novastor_up", &[("node", &sample.node), ("version", env!("CARGO_PKG_VERSION"))], 1.0);
+    page.family("novastor_info", "gauge", "The daemon, in its labels.");
+    page.value("novastor_info", &[("node", &sample.node), ("version", env!("CARGO_PKG_VERSION"))], 1.0);
+    page.family("novastor_start_time_seconds", "gauge", "When the daemon started, in seconds since 1970.");
+    page.value("novastor_start_time_seconds", &[], sample.started as f64);
+    page.family("novastor_data_plane_threads", "gauge", "Threads that carry I/O.");
+    page.value("novastor_data_plane_threads", &[], sample.threads as f64);
     pools(&mut page, sample);
     volumes(&mut page, sample);
     exports(&mut page, sample);
@@ -32,6 +36,10 @@ fn pools(page: &mut Page, sample: &Sample) {
     for pool in &sample.pools {
         page.value("novastor_pool_healthy", &[("pool", &pool.name), ("driver", &pool.driver)], f64::from(pool.ok));
     }
+    page.family("novastor_pool_problem", "gauge", "Present while the backend does not work: why.");
+    for pool in sample.pools.iter().filter(|pool| !pool.ok) {
+        page.value("novastor_pool_problem", &[("pool", &pool.name), ("text", &bounded(&pool.detail))], 1.0);
+    }
     let sizes: [(&str, &str, PoolBytes); 2] = [
         ("novastor_pool_size_bytes", "Size of the backend.", |pool| pool.total),
         ("novastor_pool_free_bytes", "Free space of the backend.", |pool| pool.free),
@@ -46,8 +54,8 @@ fn pools(page: &mut Page, sample: &Sample) {
         .pools
         .iter()
         .map(|pool| {
-            let stats = sample.volumes.iter().filter(|volume| volume.pool == pool.name).map(|volume| &volume.stats);
-            (vec![("pool", pool.name.as_str())], stats.collect())
+            let open = sample.volumes.iter().filter(|volume| volume.pool == pool.name).map(|volume| &volume.stats);
+            (vec![("pool", pool.name.as_str())], open.chain(sample.closed.get(&pool.name)).collect())
         })
         .collect();
     page.operations("novastor_pool", &of_pool);
@@ -63,6 +71,14 @@ fn volumes(page: &mut Page, sample: &Sample) {
     for volume in &sample.volumes {
         page.value("novastor_volume_healthy", &[("volume", &volume.name)], f64::from(volume.problem.is_none()));
     }
+    page.family("novastor_volume_problem", "gauge", "Present while the volume does not serve everything: why.");
+    page.texts("novastor_volume_problem", sample, |volume| volume.problem.as_ref());
+    page.family(
+        "novastor_volume_last_error",
+        "gauge",
+        "Present once a request has failed: how the last one did, without its numbers.",
+    );
+    page.texts("novastor_volume_last_error", sample, |volume| volume.last_error.as_ref());
     let of_volume: Vec<(Labels<'_>, Vec<&Snapshot>)> =
         sample.volumes.iter().map(|volume| (vec![("volume", volume.name.as_str())], vec![&volume.stats])).collect();
     page.operations("novastor_volume", &of_volume);
@@ -106,7 +122,14 @@ impl Page {
 
     fn value(&mut self, name: &str, labels: &[(&str, &str)], value: f64) {
         let labels: Vec<String> = labels.iter().map(|(key, value)| format!("{key}=\"{}\"", escape(value))).collect();
-        let _ = writeln!(self.text, "{name}{{{}}} {value}", labels.join(","));
+        let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
+        let _ = writeln!(self.text, "{name}{labels} {value}");
+    }
+
+    fn texts(&mut self, name: &str, sample: &Sample, text: impl Fn(&VolumeSample) -> Option<&String>) {
+        for (volume, text) in sample.volumes.iter().filter_map(|volume| Some((volume, text(volume)?))) {
+            self.value(name, &[("volume", &volume.name), ("text", &bounded(text))], 1.0);
+        }
     }
 
     fn operations(&mut self, prefix: &str, subjects: &[(Labels<'_>, Vec<&Snapshot>)]) {
@@ -122,7 +145,7 @@ impl Page {
             for (labels, stats) in subjects {
                 for class in OpClass::ALL {
                     let sum: u64 = stats.iter().map(|stats| count(stats.class(class))).sum();
-                    let labels = [labels.as_slice(), &[("operation", class.name())]].concat();
+                    let labels = [labels.as_slice(), &[("op", class.name())]].concat();
                     self.value(&name, &labels, sum as f64);
                 }
             }
@@ -135,7 +158,7 @@ impl Page {
         for (labels, stats) in subjects {
             for class in [OpClass::Read, OpClass::Write, OpClass::Flush, OpClass::Discard, OpClass::WriteZeroes] {
                 for stage in stages {
-                    let own = [("operation", class.name()), ("stage", stage.name())];
+                    let own = [("op", class.name()), ("stage", stage.name())];
                     self.histogram(&name, &[labels.as_slice(), &own].concat(), stats, class, *stage);
                 }
             }
@@ -145,6 +168,9 @@ impl Page {
     fn histogram(&mut self, name: &str, labels: &[(&str, &str)], stats: &[&Snapshot], class: OpClass, stage: Stage) {
         let histograms = || stats.iter().map(|stats| stats.class(class).stage(stage));
         let count: u64 = histograms().map(|histogram| histogram.count()).sum();
+        if count == 0 {
+            return;
+        }
         let sum: u64 = histograms().map(|histogram| histogram.sum_nanos).sum();
         for limit_us in BUCKETS_US {
             let below: u64 = histograms().map(|histogram| histogram.at_most(Duration::from_micros(limit_us))).sum();
@@ -157,6 +183,20 @@ impl Page {
     }
 }
 
+/// A message as a label: offsets and lengths in it would make a new series each time.
+fn bounded(text: &str) -> String {
+    const LENGTH_MAX: usize = 160;
+    let mut bounded = String::new();
+    for character in text.chars().take(LENGTH_MAX) {
+        match character {
+            digit if digit.is_ascii_digit() && bounded.ends_with('#') => {}
+            digit if digit.is_ascii_digit() => bounded.push('#'),
+            other => bounded.push(other),
+        }
+    }
+    bounded
+}
+
 fn escape(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
@@ -164,7 +204,6 @@ fn escape(value: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::metrics::VolumeSample;
 
     #[test]
     fn the_text_is_well_formed_and_cumulative() {
@@ -182,10 +221,13 @@ mod tests {
             size: 1 << 20,
             stats,
             problem: Some("broken".to_owned()),
-            last_error: None,
+            last_error: Some("write of 512 bytes at 4096: EIO".to_owned()),
         };
         let sample = Sample {
             node: "n".to_owned(),
+            started: 1,
+            threads: 2,
+            closed: Default::default(),
             taken: blockdev::clock::monotonic(),
             volumes: vec![volume],
             exports: Vec::new(),
@@ -194,14 +236,17 @@ mod tests {
         let text = render(&sample);
         for line in text.lines().filter(|line| !line.starts_with('#')) {
             let (name, value) = line.rsplit_once(' ').unwrap();
-            assert!(name.ends_with('}') && value.parse::<f64>().is_ok(), "{line}");
+            assert!(name.starts_with("novastor_") && value.parse::<f64>().is_ok(), "{line}");
         }
-        let label = "volume=\"p/a\\\"b\",operation=\"write\"";
+        let label = "volume=\"p/a\\\"b\",op=\"write\"";
         assert!(text.contains(&format!("novastor_volume_errors_total{{{label}}} 1\n")), "{text}");
+        assert!(text.contains("text=\"write of # bytes at #: EIO\"} 1\n"), "{text}");
+        assert!(text.contains("novastor_data_plane_threads 2\n"));
+        assert!(!text.contains("op=\"discard\",stage"), "a histogram of nothing");
         assert!(text.contains("novastor_volume_healthy{volume=\"p/a\\\"b\"} 0\n"));
         let counts: Vec<f64> = text
             .lines()
-            .filter(|line| line.contains("_bucket") && line.contains("operation=\"write\",stage=\"total\""))
+            .filter(|line| line.contains("_bucket") && line.contains("op=\"write\",stage=\"total\""))
             .map(|line| line.rsplit_once(' ').unwrap().1.parse().unwrap())
             .collect();
         assert_eq!(counts.len(), BUCKETS_US.len() + 1);
