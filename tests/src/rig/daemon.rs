@@ -184,15 +184,15 @@ impl Daemon {
         self.log.text()
     }
 
-    /// Creates a volume in the pool `local`.
+    /// Creates a volume, in the pool `local` if the name tells no other.
     pub fn create_volume(&self, name: &str, size: &str) -> Result<()> {
-        self.cli(["volume", "create", &format!("local/{name}"), "--size", size])?;
+        self.cli(["volume", "create", name, "--size", size])?;
         Ok(())
     }
 
     /// Exports a volume on a vhost-user socket of its own, and returns the socket.
     pub fn export_vhost_user(&self, volume: &str) -> Result<PathBuf> {
-        let socket = self.folder().join(format!("{volume}.sock"));
+        let socket = self.folder().join(format!("{}.sock", volume.replace('/', "-")));
         self.cli(["export", "add", volume, "--vhost-user", &socket.display().to_string()])?;
         Ok(socket)
     }

@@ -15,7 +15,7 @@
 //! should behave alike everywhere. The ELF kernel boots through PVH in a few seconds.
 //!
 //! Invariants:
-//! - Guest memory is always shared (memfd), as vhost-user needs.
+//! - Guest memory is shared (memfd), as vhost-user needs.
 //! - Dropping a `Guest` kills it.
 
 use crate::rig::archive::Archive;
@@ -76,6 +76,8 @@ pub enum Memory {
     Pages4K,
     /// The caller keeps enough pages reserved, see [`crate::rig::hugepages`].
     HugePages2M,
+    /// The arguments that a test adds bring it.
+    FromArguments,
 }
 
 /// What to boot.
@@ -176,15 +178,22 @@ impl GuestSpec {
         file.write_all(&archive.finish()).with_context(|| format!("writing {}", target.display()))
     }
 
+    fn memory_arguments(&self) -> Vec<String> {
+        let pages = match self.memory {
+            Memory::FromArguments => return Vec::new(),
+            Memory::Pages4K => "",
+            Memory::HugePages2M => ",hugetlb=on,hugetlbsize=2M",
+        };
+        let object = format!("memory-backend-memfd,id=mem,size={}M,share=on{pages}", self.memory_mib);
+        ["-object", &object, "-m", &self.memory_mib.to_string(), "-machine", "memory-backend=mem"].map(str::to_owned).into()
+    }
+
     fn command(&self, folder: &Path, kernel: &Path) -> Result<Command> {
         let mut command = Command::new(tools::require("qemu-system-x86_64")?);
         let path = |name: &str| folder.join(name).display().to_string();
-        let huge = if self.memory == Memory::HugePages2M { ",hugetlb=on,hugetlbsize=2M" } else { "" };
         let network = if self.network { " net=1" } else { "" };
-        command.args(["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-machine", "q35,memory-backend=mem"]);
-        command.arg("-object");
-        command.arg(format!("memory-backend-memfd,id=mem,size={}M,share=on{huge}", self.memory_mib));
-        command.args(["-m", &self.memory_mib.to_string(), "-smp", &self.vcpus.to_string()]);
+        command.args(["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-machine", "q35"]);
+        command.args(self.memory_arguments()).args(["-smp", &self.vcpus.to_string()]);
         command.args(["-bios", "/usr/share/qemu/qboot.rom", "-nodefaults", "-no-user-config"]);
         command.args(["-display", "none", "-no-reboot", "-serial", "stdio", "-monitor", "none"]);
         command.args(["-chardev", &format!("socket,id=control,path={}", path("control"))]);
