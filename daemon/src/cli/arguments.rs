@@ -66,9 +66,14 @@ pub enum Command {
     /// Serve volumes to guests and hosts
     #[command(subcommand)]
     Export(Export),
+    /// Copy disk images into volumes and out of them
+    #[command(subcommand)]
+    Image(Image),
     /// Long work
     #[command(subcommand)]
     Job(Job),
+    /// What every volume does, live
+    Top(Top),
 }
 
 #[derive(Args)]
@@ -271,6 +276,58 @@ pub enum Export {
         id: String,
         client: Option<String>,
     },
+}
+
+#[derive(Subcommand)]
+pub enum Image {
+    /// Copy a raw, qcow2 or flat vmdk image into a volume, which is created if there is none
+    Import {
+        file: PathBuf,
+        /// VOL or POOL/VOL
+        volume: String,
+        /// What the image is [default: told from its first bytes]
+        #[arg(long)]
+        format: Option<ImageFormat>,
+        /// The pool for a new volume
+        #[arg(long)]
+        pool: Option<String>,
+        /// Read both again and compare
+        #[arg(long)]
+        verify: bool,
+        #[command(flatten)]
+        consent: Consent,
+    },
+    /// Copy a volume or a snapshot into a raw or qcow2 image
+    Export {
+        /// VOL or VOL@SNAP
+        volume: String,
+        file: PathBuf,
+        /// What the image will be [default: by its name, else raw]
+        #[arg(long)]
+        format: Option<ImageFormat>,
+        /// Read both again and compare
+        #[arg(long)]
+        verify: bool,
+        #[command(flatten)]
+        consent: Consent,
+    },
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub enum ImageFormat {
+    Raw,
+    Qcow2,
+    Vmdk,
+}
+
+#[derive(Args)]
+pub struct Top {
+    /// Seconds between samples
+    #[arg(long, default_value = "1", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=60))]
+    pub interval: u64,
+    /// Print one sample and end
+    #[arg(long)]
+    pub once: bool,
 }
 
 #[derive(Subcommand)]

@@ -6,12 +6,17 @@ mod arguments;
 mod config;
 mod doctor;
 mod exports;
+mod image;
+mod interrupt;
 mod jobs;
 mod output;
 pub mod paste;
 mod pools;
+mod progress;
 mod quickstart;
 mod snapshots;
+mod top;
+mod transfer;
 mod volumes;
 
 use std::process::ExitCode;
@@ -68,6 +73,8 @@ fn run(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Volume(command) => volumes::run(context, command),
         Command::Snapshot(command) => snapshots::run(context, command),
         Command::Export(command) => exports::run(context, command),
+        Command::Image(command) => image::run(context, command),
         Command::Job(command) => jobs::run(context, command),
+        Command::Top(command) => top::run(context, &command),
     }
 }
