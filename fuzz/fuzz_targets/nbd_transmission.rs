@@ -46,7 +46,7 @@ fn framed(records: &[u8], headers: Headers) -> Vec<u8> {
         let extended = headers == Headers::Extended;
         let command = u16::from(record[0] % 10);
         let number24 = |at: usize| u64::from(u32::from_be_bytes([0, record[at], record[at + 1], record[at + 2]]));
-        let (offset, mut len) = (number24(2) % (DISK_SIZE + 4096), number24(5));
+        let (offset, mut len) = (number24(2) % (DISK_SIZE + 4096), number24(5) % (DISK_SIZE + 4096));
         let mut flags = u16::from(record[1] & 0x3f);
         let carries = command == command::WRITE || (extended && flags & command_flag::PAYLOAD_LEN != 0);
         if carries {

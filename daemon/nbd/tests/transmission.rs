@@ -228,15 +228,12 @@ fn many_requests_in_flight_are_all_answered_once() {
     }
 }
 
-#[test]
-fn a_client_that_does_not_read_holds_little_and_hinders_nobody() {
+/// Clients that ask for much and read nothing, and one that behaves.
+fn beside_hogs(hogs: usize, requests: usize, len: u64) {
     let rig = Rig::with(memory(64 * MIB), 1, ServerOptions::default(), |export| export);
-    let mut hogs: Vec<_> = (0..40).map(|_| rig.attach(Headers::Simple)).collect();
+    let mut hogs: Vec<_> = (0..hogs).map(|_| rig.attach(Headers::Simple)).collect();
     for hog in &mut hogs {
-        let mut bytes = Vec::new();
-        for _ in 0..64 {
-            bytes.extend(hog.header(command::READ, 0, 0, 4 * MIB).1);
-        }
+        let bytes: Vec<u8> = (0..requests).flat_map(|_| hog.header(command::READ, 0, 0, len).1).collect();
         hog.send(&bytes);
     }
     let mut other = rig.attach(Headers::Structured);
@@ -244,13 +241,49 @@ fn a_client_that_does_not_read_holds_little_and_hinders_nobody() {
         assert_eq!(other.write_all(n * 4096, &[7; 128 << 10]), Answer::Done);
         assert_eq!(other.read(n * 4096, 128 << 10), Answer::Data(vec![7; 128 << 10]));
     }
-    let used = rig.buffers_used();
-    assert!(used < 512 << 20, "{used} bytes are held");
     for hog in &mut hogs[..2] {
-        for _ in 0..64 {
-            assert!(matches!(hog.answer(), (_, Answer::Data(data)) if data.len() as u64 == 4 * MIB));
+        for _ in 0..requests {
+            assert!(matches!(hog.answer(), (_, Answer::Data(data)) if data.len() as u64 == len));
         }
     }
+    let stuck = rig.server.clients()[2].id;
+    assert!(rig.server.disconnect(stuck));
+    let deadline = blockdev::clock::monotonic() + common::HANG;
+    while rig.server.clients().iter().any(|client| client.id == stuck) {
+        assert!(blockdev::clock::monotonic() < deadline, "a stuck client is not disconnected");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn clients_that_do_not_read_hinder_nobody() {
+    beside_hogs(40, 64, 4 * MIB);
+}
+
+#[test]
+fn clients_that_do_not_read_one_large_reply_each_hinder_nobody() {
+    beside_hogs(40, 1, PAYLOAD_MAX);
+}
+
+#[test]
+fn a_large_receive_buffer_is_given_back() {
+    let rig = Rig::new(memory(MIB));
+    let mut wire = rig.attach(Headers::Simple);
+    let mut bytes = Vec::new();
+    for _ in 0..64 {
+        bytes.extend(wire.header(command::WRITE, 0, 0, 4096).1);
+        bytes.extend([1; 4096]);
+    }
+    wire.send(&bytes);
+    for _ in 0..64 {
+        assert_eq!(wire.answer().1, Answer::Done);
+    }
+    let deadline = blockdev::clock::monotonic() + common::HANG;
+    while rig.buffers_used() > 4096 {
+        assert!(blockdev::clock::monotonic() < deadline, "still {} bytes", rig.buffers_used());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(wire.read(0, 2), Answer::Data(vec![1; 2]));
 }
 
 #[test]

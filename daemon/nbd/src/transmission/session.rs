@@ -24,8 +24,10 @@ use crate::protocol::{Headers, PAYLOAD_MAX, REQUEST_HEADER_MAX, Reply, RequestHe
 
 /// The most bytes of buffers that one connection holds with several requests.
 const HELD_MAX: usize = 32 << 20;
-/// A connection takes at most this part of the buffers still free, so that those who keep theirs leave some to others.
+/// A connection holds at most this part of what is still free, so that those who keep their buffers leave some to others.
 const FREE_SHARE: usize = 4;
+/// But it may hold this much if there is as much.
+const HELD_MIN: usize = 256 << 10;
 /// Payload at least this long is received straight into its buffer.
 const DIRECT_MIN: usize = 16 << 10;
 
@@ -281,13 +283,12 @@ impl Session {
 
     fn buffer(&mut self, len: usize) -> Result<Buffer, Blocked> {
         let pool = self.setup.reactor.buffers();
-        if self.held_len > 0 {
-            if self.held_len + len > HELD_MAX {
-                return Err(Blocked::Replies);
-            }
-            if self.held_len + len > pool.free_bytes() / FREE_SHARE {
-                return Err(Blocked::Memory);
-            }
+        let wanted = self.held_len + len;
+        if self.held_len > 0 && wanted > HELD_MAX {
+            return Err(Blocked::Replies);
+        }
+        if wanted > (pool.free_bytes() / FREE_SHARE).max(HELD_MIN) {
+            return Err(Blocked::Memory);
         }
         let buffer = pool.try_get(len).ok_or(Blocked::Memory)?;
         self.held_len += buffer.capacity();
