@@ -281,7 +281,8 @@ impl Server {
                 session.notify_config_change();
             }
             if woken.socket {
-                while let Some((header, message)) = connection.receive()? {
+                // One at a time, so that a front end that never stops talking cannot keep others from being heard.
+                if let Some((header, message)) = connection.receive()? {
                     session.serve(connection, header, message)?;
                     self.publish(session);
                 }

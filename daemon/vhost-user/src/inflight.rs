@@ -250,6 +250,7 @@ impl InflightLog {
     pub fn take(&mut self, head: u16) {
         self.counter(head).store(self.counter, Ordering::Release);
         self.counter = self.counter.wrapping_add(1);
+        may_die();
         self.in_flight(head).store(1, Ordering::Release);
     }
 
@@ -257,6 +258,7 @@ impl InflightLog {
     #[inline]
     pub fn give_back(&self, head: u16) {
         self.next(head).store(self.last_batch().load(Ordering::Relaxed), Ordering::Release);
+        may_die();
         self.last_batch().store(head, Ordering::Release);
     }
 
@@ -268,8 +270,10 @@ impl InflightLog {
 
     fn forget(&self, heads: impl Iterator<Item = u16>, used: u16) {
         for head in heads {
+            may_die();
             self.in_flight(head).store(0, Ordering::Release);
         }
+        may_die();
         self.used_index().store(used, Ordering::Release);
     }
 
@@ -279,9 +283,19 @@ impl InflightLog {
     }
 }
 
+/// A place between two stores: tests let the process die there.
+#[inline(always)]
+fn may_die() {
+    #[cfg(test)]
+    tests::may_die();
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::cell::Cell;
+    use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
     use proptest::prelude::*;
     use rustix::event::{EventfdFlags, eventfd};
 
@@ -327,7 +341,19 @@ mod tests {
         assert_eq!(log(&area, 0).recover(3, 8).unwrap().replay, Vec::<u16>::new());
     }
 
-    /// The steps of [`InflightLog`] and of the ring, each of them one store.
+    thread_local! {
+        /// How many more stores happen before the process dies.
+        static FUEL: Cell<usize> = const { Cell::new(usize::MAX) };
+    }
+
+    pub fn may_die() {
+        let left = FUEL.get();
+        if left == 0 {
+            resume_unwind(Box::new("killed"));
+        }
+        FUEL.set(left - 1);
+    }
+
     #[derive(Clone, Debug)]
     enum Step {
         Take(u16),
@@ -359,46 +385,40 @@ mod tests {
     }
 
     proptest! {
-        /// Kills the process between any two stores and recovers: exactly what the guest has not seen given back is replayed,
-        /// in the order it was taken.
+        /// Kills the process between any two stores and recovers, and kills the recovery too: exactly what the guest has not
+        /// seen given back is replayed, in the order it was taken.
         #[test]
-        fn any_crash_is_recovered(steps in steps(), start in any::<u16>(), crash in 0usize..200) {
+        fn any_crash_is_recovered(steps in steps(), start in any::<u16>(), fuel in 0usize..200, second in 0usize..10) {
             let area = area(1, 8);
             let mut log = log(&area, 0);
             log.recover(start, 8);
             let mut used = start;
             let mut expected: Vec<u16> = Vec::new();
-            let mut fuel = crash;
-            let mut alive = || { fuel = fuel.saturating_sub(1); fuel > 0 };
-            'run: for step in steps {
-                match step {
-                    Step::Take(head) => {
-                        if !alive() { break 'run; }
-                        log.take(head);
-                        expected.push(head);
-                    }
-                    Step::Complete(batch) => {
-                        for head in &batch {
-                            if !alive() { break 'run; }
-                            log.next(*head).store(log.last_batch().load(Ordering::Relaxed), Ordering::Relaxed);
-                            if !alive() { break 'run; }
-                            log.last_batch().store(*head, Ordering::Relaxed);
+            FUEL.set(fuel);
+            let _ = catch_unwind(AssertUnwindSafe(|| {
+                for step in steps {
+                    may_die();
+                    match step {
+                        Step::Take(head) => {
+                            log.take(head);
+                            expected.push(head);
                         }
-                        if !alive() { break 'run; }
-                        used = used.wrapping_add(batch.len() as u16);
-                        expected.retain(|head| !batch.contains(head));
-                        for head in batch.iter().rev() {
-                            if !alive() { break 'run; }
-                            log.in_flight(*head).store(0, Ordering::Relaxed);
+                        Step::Complete(batch) => {
+                            batch.iter().for_each(|head| log.give_back(*head));
+                            may_die();
+                            used = used.wrapping_add(batch.len() as u16);
+                            expected.retain(|head| !batch.contains(head));
+                            log.settle(&batch, used);
                         }
-                        if !alive() { break 'run; }
-                        log.used_index().store(used, Ordering::Relaxed);
                     }
                 }
-            }
+            }));
             let next_available = used.wrapping_add(expected.len() as u16);
-            let mut reborn = InflightLog::of_ring(&area, 0, 8).unwrap().unwrap();
-            prop_assert_eq!(reborn.recover(used, 8), Some(Recovered { replay: expected, next_available }));
+            let reborn = || InflightLog::of_ring(&area, 0, 8).unwrap().unwrap();
+            FUEL.set(second);
+            let _ = catch_unwind(AssertUnwindSafe(|| reborn().recover(used, 8)));
+            FUEL.set(usize::MAX);
+            prop_assert_eq!(reborn().recover(used, 8), Some(Recovered { replay: expected, next_available }));
         }
 
         /// Whatever the front end writes into the log, recovery ends and names only heads of the ring.

@@ -3,8 +3,12 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
+use blockdev::Errno;
+use blockdev::layers::fault::{FaultPlan, FaultRule, Faulty};
 use blockdev::memory_disk::MemoryDisk;
+use blockdev::stats::OpClass;
 use proptest::prelude::*;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
@@ -128,6 +132,40 @@ fn impossible_indices_break_the_ring() {
         assert_broken(&frontend, &victim, &mut witness);
         assert_mends(&frontend, &mut victim);
     }
+}
+
+#[test]
+fn a_head_made_available_twice_breaks_its_ring() {
+    let plan = FaultPlan::new(1);
+    let delay = Duration::from_millis(100);
+    plan.set(vec![FaultRule { class: OpClass::Write, errors_per_million: 0, errno: Errno::EIO, delay, jitter: Duration::ZERO }]);
+    let server = Server::of(Arc::new(Faulty::new(Arc::new(MemoryDisk::new(DISK, 1)), plan)));
+    let frontend = Frontend::connect(&server.socket());
+    let (mut victim, mut witness) = (Queue::new(0, 64), Queue::new(1, 64));
+    frontend.start(&victim, 0);
+    frontend.start(&witness, 0);
+    victim.write_request(&frontend.memory, 0, T_OUT, 0, Data::Out(&[3; 512]));
+    victim.offer(&frontend.memory, 0);
+    victim.offer(&frontend.memory, 0);
+    victim.kick();
+    assert_broken(&frontend, &victim, &mut witness);
+    assert_eq!(victim.wait_used(&frontend.memory), (0, 1), "the first of them is answered all the same");
+    assert_mends(&frontend, &mut victim);
+}
+
+#[test]
+fn a_front_end_that_never_stops_talking_can_be_disconnected() {
+    let server = Server::start();
+    let frontend = Frontend::connect(&server.socket());
+    let talker = frontend.socket.try_clone().unwrap();
+    let talking = std::thread::spawn(move || {
+        use std::io::Write;
+        let message = u32s(&[req::SET_OWNER, 1, 0]);
+        while (&talker).write_all(&message).is_ok() {}
+    });
+    server.export.disconnect();
+    talking.join().unwrap();
+    eventually("the session ends", || server.export.clients().is_empty());
 }
 
 #[test]
