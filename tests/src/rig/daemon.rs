@@ -8,6 +8,7 @@
 //! ```
 
 use crate::rig::console::{Console, Position};
+use crate::rig::metrics::Metrics;
 use crate::rig::process::{Running, capture};
 use crate::rig::scratch;
 use anyhow::{Context, Result, bail};
@@ -204,11 +205,12 @@ impl Daemon {
     }
 
     /// What Prometheus would scrape, from the metrics endpoint of its own.
-    pub fn metrics(&self) -> Result<String> {
+    pub fn metrics(&self) -> Result<Metrics> {
         let admin = UnixStream::connect(self.folder().join("admin.sock")).context("the admin socket")?;
         let status: Value = serde_json::from_str(&http_get(admin, "/v1/status")?).context("the daemon's status")?;
         let address = status["metrics"].as_str().context("the daemon serves no metrics")?;
-        http_get(TcpStream::connect(address).with_context(|| format!("connecting to {address}"))?, "/metrics")
+        let stream = TcpStream::connect(address).with_context(|| format!("connecting to {address}"))?;
+        Ok(Metrics::new(http_get(stream, "/metrics")?))
     }
 
     /// Runs `novastor ARGUMENTS` against this daemon, whatever comes of it.

@@ -10,6 +10,7 @@ pub mod fio;
 pub mod guest;
 pub mod hugepages;
 pub mod loop_mount;
+pub mod metrics;
 pub mod process;
 pub mod qmp;
 pub mod scratch;

@@ -1,0 +1,126 @@
+//! Snapshots and clones of volumes that a guest writes to: each is one point in time, across volumes too.
+
+use anyhow::{Context, Result, ensure};
+use novastor_tests::rig::daemon::Daemon;
+use novastor_tests::rig::fio::Fio;
+use novastor_tests::rig::guest::{Guest, GuestSpec};
+use novastor_tests::rig::loop_mount::LoopMount;
+use novastor_tests::rig::process::run;
+use novastor_tests::rig::tools;
+use std::fs;
+use std::process::Command;
+use std::time::Duration;
+
+const LIMIT: Duration = Duration::from_secs(180);
+const MIB: usize = 1 << 20;
+/// Where the guest counts, on both disks.
+const COUNTER: usize = 40 * MIB;
+
+/// The contents of an exported volume.
+fn contents(daemon: &Daemon, export: &str) -> Result<Vec<u8>> {
+    let file = daemon.disk().join("contents");
+    run(Command::new(tools::require("nbdcopy")?).arg(daemon.nbd_uri(export)).arg(&file), LIMIT)?;
+    Ok(fs::read(file)?)
+}
+
+fn exported(daemon: &Daemon, snapshot: &str) -> Result<Vec<u8>> {
+    let export = daemon.json(["export", "add", snapshot, "--nbd", "--read-only"])?;
+    let id = export["id"].as_str().context("the export's id")?.to_owned();
+    let uri = export["uris"][0].as_str().context("the export's URI")?.to_owned();
+    let name = uri.split(":///").nth(1).and_then(|rest| rest.split("?socket").next()).context("an export name")?;
+    let bytes = contents(daemon, name)?;
+    daemon.cli(["export", "remove", &id])?;
+    Ok(bytes)
+}
+
+fn counter(bytes: &[u8]) -> Result<u64> {
+    let text = bytes.get(COUNTER..COUNTER + 20).context("a short volume")?;
+    let digits = String::from_utf8_lossy(text);
+    digits.split_whitespace().next().context("no counter")?.parse().with_context(|| format!("counter {digits:?}"))
+}
+
+fn writes(daemon: &Daemon, volume: &str) -> Result<f64> {
+    daemon.metrics()?.sum("novastor_volume_operations_total", &[("volume", volume), ("op", "write")])
+}
+
+#[test]
+fn snapshots_and_clones_under_load_are_points_in_time() -> Result<()> {
+    let xfs = LoopMount::xfs(1024)?;
+    let mut daemon = Daemon::new(&format!("[pool.xfs]\ndriver = \"file\"\npath = \"{}\"", xfs.path().display()))?;
+    daemon.start()?;
+    let volumes = ["xfs/one", "xfs/two"];
+    let mut spec = GuestSpec::new(script());
+    for (index, volume) in volumes.iter().enumerate() {
+        daemon.create_volume(volume, "64M")?;
+        spec = spec.vhost_user_disk(&format!("disk{index}"), &daemon.export_vhost_user(volume)?, 2);
+    }
+    let mut guest = Guest::start(&spec)?;
+    let checksum = guest.wait_mark("filled", LIMIT)?;
+    let before = writes(&daemon, "xfs/one")?;
+
+    for snapshot in ["a", "b", "c"] {
+        let both = volumes.map(|volume| format!("{volume}@{snapshot}"));
+        guest.skip_marks();
+        guest.wait_mark("counted", LIMIT)?;
+        daemon.cli(["snapshot", "create", &both[0], &both[1]])?;
+        let disks = [exported(&daemon, &both[0])?, exported(&daemon, &both[1])?];
+        let counts = [counter(&disks[0])?, counter(&disks[1])?];
+        // The guest counts on the first disk, then on the second.
+        ensure!(counts[0] == counts[1] || counts[0] == counts[1] + 1, "{both:?} hold {counts:?}");
+        ensure!(md5(&daemon, &disks[0][..8 * MIB])? == checksum, "{} changed what had been written", both[0]);
+    }
+    daemon.cli(["volume", "clone", "xfs/one", "xfs/copy"])?;
+    daemon.cli(["volume", "clone", "xfs/one@a", "xfs/early"])?;
+    guest.send("overwrite")?;
+    let newer = guest.wait_mark("overwritten", LIMIT)?;
+    ensure!(newer != checksum);
+    for snapshot in ["xfs/one@a", "xfs/one@c", "xfs/copy", "xfs/early"] {
+        ensure!(md5(&daemon, &exported(&daemon, snapshot)?[..8 * MIB])? == checksum, "{snapshot} changed");
+    }
+    let clone = daemon.export_nbd("xfs/early")?;
+    Fio::nbd(&clone).verify(0, 8).run(LIMIT)?;
+    ensure!(md5(&daemon, &exported(&daemon, "xfs/one@a")?[..8 * MIB])? == checksum, "writing a clone changed its origin");
+
+    ensure!(writes(&daemon, "xfs/one")? >= before + 2048.0, "the guest's writes are counted");
+    for volume in volumes {
+        ensure!(daemon.metrics()?.sum("novastor_volume_errors_total", &[("volume", volume)])? == 0.0);
+    }
+    guest.send("stop")?;
+    guest.finish(LIMIT)?;
+    ensure!(md5(&daemon, &exported(&daemon, "xfs/one")?[..8 * MIB])? == newer, "the volume itself is as the guest left it");
+    daemon.stop()
+}
+
+/// Fills the first 8 MiB with a verified pattern, keeps writing behind it, and counts on both disks in turn.
+fn script() -> String {
+    let fill = Fio::disk("/dev/vda").verify(0, 8).with(["--minimal"]).line();
+    let load = Fio::disk("/dev/vda").verify(16, 8).with(["--minimal"]).line();
+    let block = COUNTER / 512;
+    format!(
+        "{fill} >/tmp/fio.log 2>&1
+         (while ! [ -e /tmp/stop ]; do {load} >/tmp/load.log 2>&1 || mark broken; done) &
+         (count=1; while ! [ -e /tmp/stop ]; do
+              for disk in /dev/vda /dev/vdb; do
+                  echo $count | dd of=$disk bs=512 seek={block} conv=sync oflag=direct 2>/dev/null || mark broken
+              done
+              mark counted $count
+              count=$((count + 1))
+          done) &
+         checksum() {{ dd if=/dev/vda bs=1M count=8 iflag=direct 2>/dev/null | md5sum | cut -d' ' -f1; }}
+         mark filled $(checksum)
+         await overwrite
+         {fill} --randseed=7 --verify_pattern=0x5a --verify=pattern >/tmp/fio.log 2>&1
+         mark overwritten $(checksum)
+         await stop
+         touch /tmp/stop
+         wait
+         ! dmesg | grep -i 'i/o error'"
+    )
+}
+
+fn md5(daemon: &Daemon, bytes: &[u8]) -> Result<String> {
+    let file = daemon.disk().join("part");
+    fs::write(&file, bytes)?;
+    let sum = run(Command::new("md5sum").arg(file), LIMIT)?;
+    Ok(sum.split_whitespace().next().unwrap_or_default().to_owned())
+}
