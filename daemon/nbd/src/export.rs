@@ -67,8 +67,8 @@ impl Export {
         self
     }
 
-    /// Serves only clients whose certificate has one of these subjects (all of it, as `CN=host1,O=Example`, or the common name
-    /// alone). If empty, all clients that the listener accepts may use the export; if not, the export is refused without TLS.
+    /// Serves only clients whose certificate has one of these subjects (all of it as RFC 4514 writes it, such as
+    /// `CN=host1,O=Example`, or the common name alone). If empty, all clients that the listener accepts may use the export; if not, the export is refused without TLS.
     pub fn tls_allow(mut self, subjects: Vec<String>) -> Export {
         self.tls_allow = subjects;
         self
@@ -155,7 +155,7 @@ impl Export {
 /// Whom a client's certificate names.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Subject {
-    /// All of it, as `CN=host1,O=Example`.
+    /// All of it as RFC 4514 writes it: `CN=host1,O=Example`.
     pub full: String,
     pub common_name: Option<String>,
 }

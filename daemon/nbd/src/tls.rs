@@ -10,7 +10,8 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{RootCertStore, ServerConfig, ServerConnection};
 use thiserror::Error;
-use x509_parser::prelude::{FromDer, X509Certificate};
+use x509_parser::objects::{oid_registry, oid2abbrev};
+use x509_parser::prelude::{AttributeTypeAndValue, FromDer, RelativeDistinguishedName, X509Certificate, X509Name};
 
 use crate::export::{Identity, Subject};
 
@@ -83,7 +84,36 @@ pub(crate) fn identity(connection: &ServerConnection) -> Identity {
     let subject = connection.peer_certificates().and_then(|chain| chain.first()).and_then(|certificate| {
         let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
         let common_name = parsed.subject().iter_common_name().next().and_then(|name| name.as_str().ok());
-        Some(Subject { full: parsed.subject().to_string(), common_name: common_name.map(str::to_owned) })
+        Some(Subject { full: full_name(parsed.subject()), common_name: common_name.map(str::to_owned) })
     });
     Identity(subject)
+}
+
+/// A distinguished name as RFC 4514 writes it: most specific part first, special characters escaped, so that no name can be
+/// made to look like another.
+fn full_name(name: &X509Name<'_>) -> String {
+    let parts: Vec<&RelativeDistinguishedName<'_>> = name.iter_rdn().collect();
+    let written = parts.iter().rev().map(|part| part.iter().map(attribute).collect::<Vec<_>>().join("+"));
+    written.collect::<Vec<_>>().join(",")
+}
+
+fn attribute(attribute: &AttributeTypeAndValue<'_>) -> String {
+    let oid = attribute.attr_type();
+    let kind = oid2abbrev(oid, oid_registry()).map_or_else(|_| oid.to_id_string(), str::to_owned);
+    let Ok(value) = attribute.as_str() else {
+        let hex: String = attribute.as_slice().iter().map(|byte| format!("{byte:02x}")).collect();
+        return format!("{kind}=#{hex}");
+    };
+    let mut written = format!("{kind}=");
+    for (at, character) in value.chars().enumerate() {
+        let at_edge = at == 0 || at + 1 == value.chars().count();
+        if matches!(character, ',' | '+' | '"' | '\\' | '<' | '>' | ';' | '=')
+            || (character == ' ' && at_edge)
+            || (character == '#' && at == 0)
+        {
+            written.push('\\');
+        }
+        written.push(character);
+    }
+    written
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use common::{Answer, HANG, Rig, Wire, memory};
 use nbd::protocol::{Headers, command, option, option_reply};
 use nbd::{Export, ServerOptions, Serves, Socket, TlsSettings};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, IsCa, KeyPair};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
@@ -31,7 +31,15 @@ impl Authority {
     }
 
     fn issue(&self, common_name: &str) -> Identity {
+        self.issue_to(None, common_name)
+    }
+
+    fn issue_to(&self, organization: Option<&str>, common_name: &str) -> Identity {
         let mut params = CertificateParams::new(vec!["localhost".into()]).unwrap();
+        params.distinguished_name = DistinguishedName::new();
+        if let Some(organization) = organization {
+            params.distinguished_name.push(DnType::OrganizationName, organization);
+        }
         params.distinguished_name.push(DnType::CommonName, common_name);
         let key = KeyPair::generate().unwrap();
         let cert = params.signed_by(&key, &self.0).unwrap();
@@ -145,9 +153,19 @@ fn requests_sent_together_with_go_are_not_lost() {
 
 #[test]
 fn only_the_clients_named_get_an_export() {
-    let tls = TlsRig::new(&["host1", "CN=host2"]);
-    for (name, allowed) in [("host1", true), ("host2", true), ("host3", false), ("CN=host1", false)] {
-        let identity = tls.authority.issue(name);
+    let tls = TlsRig::new(&["host1", "CN=host2", "CN=host4,O=Example"]);
+    for (organization, name, allowed) in [
+        (None, "host1", true),
+        (Some("Elsewhere"), "host1", true),
+        (None, "host2", true),
+        (Some("Elsewhere"), "host2", false),
+        (None, "host3", false),
+        (None, "CN=host1", false),
+        (Some("Example"), "host4", true),
+        (None, "host4", false),
+        (None, "host4,O=Example", false),
+    ] {
+        let identity = tls.authority.issue_to(organization, name);
         let mut wire = tls.upgrade(tls.authority.client(Some(&identity))).unwrap();
         assert_eq!(wire.option(option::LIST, &[]).len(), if allowed { 2 } else { 1 }, "{name}");
         let replies = wire.option(option::GO, &Wire::go_data("disk"));

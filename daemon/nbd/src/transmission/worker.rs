@@ -27,7 +27,7 @@ const COMPLETIONS: usize = 1024;
 const STALL_CHECK: Duration = Duration::from_secs(1);
 /// While others wait for memory, a client that takes nothing for this long loses its connection.
 const STALL_MAX: Duration = Duration::from_secs(15);
-static SEND_BUFFER: libc::c_int = 1 << 20;
+const SEND_BUFFER: libc::c_int = 1 << 20;
 
 /// A connection whose negotiation is done.
 pub(crate) struct Negotiated {
@@ -264,22 +264,33 @@ impl Handler for Worker {
     }
 }
 
-/// io_uring waits for a blocking socket by itself; large replies should fit into the socket at once.
+/// io_uring waits for a blocking socket by itself; large replies should fit into the socket at once; and a peer that vanished
+/// without a word is noticed within two minutes.
 fn prepare_socket(socket: &OwnedFd) -> io::Result<()> {
     let mut nonblocking: libc::c_int = 0;
     // SAFETY: FIONBIO reads one integer, which is live.
     if unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONBIO, &raw mut nonblocking) } == -1 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the option's value is an integer that is live, of the length given. A smaller buffer than wished for is no error.
-    unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_SNDBUF,
-            (&raw const SEND_BUFFER).cast(),
-            size_of_val(&SEND_BUFFER) as libc::socklen_t,
-        );
+    // A kernel that grants less than wished for, or a unix socket that knows no keep-alive, is no error.
+    let _ = set_option(socket, libc::SOL_SOCKET, libc::SO_SNDBUF, SEND_BUFFER);
+    let keep_alive = [
+        (libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1),
+        (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 60),
+        (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, 10),
+        (libc::IPPROTO_TCP, libc::TCP_KEEPCNT, 6),
+    ];
+    for (level, name, value) in keep_alive {
+        let _ = set_option(socket, level, name, value);
     }
     Ok(())
+}
+
+fn set_option(socket: &OwnedFd, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    let len = size_of_val(&value) as libc::socklen_t;
+    // SAFETY: the option's value is an integer that is live, of the length given.
+    match unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), len) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
 }
