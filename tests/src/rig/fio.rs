@@ -1,6 +1,6 @@
 //! Verified load: fio writes blocks with checksums and reads them back; any difference ends it with an error.
 
-use crate::rig::process::{Running, run};
+use crate::rig::process::{Running, capture, run};
 use crate::rig::tools;
 use anyhow::Result;
 use std::env;
@@ -58,6 +58,12 @@ impl Fio {
     /// Runs the job here; it must succeed. Returns what fio printed.
     pub fn run(&self, limit: Duration) -> Result<String> {
         run(&mut self.command()?, limit)
+    }
+
+    /// Runs the job here to its end, however it ends; returns what fio printed.
+    pub fn capture(&self, limit: Duration) -> Result<String> {
+        let output = capture(&mut self.command()?, limit)?;
+        Ok(format!("{}{}", String::from_utf8_lossy(&output.stderr), String::from_utf8_lossy(&output.stdout)))
     }
 
     /// Starts the job here. What it prints goes to the test's own output.
