@@ -48,22 +48,23 @@ fn example() -> PathBuf {
     path.pop();
     path.pop();
     path.push("examples/serve");
-    assert!(path.exists(), "{} was not built", path.display());
+    assert!(path.exists(), "{} was not built: cargo build --examples", path.display());
     path
 }
 
 struct Rig {
-    _folder: tempfile::TempDir,
+    /// One with a short path, for the socket, and one on the disk that is built on.
+    _folders: [tempfile::TempDir; 2],
     socket: PathBuf,
     disk: PathBuf,
 }
 
 impl Rig {
     fn new() -> Rig {
-        let folder = tempfile::tempdir_in(".").unwrap();
-        let (socket, disk) = (folder.path().join("s"), folder.path().join("disk"));
+        let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()];
+        let (socket, disk) = (folders[0].path().join("s"), folders[1].path().join("disk"));
         std::fs::File::create(&disk).unwrap().set_len(DISK).unwrap();
-        Rig { _folder: folder, socket, disk }
+        Rig { _folders: folders, socket, disk }
     }
 
     fn server(&self, delay_ms: u32) -> Process {
