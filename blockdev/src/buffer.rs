@@ -59,13 +59,21 @@ impl BufferPool {
     /// A buffer of at least `len` bytes, or `None` when the budget is spent or `len` is over [`BUFFER_MAX`].
     pub fn try_get(self: &Rc<Self>, len: usize) -> Option<Buffer> {
         let class = class_of(len);
-        if class >= CLASSES {
+        if class >= CLASSES || self.used_bytes.get() + layout(class).size() > self.budget {
             return None;
         }
+        Some(self.take(class))
+    }
+
+    /// A buffer even if the budget is spent: for the few requests without which no buffer would ever come back, because all
+    /// holders wait for another. `None` only if `len` is over [`BUFFER_MAX`].
+    pub fn get_beyond_budget(self: &Rc<Self>, len: usize) -> Option<Buffer> {
+        let class = class_of(len);
+        (class < CLASSES).then(|| self.take(class))
+    }
+
+    fn take(self: &Rc<Self>, class: usize) -> Buffer {
         let size = layout(class).size();
-        if self.used_bytes.get() + size > self.budget {
-            return None;
-        }
         let reused = self.idle.borrow_mut()[class].pop();
         let start = match reused {
             Some(start) => {
@@ -79,7 +87,7 @@ impl BufferPool {
             }
         };
         self.used_bytes.set(self.used_bytes.get() + size);
-        Some(Buffer { start, class, pool: self.clone() })
+        Buffer { start, class, pool: self.clone() }
     }
 
     /// Calls `wake` once, when the next buffer is given back.
@@ -94,7 +102,7 @@ impl BufferPool {
 
     /// Bytes of the budget that are not handed out.
     pub fn free_bytes(&self) -> usize {
-        self.budget - self.used_bytes.get()
+        self.budget.saturating_sub(self.used_bytes.get())
     }
 
     fn give_back(&self, start: NonNull<u8>, class: usize) {

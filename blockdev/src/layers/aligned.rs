@@ -15,7 +15,7 @@ use std::rc::Rc;
 use slab::Slab;
 use smallvec::SmallVec;
 
-use crate::buffer::BUFFER_MAX;
+use crate::buffer::{BUFFER_MAX, Buffer};
 use crate::device::{BlockDevice, Capabilities, DeviceError, Geometry, IoQueue};
 use crate::errno::Errno;
 use crate::memory::Memory;
@@ -159,7 +159,7 @@ impl Inner {
         if len > BUFFER_MAX as u64 {
             return request.complete(Err(Errno::EINVAL));
         }
-        let Some(buffer) = self.reactor.buffers().try_get(len as usize) else { return self.starve(request) };
+        let Some(buffer) = self.buffer(len as usize) else { return self.starve(request) };
         let mut memory = Memory::from_buffer(buffer, len as usize);
         let whole = request.offset == start && request.len == len;
         let (step, op) = match request.op {
@@ -171,6 +171,13 @@ impl Inner {
             lay_over(&request, &mut memory, start);
         }
         self.pass(Bounced { request, start, len, step, edges: SmallVec::new() }, op, Payload::Memory(memory));
+    }
+
+    /// One request may always go on: the buffers may all be held by requests that wait here for another.
+    fn buffer(&self, len: usize) -> Option<Buffer> {
+        let pool = self.reactor.buffers();
+        let alone = self.bounced.borrow().is_empty();
+        pool.try_get(len).or_else(|| if alone { pool.get_beyond_budget(len) } else { None })
     }
 
     /// Sends the span below; the completion comes back under the slot's key.
@@ -213,7 +220,7 @@ impl Inner {
 
     fn next_edge(&self, mut bounced: Bounced) {
         let Some((from, to)) = bounced.edges.pop() else { return bounced.request.complete(Ok(())) };
-        let Some(buffer) = self.reactor.buffers().try_get(self.block as usize) else {
+        let Some(buffer) = self.reactor.buffers().get_beyond_budget(self.block as usize) else {
             return bounced.request.complete(Err(Errno::ENOMEM));
         };
         bounced.start = from & !(self.block - 1);

@@ -15,6 +15,8 @@ use crate::reactor::{Handler, HandlerId, Reactor};
 use crate::request::{Completion, CompletionQueue, Op, Payload, Request};
 
 const CHUNK: u64 = 1 << 20;
+/// Where the buffers are spent.
+const CHUNK_SMALL: u64 = 64 << 10;
 
 /// The layer.
 pub struct ZeroFill {
@@ -122,10 +124,12 @@ impl Inner {
         if left == 0 {
             return zeroing.request.complete(Ok(()));
         }
-        let len = left.min(CHUNK);
-        let Some(buffer) = self.reactor.buffers().try_get(len as usize) else {
-            return zeroing.request.complete(Err(Errno::ENOMEM));
+        let pool = self.reactor.buffers();
+        let (len, buffer) = match pool.try_get(left.min(CHUNK) as usize) {
+            Some(buffer) => (left.min(CHUNK), Some(buffer)),
+            None => (left.min(CHUNK_SMALL), pool.get_beyond_budget(left.min(CHUNK_SMALL) as usize)),
         };
+        let Some(buffer) = buffer else { return zeroing.request.complete(Err(Errno::ENOMEM)) };
         let mut memory = Memory::from_buffer(buffer, len as usize);
         memory.fill(0);
         let offset = zeroing.request.offset + zeroing.done;

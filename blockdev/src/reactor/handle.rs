@@ -22,6 +22,7 @@ pub(super) struct Shared {
     pub(super) inbox: SegQueue<Message>,
     pub(super) event: OwnedFd,
     sleeping: AtomicBool,
+    stopped: AtomicBool,
 }
 
 impl Shared {
@@ -33,7 +34,7 @@ impl Shared {
                 fd => OwnedFd::from_raw_fd(fd),
             }
         };
-        Ok(Shared { inbox: SegQueue::new(), event, sleeping: AtomicBool::new(false) })
+        Ok(Shared { inbox: SegQueue::new(), event, sleeping: AtomicBool::new(false), stopped: AtomicBool::new(false) })
     }
 
     /// Announces sleep; false if a message is already waiting.
@@ -51,9 +52,25 @@ impl Shared {
         self.sleeping.store(false, Ordering::SeqCst);
     }
 
+    /// Nobody reads the inbox any more: what is or comes in is dropped, so that whoever waits for it learns of it.
+    pub(super) fn stop(&self) {
+        self.stopped.store(true, Ordering::SeqCst);
+        std::sync::atomic::fence(Ordering::SeqCst);
+        self.empty_inbox();
+    }
+
+    fn empty_inbox(&self) {
+        while let Some(message) = self.inbox.pop() {
+            drop(message);
+        }
+    }
+
     fn send(&self, message: Message) {
         self.inbox.push(message);
         std::sync::atomic::fence(Ordering::SeqCst);
+        if self.stopped.load(Ordering::SeqCst) {
+            return self.empty_inbox();
+        }
         if self.sleeping.load(Ordering::SeqCst) && self.sleeping.swap(false, Ordering::SeqCst) {
             let one = 1u64.to_ne_bytes();
             // SAFETY: writes eight bytes from a live array to a descriptor that `self` owns.

@@ -261,6 +261,7 @@ impl Reactor {
         while !self.stopping.get() {
             self.turn();
         }
+        self.shared.stop();
     }
 
     fn turn(self: &Rc<Self>) {

@@ -144,11 +144,29 @@ impl Volume {
         })
     }
 
-    /// Changes the size and tells the watchers. May block; control plane only.
+    /// Changes the size and tells the watchers. Waits for the writes in flight beyond a smaller size. May block; control plane
+    /// only.
     pub fn resize(&self, size: u64) -> Result<(), DeviceError> {
-        self.device.resize(size)?;
-        self.set_size(size);
-        Ok(())
+        let old = self.size();
+        let outcome = if size < old { self.shrink(size) } else { self.device.resize(size) };
+        let now = if outcome.is_ok() { size } else { self.device.geometry().size };
+        self.size.store(now, Ordering::Release);
+        if outcome.is_ok() || now != old {
+            self.set_size(now);
+        }
+        outcome
+    }
+
+    /// A write that reached the device after its end was cut off would bring back what lay there, or make it long again: new
+    /// writes are refused first, then those in flight end.
+    fn shrink(&self, size: u64) -> Result<(), DeviceError> {
+        self.size.store(size, Ordering::Release);
+        let unit = u64::from(self.lock_unit);
+        let start = size / unit * unit;
+        self.ranges.acquire_blocking(start, u64::MAX);
+        let outcome = self.device.resize(size);
+        self.ranges.release(start);
+        outcome
     }
 
     /// Takes over a size changed by somebody else. May block; control plane only.
@@ -209,6 +227,18 @@ impl Volume {
         self.stats.lock().iter().map(|stats| stats.transfers()).sum()
     }
 
+    /// Counters for one queue. Those of a queue that has gone are used again, so that clients who come and go cost no memory.
+    fn idle_stats(&self) -> Arc<OpStats> {
+        let mut stats = self.stats.lock();
+        let idle = stats.iter_mut().find_map(|stats| Arc::get_mut(stats).is_some().then(|| stats.clone()));
+        if let Some(idle) = idle {
+            return idle;
+        }
+        let fresh = Arc::new(OpStats::default());
+        stats.push(fresh.clone());
+        fresh
+    }
+
     /// Ranges are locked in units of what the device rewrites as a whole.
     fn lock_unit(&self) -> u32 {
         self.lock_unit
@@ -229,5 +259,26 @@ impl Volume {
 
     fn note_error(&self, what: &str, offset: u64, len: u64, cause: Errno) {
         *self.last_error.lock() = Some(format!("{what} of {len} bytes at {offset}: {cause}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::Client;
+    use crate::memory_disk::MemoryDisk;
+    use crate::reactor::{DataPlane, DataPlaneOptions};
+    use crate::stats::OpClass;
+
+    #[test]
+    fn clients_who_come_and_go_cost_no_memory() {
+        let plane = DataPlane::start(DataPlaneOptions { threads: 1, ..DataPlaneOptions::default() }).unwrap();
+        let options = VolumeOptions { name: "v".into(), read_only: false, block_size: 512 };
+        let volume = Volume::new(Arc::new(MemoryDisk::new(1 << 20, 1)), options);
+        for _ in 0..100 {
+            Client::open(&volume, &plane.handles()[0]).unwrap().write(0, vec![1; 512]).unwrap();
+        }
+        assert!(volume.stats.lock().len() <= 2, "{} sets of counters are kept", volume.stats.lock().len());
+        assert_eq!(volume.stats().class(OpClass::Write).ended, 100);
     }
 }

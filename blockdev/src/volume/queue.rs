@@ -73,6 +73,8 @@ struct Slot {
     /// Start of the range held, or waited for.
     locked: Option<u64>,
     flushing: bool,
+    /// What the flush must come after, where flushes take turns.
+    flush_arrival: u64,
     pieces: Option<Box<Pieces>>,
 }
 
@@ -107,8 +109,7 @@ impl Pieces {
 impl VolumeQueue {
     pub(super) fn open(volume: &Arc<Volume>, reactor: &Rc<Reactor>) -> Result<VolumeQueue, DeviceError> {
         let device = volume.device.open_queue(reactor)?;
-        let stats = Arc::new(OpStats::default());
-        volume.stats.lock().push(stats.clone());
+        let stats = volume.idle_stats();
         let capabilities = volume.device.capabilities();
         let mut made = None;
         reactor.register_cyclic(|id| {
@@ -247,12 +248,62 @@ impl Inner {
             completer: None,
             locked: None,
             flushing: request.op == Op::Flush,
+            flush_arrival: 0,
             pieces: matches!(request.op, Op::Discard | Op::WriteZeroes { .. }).then(|| Box::new(Pieces::of(&request, now))),
         };
         let token = self.slots.borrow_mut().insert(slot) as u32;
         let (piece, completer) = request.divert(&self.completions, u64::from(token));
         self.slots.borrow_mut()[token as usize].completer = Some(completer);
-        if piece.op.modifies() { self.lock(token, piece) } else { self.device.submit(piece) }
+        match piece.op {
+            Op::Flush => self.flush(token, piece),
+            op if op.modifies() => self.lock(token, piece),
+            _ => self.device.submit(piece),
+        }
+    }
+
+    fn waiter(&self, token: u32) -> Waiter {
+        Waiter::Handler { reactor: self.reactor.handle(), handler: self.id, token }
+    }
+
+    /// Hands a flush to the device, in turn where one at a time is allowed.
+    fn flush(&self, token: u32, flush: Request) {
+        if !self.failed_flush_is_fatal {
+            return self.device.submit(flush);
+        }
+        let gate = &self.volume.flushes;
+        self.slots.borrow_mut()[token as usize].flush_arrival = gate.arrival();
+        if gate.take_turn(|| self.waiter(token)) {
+            self.flush_in_turn(token, flush);
+        } else {
+            self.waiting.borrow_mut().insert(token, flush);
+        }
+    }
+
+    fn flush_in_turn(&self, token: u32, flush: Request) {
+        let gate = &self.volume.flushes;
+        let arrival = self.slots.borrow()[token as usize].flush_arrival;
+        if gate.has_failed() {
+            flush.complete(Err(Errno::EIO));
+        } else if gate.is_covered(arrival) {
+            flush.complete(Ok(()));
+        } else {
+            self.device.submit(flush);
+        }
+    }
+
+    /// The flush's result: it is no success once writes were lost, even if the device has said so to another.
+    fn flush_done(&self, mut result: Result<(), Errno>) -> Result<(), Errno> {
+        let gate = &self.volume.flushes;
+        if self.failed_flush_is_fatal {
+            if let Err(errno) = result {
+                self.volume.fail_closed(errno);
+            } else if gate.has_failed() {
+                result = Err(Errno::EIO);
+            }
+            gate.end_turn(result.is_ok());
+        }
+        gate.ended(result.is_ok());
+        result
     }
 
     /// Cuts the request to one piece, locks its range and starts it, or lets it wait.
@@ -267,8 +318,7 @@ impl Inner {
         let start = piece.offset / self.lock_unit * self.lock_unit;
         let end = piece.end().next_multiple_of(self.lock_unit);
         slot.locked = Some(start);
-        let waiter = || Waiter::Handler { reactor: self.reactor.handle(), handler: self.id, token };
-        if self.volume.ranges.acquire(start, end, waiter) {
+        if self.volume.ranges.acquire(start, end, || self.waiter(token)) {
             drop(slots);
             self.start(token, piece);
         } else {
@@ -276,8 +326,11 @@ impl Inner {
         }
     }
 
-    /// The piece's range is locked: hands it to the device.
+    /// The piece's range is locked: hands it to the device, unless the volume was shrunk meanwhile.
     fn start(&self, token: u32, mut piece: Request) {
+        if piece.end() > self.volume.size() {
+            return piece.complete(Err(Errno::ENOSPC));
+        }
         piece.op = match piece.op {
             Op::Write { fua } => Op::Write { fua: fua && self.device_fua },
             Op::WriteZeroes { unmap, fast, .. } => Op::WriteZeroes { unmap, fua: false, fast },
@@ -302,7 +355,7 @@ impl Inner {
         self.device.submit(piece);
     }
 
-    fn piece_done(&self, completion: Completion) {
+    fn piece_done(&self, mut completion: Completion) {
         let token = completion.token as u32;
         let mut slots = self.slots.borrow_mut();
         let slot = &mut slots[token as usize];
@@ -311,12 +364,7 @@ impl Inner {
             self.volume.ranges.release(start);
         }
         if slot.flushing {
-            self.volume.flushes.ended(completion.result.is_ok());
-            if let Err(errno) = completion.result
-                && self.failed_flush_is_fatal
-            {
-                self.volume.fail_closed(errno);
-            }
+            completion.result = self.flush_done(completion.result);
         } else if matches!(slot.op, Op::Write { fua: true }) && completion.result == Err(Errno::EIO) && self.failed_flush_is_fatal
         {
             self.volume.fail_closed(Errno::EIO);
@@ -327,7 +375,7 @@ impl Inner {
             slot.flushing = true;
             let flush = self.part(token, slot, Op::Flush, 0, 0);
             drop(slots);
-            return self.device.submit(flush);
+            return self.flush(token, flush);
         }
         let slot = slots.remove(token as usize);
         drop(slots);
@@ -436,11 +484,11 @@ impl Inner {
 }
 
 impl Handler for Inner {
-    /// A range this queue waited for was granted.
+    /// A range, or the turn to flush, that this queue waited for was granted.
     fn completed(&self, token: u32, _result: i32, _flags: u32) {
         let Some(piece) = self.waiting.borrow_mut().remove(&token) else { return };
         self.slots.borrow_mut()[token as usize].submitted = self.reactor.now();
-        self.start(token, piece);
+        if piece.op == Op::Flush { self.flush_in_turn(token, piece) } else { self.start(token, piece) }
     }
 
     /// A discard has rested.
