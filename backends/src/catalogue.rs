@@ -116,7 +116,12 @@ impl Catalogue {
         for entry in fs::read_dir(&folder).map_err(io_error(what()))? {
             let name = entry.map_err(io_error(what()))?.file_name();
             if let Some(name) = name.to_str().filter(|name| self.folder(name).join("volume.json").exists()) {
-                records.push(self.get(name)?);
+                match self.get(name) {
+                    Ok(record) => records.push(record),
+                    // Deleted or renamed meanwhile.
+                    Err(PoolError::NotFound(_)) => {}
+                    Err(error) => return Err(error),
+                }
             }
         }
         records.sort_by(|left, right| left.name.cmp(&right.name));

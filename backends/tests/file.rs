@@ -128,6 +128,72 @@ fn a_truncated_file_fails_and_invents_nothing() {
 }
 
 #[test]
+fn a_truncated_file_is_not_called_a_hole() {
+    let rig = Rig::new();
+    let path = rig.file("disk", 16 * MIB);
+    let volume = volume(open(&path, true));
+    let client = rig.client(&volume);
+    client.write(8 * MIB, vec![9; 4096]).unwrap();
+    OpenOptions::new().write(true).open(&path).unwrap().set_len(MIB).unwrap();
+    assert_eq!(client.extents(8 * MIB, MIB).err(), Some(Errno::EIO), "a backup would take a hole for zeroes");
+    assert!(volume.health().unwrap().contains("truncated"));
+}
+
+#[test]
+fn a_truncated_file_fails_also_what_was_waiting() {
+    const REQUESTS: u64 = 2000;
+    let rig = Rig::new();
+    let path = rig.file("disk", 16 * MIB);
+    let client = rig.client(&volume(open(&path, true)));
+    OpenOptions::new().write(true).open(&path).unwrap().set_len(0).unwrap();
+    let (sender, receiver) = std::sync::mpsc::channel();
+    for at in 0..REQUESTS {
+        let sender = sender.clone();
+        client.submit(Op::Read, at * 4096, 4096, Vec::new(), move |answer| sender.send(answer.is_err()).unwrap());
+    }
+    for _ in 0..REQUESTS {
+        assert!(receiver.recv_timeout(std::time::Duration::from_secs(60)).unwrap());
+    }
+}
+
+#[test]
+fn a_mounted_block_device_is_refused() {
+    let rig = Rig::new();
+    let mount = LoopMount::new(rig.folder.path(), "ext4", 24 * MIB);
+    let output = Command::new("findmnt").args(["-no", "SOURCE"]).arg(&mount.path).output().unwrap();
+    let device = String::from_utf8(output.stdout).unwrap();
+    let opened = FileDevice::open(Path::new(device.trim()), FileOptions { read_only: false, direct: true });
+    assert!(matches!(opened, Err(DeviceError::Refused(why)) if why.contains("mounted")));
+}
+
+#[test]
+fn a_volume_that_another_process_has_open_is_not_deleted() {
+    let rig = Rig::new();
+    let (here, there) = (rig.pool(), rig.pool());
+    here.create("vm", &spec(MIB)).unwrap();
+    let opened = there.open("vm", false).unwrap();
+    assert!(matches!(here.delete("vm"), Err(PoolError::InUse(_))));
+    drop(opened);
+    here.delete("vm").unwrap();
+}
+
+/// Replaces the file while somebody waits for its lock: the waiter must get what the name leads to, not the remnant.
+#[test]
+fn whoever_waits_for_a_replaced_file_gets_the_new_one() {
+    let rig = Rig::new();
+    let (path, fresh) = (rig.file("disk", MIB), rig.file("fresh", 2 * MIB));
+    let first = open(&path, true);
+    let waiting = std::thread::spawn({
+        let path = path.clone();
+        move || open(&path, true)
+    });
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    fs::rename(&fresh, &path).unwrap();
+    drop(first);
+    assert_eq!(waiting.join().unwrap().geometry().size, 2 * MIB);
+}
+
+#[test]
 fn a_deleted_file_is_reported_and_still_serves() {
     let rig = Rig::new();
     let path = rig.file("disk", MIB);
@@ -180,6 +246,24 @@ fn the_catalogue_keeps_what_it_is_told() {
 }
 
 #[test]
+fn a_list_is_whole_while_volumes_come_and_go() {
+    let rig = Rig::new();
+    let pool = rig.pool();
+    pool.create("stays", &spec(MIB)).unwrap();
+    std::thread::scope(|scope| {
+        let busy = scope.spawn(|| {
+            for _ in 0..100 {
+                pool.create("goes", &spec(MIB)).unwrap();
+                pool.delete("goes").unwrap();
+            }
+        });
+        while !busy.is_finished() {
+            assert!(pool.list().unwrap().iter().any(|record| record.name == "stays"));
+        }
+    });
+}
+
+#[test]
 fn adopting_leaves_the_file_alone() {
     let rig = Rig::new();
     let path = rig.file("image.raw", 4 * MIB);
@@ -189,6 +273,12 @@ fn adopting_leaves_the_file_alone() {
     assert!(matches!(pool.adopt(path.to_str().unwrap(), "twice"), Err(PoolError::Exists(_))));
     assert!(pool.adopt("/nonexistent", "none").is_err());
     pool.open("old", false).unwrap();
+    pool.create("own", &spec(MIB)).unwrap();
+    let link = rig.folder.path().join("link");
+    std::os::unix::fs::symlink(rig.folder.path().join("pool"), &link).unwrap();
+    let linked = FilePool::open("linked", FilePoolConfig { path: link.clone() }).unwrap();
+    let own = link.join("volumes/own/data.raw");
+    assert!(matches!(linked.adopt(own.to_str().unwrap(), "again"), Err(PoolError::Invalid(_))));
     pool.delete("old").unwrap();
     assert_eq!(fs::metadata(&path).unwrap().len(), 4 * MIB);
 }

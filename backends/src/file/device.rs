@@ -1,13 +1,13 @@
 //! One open file or block device.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blockdev::clock;
 use blockdev::{BlockDevice, Capabilities, DeviceError, Geometry, IoQueue, Reactor};
@@ -58,9 +58,7 @@ impl FileDevice {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(DeviceError::Refused(format!("{shown} is neither a regular file nor a block device")));
         }
-        let (file, direct) = open_file(path, options).map_err(io_error(format!("opening {shown}")))?;
-        lock(&file, path, options.read_only)?;
-        let metadata = file.metadata().map_err(io_error(format!("reading the attributes of {shown}")))?;
+        let (file, direct, metadata) = open_locked(path, options, kind.is_block_device())?;
         let is_block_device = metadata.file_type().is_block_device();
         let alignment =
             alignment(&file, direct, is_block_device).map_err(io_error(format!("asking {shown} for its alignment")))?;
@@ -101,11 +99,54 @@ impl FileDevice {
     }
 }
 
-fn open_file(path: &Path, options: FileOptions) -> io::Result<(File, bool)> {
-    let open =
-        |flags: i32| OpenOptions::new().read(true).write(!options.read_only).custom_flags(flags | libc::O_CLOEXEC).open(path);
+/// Makes sure that nobody has the volume's file open, until the result is dropped. Waits as [`FileDevice::open`] does.
+pub(super) fn hold_unused(path: &Path) -> Result<File, DeviceError> {
+    open_locked(path, FileOptions { read_only: false, direct: false }, false).map(|(file, ..)| file)
+}
+
+fn open_locked(path: &Path, options: FileOptions, is_block_device: bool) -> Result<(File, bool, Metadata), DeviceError> {
+    let deadline = clock::monotonic() + LOCK_PATIENCE;
+    loop {
+        let (file, direct) = open_file(path, options, is_block_device, deadline)?;
+        lock(&file, path, options.read_only, deadline)?;
+        let metadata = file.metadata().map_err(io_error(format!("reading the attributes of {}", path.display())))?;
+        if is_still_at(&metadata, path)? {
+            return Ok((file, direct, metadata));
+        }
+    }
+}
+
+/// False if the path leads elsewhere by now: whoever held the lock has replaced the file, and what was locked is a remnant.
+fn is_still_at(opened: &Metadata, path: &Path) -> Result<bool, DeviceError> {
+    let now = std::fs::metadata(path).map_err(io_error(format!("opening {}", path.display())))?;
+    Ok((opened.dev(), opened.ino()) == (now.dev(), now.ino()))
+}
+
+/// A block device is claimed: the kernel refuses that while it is mounted, or part of another device.
+fn open_file(path: &Path, options: FileOptions, is_block_device: bool, deadline: Instant) -> Result<(File, bool), DeviceError> {
+    let claim = if is_block_device && !options.read_only { libc::O_EXCL } else { 0 };
+    loop {
+        match try_open(path, options, claim) {
+            Ok(opened) => return Ok(opened),
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && clock::monotonic() < deadline => {
+                std::thread::sleep(LOCK_RETRY);
+            }
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                return Err(DeviceError::Refused(format!(
+                    "{} is in use: it is mounted, part of another device, or open elsewhere; `lsblk` shows by what",
+                    path.display()
+                )));
+            }
+            Err(error) => return Err(io_error(format!("opening {}", path.display()))(error)),
+        }
+    }
+}
+
+fn try_open(path: &Path, options: FileOptions, claim: i32) -> io::Result<(File, bool)> {
+    let flags = claim | libc::O_CLOEXEC;
+    let open = |flags: i32| OpenOptions::new().read(true).write(!options.read_only).custom_flags(flags).open(path);
     if options.direct {
-        match open(libc::O_DIRECT) {
+        match open(flags | libc::O_DIRECT) {
             Ok(file) => return Ok((file, true)),
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 tracing::warn!("{}: its file system has no direct I/O; using the page cache", path.display());
@@ -113,11 +154,10 @@ fn open_file(path: &Path, options: FileOptions) -> io::Result<(File, bool)> {
             Err(error) => return Err(error),
         }
     }
-    open(0).map(|file| (file, false))
+    open(flags).map(|file| (file, false))
 }
 
-fn lock(file: &File, path: &Path, read_only: bool) -> Result<(), DeviceError> {
-    let deadline = clock::monotonic() + LOCK_PATIENCE;
+fn lock(file: &File, path: &Path, read_only: bool, deadline: Instant) -> Result<(), DeviceError> {
     loop {
         if sys::try_lock(file, !read_only).map_err(io_error(format!("locking {}", path.display())))? {
             return Ok(());
@@ -188,13 +228,10 @@ impl BlockDevice for FileDevice {
         if size < old {
             self.shared.size.store(size, Ordering::Release);
         }
-        self.shared
-            .file
-            .set_len(size)
-            .and_then(|()| self.shared.file.sync_all())
-            .map_err(io_error(format!("resizing {shown} to {size} bytes")))?;
-        self.shared.size.store(size, Ordering::Release);
-        Ok(())
+        let outcome = self.shared.file.set_len(size).and_then(|()| self.shared.file.sync_all());
+        let now = if outcome.is_ok() { size } else { sys::size_of(&self.shared.file).unwrap_or(old) };
+        self.shared.size.store(now, Ordering::Release);
+        outcome.map_err(io_error(format!("resizing {shown} to {size} bytes")))
     }
 
     fn refresh_size(&self) -> Result<u64, DeviceError> {

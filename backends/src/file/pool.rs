@@ -9,7 +9,7 @@ use std::sync::Arc;
 use blockdev::{BlockDevice, clock};
 use uuid::Uuid;
 
-use super::device::{FileDevice, FileOptions};
+use super::device::{FileDevice, FileOptions, hold_unused};
 use super::sys;
 use crate::catalogue::{Catalogue, io_error, sync_folder_of};
 use crate::pool::{Pool, PoolError, PoolHealth, Result, SnapshotRecord, Usage, VolumeRecord, VolumeSpec, check_name};
@@ -142,15 +142,19 @@ impl Pool for FilePool {
         let _lock = self.catalogue.lock()?;
         self.catalogue.refuse_existing(volume)?;
         let path = fs::canonicalize(object).map_err(io_error(format!("volume {volume}: adopting {object}")))?;
-        if path.starts_with(self.catalogue.root()) {
+        let root = fs::canonicalize(self.catalogue.root());
+        if root.is_ok_and(|root| path.starts_with(root)) {
             return Err(PoolError::Invalid(format!("{object} already belongs to pool {}", self.name)));
         }
         if let Some(other) = self.list()?.into_iter().find(|other| other.object.as_deref().map(Path::new) == Some(&path)) {
             return Err(PoolError::Exists(format!("{object} is already volume {}", other.name)));
         }
+        let Some(object) = path.to_str() else {
+            return Err(PoolError::Invalid(format!("volume {volume}: {} refused: its path is not UTF-8", path.display())));
+        };
         let size = self.open_path(&path, true)?.geometry().size;
         let spec = VolumeSpec { size, block_size: 512, policy: None, tenant: None };
-        let record = VolumeRecord { object: Some(path.to_string_lossy().into_owned()), ..VolumeRecord::new(volume, &spec) };
+        let record = VolumeRecord { object: Some(object.to_owned()), ..VolumeRecord::new(volume, &spec) };
         self.catalogue.add(&record, |_| Ok(()))?;
         Ok(record)
     }
@@ -182,6 +186,9 @@ impl Pool for FilePool {
             let names = record.snapshots.keys().map(|name| format!("{volume}@{name}")).collect::<Vec<_>>().join(", ");
             return Err(PoolError::InUse(format!("volume {volume} has snapshots ({names}); delete them first")));
         }
+        let data = self.data_path(&record);
+        let is_own = record.object.is_none() && data.exists();
+        let _unused = is_own.then(|| hold_unused(&data)).transpose()?;
         self.catalogue.remove(&record)
     }
 
@@ -237,7 +244,8 @@ impl Pool for FilePool {
             )));
         }
         let (data, fresh) = (self.data_path(&record), self.catalogue.folder(volume).join("data.rollback"));
-        drop(FileDevice::open(&data, FileOptions { read_only: false, direct: false })?);
+        // Held until the name leads to the new file: whoever waits for it looks again then.
+        let _unused = hold_unused(&data)?;
         let _ = fs::remove_file(&fresh);
         self.reflink(&what, &self.snapshot_path(volume, snapshot), &fresh)?;
         fs::rename(&fresh, &data).and_then(|()| sync_folder_of(&data)).map_err(io_error(what))?;

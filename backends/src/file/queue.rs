@@ -20,6 +20,8 @@ use super::sys;
 const SLOTS: usize = 256;
 const EXTENTS_MAX: usize = 4096;
 const RW_MAX: u64 = 1 << 30;
+/// What a look for extents gives instead of zero when the file ends before them.
+const SHORT: i32 = 1;
 
 pub(super) struct FileQueue {
     inner: Rc<Inner>,
@@ -111,8 +113,11 @@ impl Inner {
         let (file, found) = (self.file.clone(), self.found.clone());
         let (reactor, id) = (self.reactor.handle(), self.id);
         offload::run(move || {
-            let result = match sys::extents(&file.file, offset, len, EXTENTS_MAX) {
-                Ok(extents) => {
+            let looked =
+                sys::extents(&file.file, offset, len, EXTENTS_MAX).and_then(|extents| Ok((extents, sys::size_of(&file.file)?)));
+            let result = match looked {
+                Ok((_, size)) if size < offset + len => SHORT,
+                Ok((extents, _)) => {
                     found.lock().insert(token, extents);
                     0
                 }
@@ -129,9 +134,9 @@ impl Inner {
             _ => slot.payload,
         };
         slot.completer.complete(result, payload);
-        let next = self.waiting.borrow_mut().pop_front();
-        if let Some(request) = next {
-            self.submit(request);
+        while self.running.borrow().len() < SLOTS {
+            let Some(next) = self.waiting.borrow_mut().pop_front() else { return };
+            self.submit(next);
         }
     }
 
@@ -199,8 +204,9 @@ impl Handler for Inner {
         let mut running = self.running.borrow_mut();
         let slot = &mut running[token as usize];
         if !matches!(slot.op, Op::Read | Op::Write { .. }) {
+            let short = slot.op == Op::BlockStatus && result == SHORT;
             drop(running);
-            return self.finish(token, Ok(()));
+            return if short { self.found_short(token) } else { self.finish(token, Ok(())) };
         }
         slot.done += result as u64;
         let left = slot.len - slot.done.min(slot.len);
