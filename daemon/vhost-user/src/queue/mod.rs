@@ -13,7 +13,8 @@
 //! memory is held by each request in flight. What the guest does wrong gets an error status, or breaks this ring alone. After
 //! [`RunningQueue::stop`] has answered, neither ring nor memory is touched again.
 
-use std::any::Any;
+mod live;
+
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -21,24 +22,18 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use blockdev::stats::{OpClass, OpStats, Stage};
-use blockdev::{
-    CompletionQueue, Errno, Handler, HandlerId, Memory, Op, Payload, Reactor, ReactorHandle, Request, Volume, VolumeQueue,
-};
+use blockdev::stats::OpStats;
+use blockdev::{Errno, Handler, HandlerId, Reactor, ReactorHandle, Volume};
 use io_uring::{cqueue, opcode, types};
-use smallvec::SmallVec;
 
-use crate::chain::{
-    ChainReader, Command, Limits, Range, STATUS_IOERR, STATUS_OK, STATUS_UNSUPP, Segment, copy_to_guest, translate,
-};
-use crate::config;
 use crate::dirty_log::DirtyLog;
-use crate::inflight::{InflightArea, InflightLog};
-use crate::memory::{GuestMemory, Translator};
+use crate::inflight::InflightArea;
+use crate::memory::GuestMemory;
 use crate::message::RingAddresses;
-use crate::ring::{Ring, RingError, UsedLog};
+use crate::ring::RingError;
+use live::Live;
 
 const KICK: u32 = 0;
 const CALL: u32 = 1;
@@ -147,42 +142,6 @@ struct State {
     idle_sleeps: u8,
     broken: bool,
     stopping: Option<mpsc::SyncSender<Stopped>>,
-}
-
-struct Live {
-    ring: Ring,
-    memory: Translator,
-    /// The same memory, for requests to hold on to.
-    owner: Rc<dyn Any>,
-    reader: ChainReader,
-    limits: Limits,
-    volume: Rc<VolumeQueue>,
-    completions: Rc<CompletionQueue>,
-    slots: Box<[Slot]>,
-    in_flight: usize,
-    /// Heads given back and not yet published.
-    batch: Vec<u16>,
-    log: Option<Arc<DirtyLog>>,
-    inflight: Option<InflightLog>,
-    write_through: Arc<AtomicBool>,
-    always_write_through: bool,
-    read_only: bool,
-    serial: [u8; 20],
-    stats: Arc<OpStats>,
-}
-
-/// A request on its way, by head.
-struct Slot {
-    /// Parts not yet completed; 0 if the slot is free.
-    pending: u32,
-    class: OpClass,
-    failed: Option<Errno>,
-    bytes: u64,
-    status: *mut u8,
-    status_guest: u64,
-    arrived: Instant,
-    /// What a read dirties, while that is logged.
-    dirty: SmallVec<[Segment; 2]>,
 }
 
 impl Worker {
@@ -426,233 +385,5 @@ impl Handler for Worker {
             self.reactor.wake(self.id);
         }
         false
-    }
-}
-
-impl Live {
-    /// The queue and the heads to carry out again.
-    fn new(
-        reactor: &Rc<Reactor>,
-        id: HandlerId,
-        volume: Rc<VolumeQueue>,
-        setup: QueueSetup,
-    ) -> Result<(Live, Vec<u16>), RingError> {
-        let event_index = setup.features & config::FEATURE_EVENT_INDEX != 0;
-        let used_log = setup.addresses.log.zip(setup.log.as_ref());
-        let used_log = used_log.map(|(address, log)| UsedLog { log: log.clone(), address });
-        let mut ring = Ring::new(&setup.memory, setup.size, &setup.addresses, event_index, used_log)?;
-        ring.set_next_available(setup.base);
-        let mut inflight = match &setup.inflight {
-            Some(area) => InflightLog::of_ring(area, setup.index, ring.size())?,
-            None => None,
-        };
-        let mut replay = Vec::new();
-        if let Some(log) = &mut inflight
-            && let Some(recovered) = log.recover(ring.published(), ring.size())
-        {
-            ring.set_next_available(recovered.next_available);
-            replay = recovered.replay;
-        }
-        let size = usize::from(ring.size());
-        let now = reactor.now();
-        let slots = (0..size).map(|_| Slot::free(now)).collect();
-        let live = Live {
-            ring,
-            memory: Translator::new(setup.memory.clone()),
-            owner: Rc::new(setup.memory),
-            reader: ChainReader::new(setup.features & config::FEATURE_INDIRECT != 0),
-            limits: config::limits(&setup.volume),
-            volume,
-            completions: CompletionQueue::new(reactor, id, size),
-            slots,
-            in_flight: 0,
-            batch: Vec::with_capacity(size),
-            log: setup.log,
-            inflight,
-            write_through: setup.write_through,
-            always_write_through: setup.features & config::FEATURE_FLUSH == 0,
-            read_only: setup.read_only,
-            serial: setup.serial,
-            stats: setup.stats,
-        };
-        Ok((live, replay))
-    }
-
-    fn is_memory_gone(&self) -> bool {
-        self.memory.memory().is_broken() || self.inflight.as_ref().is_some_and(|log| log.area().is_broken())
-    }
-
-    fn take_available(&mut self, now: Instant) -> Result<bool, RingError> {
-        let count = self.ring.available()?;
-        if count == 0 {
-            return Ok(false);
-        }
-        if self.is_memory_gone() {
-            return Err(RingError::MemoryGone);
-        }
-        self.ring.disable_notifications();
-        for _ in 0..count {
-            let head = self.ring.pop()?;
-            if let Some(log) = &mut self.inflight {
-                log.take(head);
-            }
-            self.take(head, now)?;
-        }
-        Ok(true)
-    }
-
-    /// Starts the request at `head`.
-    #[inline]
-    fn take(&mut self, head: u16, now: Instant) -> Result<(), RingError> {
-        if self.slots[usize::from(head)].pending > 0 {
-            return Err(RingError::Busy(head));
-        }
-        let parsed = self.reader.parse(&self.ring, &self.memory, head, self.limits)?;
-        let slot = &mut self.slots[usize::from(head)];
-        (slot.status, slot.status_guest, slot.arrived) = (parsed.status, parsed.status_guest, now);
-        slot.failed = None;
-        match parsed.command {
-            Command::Read { offset, len } => self.transfer(head, Op::Read, offset, len),
-            Command::Write { .. } | Command::Discard(_) | Command::WriteZeroes(_) if self.read_only => {
-                self.answer(head, STATUS_IOERR, 0);
-            }
-            Command::Write { offset, len } => self.transfer(head, Op::Write { fua: self.is_write_through() }, offset, len),
-            Command::Flush => self.submit(head, Op::Flush, &[Range { offset: 0, len: 0, unmap: false }]),
-            Command::Discard(ranges) => self.submit(head, Op::Discard, &ranges),
-            Command::WriteZeroes(ranges) => {
-                let op = Op::WriteZeroes { unmap: false, fua: self.is_write_through(), fast: false };
-                self.submit(head, op, &ranges);
-            }
-            Command::GetId => self.identify(head),
-            Command::Refused(status) => self.answer(head, status, 0),
-        }
-        Ok(())
-    }
-
-    fn is_write_through(&self) -> bool {
-        self.always_write_through || self.write_through.load(Ordering::Relaxed)
-    }
-
-    #[inline]
-    fn transfer(&mut self, head: u16, op: Op, offset: u64, len: u64) {
-        let read = op == Op::Read;
-        let segments = if read { self.reader.room_for_guest() } else { self.reader.data_from_guest() };
-        let Some(pieces) = translate(&self.memory, segments) else {
-            return self.answer(head, STATUS_IOERR, 0);
-        };
-        let slot = &mut self.slots[usize::from(head)];
-        if read && self.log.is_some() {
-            slot.dirty.extend_from_slice(segments);
-        }
-        (slot.pending, slot.class, slot.bytes) = (1, OpClass::from(op), len);
-        self.stats.started(slot.class);
-        self.in_flight += 1;
-        // SAFETY: the pieces lie in mappings of the guest memory that `owner` keeps mapped, readable and writable.
-        let memory = unsafe { Memory::from_segments(pieces, self.owner.clone()) };
-        let token = u64::from(head);
-        self.volume.submit(Request::new(op, offset, len, Payload::Memory(memory), slot.arrived, &self.completions, token));
-    }
-
-    /// A request without data, in one or more ranges.
-    fn submit(&mut self, head: u16, op: Op, ranges: &[Range]) {
-        let slot = &mut self.slots[usize::from(head)];
-        slot.pending = ranges.len() as u32;
-        (slot.class, slot.bytes) = (OpClass::from(op), ranges.iter().map(|range| range.len).sum());
-        let arrived = slot.arrived;
-        self.stats.started(slot.class);
-        self.in_flight += 1;
-        for range in ranges {
-            let op = match op {
-                Op::WriteZeroes { fua, fast, .. } => Op::WriteZeroes { unmap: range.unmap, fua, fast },
-                other => other,
-            };
-            let token = u64::from(head);
-            let request = Request::new(op, range.offset, range.len, Payload::None, arrived, &self.completions, token);
-            self.volume.submit(request);
-        }
-    }
-
-    fn identify(&mut self, head: u16) {
-        let room = self.reader.room_for_guest();
-        let Some(len) = copy_to_guest(&self.memory, room, &self.serial) else {
-            return self.answer(head, STATUS_IOERR, 0);
-        };
-        if let Some(log) = &self.log {
-            room.iter().for_each(|segment| log.mark(segment.guest, u64::from(segment.len)));
-        }
-        self.answer(head, STATUS_OK, len);
-    }
-
-    /// Gives a chain back: writes the status behind `len` bytes of data.
-    #[inline]
-    fn answer(&mut self, head: u16, status: u8, len: u32) {
-        let slot = &self.slots[usize::from(head)];
-        // SAFETY: the address was translated when the chain was taken, and its mapping is held by `memory`.
-        unsafe { slot.status.write_volatile(status) };
-        if let Some(log) = &self.log {
-            log.mark(slot.status_guest, 1);
-        }
-        self.ring.push_used(head, len + 1);
-        if let Some(log) = &self.inflight {
-            log.give_back(head);
-        }
-        self.batch.push(head);
-    }
-
-    /// Answers what has completed; true if guest memory is gone.
-    fn complete_finished(&mut self, now: Instant) -> bool {
-        while let Some(completion) = self.completions.pop() {
-            let head = completion.token as u16;
-            let slot = &mut self.slots[usize::from(head)];
-            slot.failed = slot.failed.or(completion.result.err());
-            slot.pending -= 1;
-            if slot.pending == 0 {
-                self.in_flight -= 1;
-                self.finish(head, now);
-            }
-        }
-        !self.batch.is_empty() && self.is_memory_gone()
-    }
-
-    #[inline]
-    fn finish(&mut self, head: u16, now: Instant) {
-        let slot = &mut self.slots[usize::from(head)];
-        self.stats.stage(slot.class, Stage::Total, now.saturating_duration_since(slot.arrived));
-        self.stats.ended(slot.class, slot.bytes, slot.failed.is_none());
-        if let Some(log) = &self.log {
-            slot.dirty.drain(..).for_each(|segment| log.mark(segment.guest, u64::from(segment.len)));
-        }
-        let status = match slot.failed {
-            None => STATUS_OK,
-            Some(Errno::EOPNOTSUPP) => STATUS_UNSUPP,
-            Some(_) => STATUS_IOERR,
-        };
-        let len = if slot.class == OpClass::Read && slot.failed.is_none() { slot.bytes as u32 } else { 0 };
-        self.answer(head, status, len);
-    }
-
-    /// Shows the guest the batch; true if it wants to be told.
-    fn publish(&mut self) -> bool {
-        let notify = self.ring.publish();
-        if let Some(log) = &self.inflight {
-            log.settle(&self.batch, self.ring.published());
-        }
-        self.batch.clear();
-        notify
-    }
-}
-
-impl Slot {
-    fn free(now: Instant) -> Slot {
-        Slot {
-            pending: 0,
-            class: OpClass::Read,
-            failed: None,
-            bytes: 0,
-            status: std::ptr::null_mut(),
-            status_guest: 0,
-            arrived: now,
-            dirty: SmallVec::new(),
-        }
     }
 }
