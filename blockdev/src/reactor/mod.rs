@@ -185,6 +185,8 @@ impl Reactor {
         if !slot.closing || slot.in_flight > 0 {
             return None;
         }
+        // A generation comes round again; a deadline may lie further ahead.
+        self.timers.borrow_mut().retain(|Reverse((_, other, _))| *other != id);
         slot.generation = slot.generation.wrapping_add(1);
         slot.closing = false;
         slot.woken = false;
@@ -482,4 +484,37 @@ fn submit_and_reap(ring: &mut IoUring) -> io::Result<usize> {
 
 fn retryable(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY | libc::ETIME))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Default)]
+    struct CountsTimers(Cell<u32>);
+
+    impl Handler for CountsTimers {
+        fn completed(&self, _token: u32, _result: i32, _flags: u32) {}
+        fn ready(&self) {}
+        fn timer(&self, _token: u32) {
+            self.0.set(self.0.get() + 1);
+        }
+    }
+
+    #[test]
+    fn a_timer_never_reaches_a_later_handler_in_the_same_slot() {
+        let reactor = Reactor::new(Duration::ZERO).unwrap();
+        let first = reactor.register(Rc::new(CountsTimers::default()));
+        reactor.set_timer(first, reactor.now(), 1);
+        reactor.unregister(first);
+        for _ in 0..255 {
+            reactor.unregister(reactor.register(Rc::new(CountsTimers::default())));
+        }
+        let last = Rc::new(CountsTimers::default());
+        let id = reactor.register(last.clone());
+        assert_eq!(id, first, "the generation has come round");
+        reactor.set_timer(id, reactor.now(), 2);
+        reactor.turn();
+        assert_eq!(last.0.get(), 1, "its own timer, and no other");
+    }
 }

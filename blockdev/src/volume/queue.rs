@@ -329,6 +329,7 @@ impl Inner {
     /// The piece's range is locked: hands it to the device, unless the volume was shrunk meanwhile.
     fn start(&self, token: u32, mut piece: Request) {
         if piece.end() > self.volume.size() {
+            self.volume.later.keep(piece.offset, piece.end());
             return piece.complete(Err(Errno::ENOSPC));
         }
         piece.op = match piece.op {
