@@ -263,3 +263,34 @@ fn settings_that_cannot_work_are_explained() {
     let empty = TlsSettings::from_pem(b"", server.key.as_bytes(), None);
     assert_eq!(why(empty), "the server's certificate: there is no certificate in it");
 }
+
+/// libnbd and QEMU, which bring TLS libraries of their own.
+#[test]
+fn other_clients_speak_tls() {
+    let tls = TlsRig::new(&["host1"]);
+    let identity = tls.authority.issue("host1");
+    let folder = tls.rig.path("pki");
+    std::fs::create_dir(&folder).unwrap();
+    for (name, content) in
+        [("ca-cert.pem", tls.authority.pem()), ("client-cert.pem", identity.cert), ("client-key.pem", identity.key)]
+    {
+        std::fs::write(folder.join(name), content).unwrap();
+    }
+    let run = |program: &str, arguments: &[&str]| {
+        let output = std::process::Command::new("timeout").args(["60", program]).args(arguments).output().unwrap();
+        let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "{program}: {}\n{text}", output.status);
+        text
+    };
+    let (folder, port) = (folder.display(), tls.address.port());
+    let uri = format!("nbds://localhost:{port}/disk?tls-certificates={folder}");
+    assert!(run("nbdinfo", &[&uri]).contains("with TLS"));
+    let source = tls.rig.path("source.raw");
+    let data: Vec<u8> = (0..8 << 20).map(|at: u32| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    std::fs::write(&source, data).unwrap();
+    run("nbdcopy", &[source.to_str().unwrap(), &uri]);
+    let credentials = format!("tls-creds-x509,id=tls0,endpoint=client,dir={folder}");
+    let image = format!("driver=nbd,host=localhost,port={port},export=disk,tls-creds=tls0");
+    let file = format!("driver=file,filename={}", source.display());
+    run("qemu-img", &["compare", "--object", &credentials, "--image-opts", &file, &image]);
+}
