@@ -109,22 +109,31 @@ impl Catalogue {
         Ok(CatalogueLock { _file: file })
     }
 
-    pub(crate) fn list(&self) -> Result<Vec<VolumeRecord>> {
+    /// The names of all volumes, damaged ones too.
+    pub(crate) fn names(&self) -> Result<Vec<String>> {
         let folder = self.root.join("volumes");
         let what = || format!("pool {}: listing {}", self.pool, folder.display());
-        let mut records = Vec::new();
+        let mut names = Vec::new();
         for entry in fs::read_dir(&folder).map_err(io_error(what()))? {
             let name = entry.map_err(io_error(what()))?.file_name();
-            if let Some(name) = name.to_str().filter(|name| self.folder(name).join("volume.json").exists()) {
-                match self.get(name) {
-                    Ok(record) => records.push(record),
-                    // Deleted or renamed meanwhile.
-                    Err(PoolError::NotFound(_)) => {}
-                    Err(error) => return Err(error),
-                }
+            names.extend(name.to_str().filter(|name| self.folder(name).join("volume.json").exists()).map(str::to_owned));
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    pub(crate) fn list(&self) -> Result<Vec<VolumeRecord>> {
+        let mut records = Vec::new();
+        for name in self.names()? {
+            match self.get(&name) {
+                Ok(record) => records.push(record),
+                // Deleted or renamed meanwhile.
+                Err(PoolError::NotFound(_)) => {}
+                // One damaged record hides no other volume; `check` reports it.
+                Err(PoolError::Invalid(why)) => tracing::warn!("pool {}: {why}", self.pool),
+                Err(error) => return Err(error),
             }
         }
-        records.sort_by(|left, right| left.name.cmp(&right.name));
         Ok(records)
     }
 

@@ -246,6 +246,19 @@ fn the_catalogue_keeps_what_it_is_told() {
 }
 
 #[test]
+fn a_damaged_record_hides_no_other_volume() {
+    let rig = Rig::new();
+    let pool = rig.pool();
+    pool.create("bad", &spec(MIB)).unwrap();
+    pool.create("good", &spec(MIB)).unwrap();
+    fs::write(rig.folder.path().join("pool/volumes/bad/volume.json"), "{").unwrap();
+    assert_eq!(pool.list().unwrap().iter().map(|record| record.name.as_str()).collect::<Vec<_>>(), ["good"]);
+    let problems = pool.check().unwrap();
+    assert!(problems.len() == 1 && problems[0].contains("bad"), "{problems:?}");
+    assert!(matches!(pool.create("bad", &spec(MIB)), Err(PoolError::Exists(_))), "its data may still be wanted");
+}
+
+#[test]
 fn a_list_is_whole_while_volumes_come_and_go() {
     let rig = Rig::new();
     let pool = rig.pool();

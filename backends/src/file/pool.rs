@@ -277,7 +277,15 @@ impl Pool for FilePool {
 
     fn check(&self) -> Result<Vec<String>> {
         let mut found = Vec::new();
-        for record in self.list()? {
+        for name in self.catalogue.names()? {
+            let record = match self.get(&name) {
+                Ok(record) => record,
+                Err(PoolError::NotFound(_)) => continue,
+                Err(error) => {
+                    found.push(error.to_string());
+                    continue;
+                }
+            };
             let data = self.data_path(&record);
             match File::open(&data).and_then(|file| sys::size_of(&file)) {
                 Err(error) => found.push(format!("volume {}: {}: {error}", record.name, data.display())),
