@@ -140,6 +140,19 @@ fn a_truncated_file_is_not_called_a_hole() {
 }
 
 #[test]
+fn a_truncated_file_that_grew_again_is_noticed_by_a_flush() {
+    let rig = Rig::new();
+    let path = rig.file("disk", 16 * MIB);
+    let client = rig.client(&volume(open(&path, true)));
+    client.write(2 * MIB, vec![9; 4096]).unwrap();
+    client.flush().unwrap();
+    OpenOptions::new().write(true).open(&path).unwrap().set_len(MIB).unwrap();
+    client.write(8 * MIB, vec![1; 4096]).unwrap();
+    assert_eq!(client.flush(), Err(Errno::EIO));
+    assert_eq!(client.read(2 * MIB, 4096), Err(Errno::EIO), "zeroes were never written there");
+}
+
+#[test]
 fn a_truncated_file_fails_also_what_was_waiting() {
     const REQUESTS: u64 = 2000;
     let rig = Rig::new();

@@ -33,7 +33,6 @@ pub struct FileDevice {
     pub(super) shared: Arc<SharedFile>,
     geometry: Geometry,
     read_only: bool,
-    is_block_device: bool,
     fast_zero: bool,
 }
 
@@ -43,6 +42,14 @@ pub(super) struct SharedFile {
     pub size: AtomicU64,
     /// The file was found shorter than the volume: nothing it says can be trusted.
     pub truncated: AtomicBool,
+    pub is_block_device: bool,
+}
+
+impl SharedFile {
+    /// True if somebody truncated it: a write since then may have made it longer again, with zeroes in place of what was lost.
+    pub(super) fn is_short(&self) -> bool {
+        !self.is_block_device && sys::known_length(&self.file).is_ok_and(|length| length < self.size.load(Ordering::Acquire))
+    }
 }
 
 fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> DeviceError {
@@ -71,9 +78,10 @@ impl FileDevice {
             preferred_size: alignment.offset.max(4096),
             discard_granularity: (metadata.blksize() as u32).next_power_of_two().clamp(512, 1 << 20),
         };
-        let shared = SharedFile { file, path: path.to_owned(), size: AtomicU64::new(size), truncated: AtomicBool::new(false) };
+        let (size, truncated) = (AtomicU64::new(size), AtomicBool::new(false));
+        let shared = SharedFile { file, path: path.to_owned(), size, truncated, is_block_device };
         let fast_zero = !is_block_device && sys::zeroes_fast(&shared.file);
-        Ok(FileDevice { shared: Arc::new(shared), geometry, read_only: options.read_only, is_block_device, fast_zero })
+        Ok(FileDevice { shared: Arc::new(shared), geometry, read_only: options.read_only, fast_zero })
     }
 
     fn check_file(&self) -> Option<String> {
@@ -86,7 +94,7 @@ impl FileDevice {
         }
         match shared.file.metadata() {
             Err(error) => Some(format!("{shown}: {error}")),
-            Ok(_) if self.is_block_device => None,
+            Ok(_) if self.shared.is_block_device => None,
             Ok(metadata) if metadata.len() < shared.size.load(Ordering::Acquire) => {
                 shared.truncated.store(true, Ordering::Relaxed);
                 self.check_file()
@@ -207,7 +215,7 @@ impl BlockDevice for FileDevice {
             write_zeroes: true,
             fast_zero: self.fast_zero,
             fua: true,
-            block_status: !self.is_block_device,
+            block_status: !self.shared.is_block_device,
             flush_failure_loses_writes: true,
         }
     }
@@ -219,7 +227,7 @@ impl BlockDevice for FileDevice {
     fn resize(&self, size: u64) -> Result<(), DeviceError> {
         let shown = self.shared.path.display();
         check_size(&self.shared.path, size, u64::from(self.geometry.block_size))?;
-        if self.is_block_device {
+        if self.shared.is_block_device {
             return Err(DeviceError::Unsupported(format!(
                 "{shown} is a block device: resize it with its own tools, then reopen the volume"
             )));

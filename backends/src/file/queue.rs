@@ -204,7 +204,11 @@ impl Handler for Inner {
         let mut running = self.running.borrow_mut();
         let slot = &mut running[token as usize];
         if !matches!(slot.op, Op::Read | Op::Write { .. }) {
-            let short = slot.op == Op::BlockStatus && result == SHORT;
+            let short = match slot.op {
+                Op::BlockStatus => result == SHORT,
+                Op::Flush => self.file.is_short(),
+                _ => false,
+            };
             drop(running);
             return if short { self.found_short(token) } else { self.finish(token, Ok(())) };
         }
