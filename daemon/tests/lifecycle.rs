@@ -100,6 +100,27 @@ fn a_volume_in_use_is_neither_deleted_nor_renamed() {
 }
 
 #[test]
+fn what_a_backend_cannot_do_is_refused_in_words() {
+    let daemon = daemon_with_volume();
+    daemon.json(&["volume", "create", "memory/m", "--size", "1M"]);
+    for arguments in [
+        &["snapshot", "create", "m@s"][..],
+        &["volume", "clone", "m", "n"],
+        &["volume", "adopt", "memory/x"],
+        &["volume", "flatten", "v"],
+        &["snapshot", "rollback", "v@none", "--yes"],
+        &["snapshot", "diff", "v@none"],
+        &["volume", "clone", "local/v", "memory/w"],
+    ] {
+        let (kind, message) = daemon.refused(arguments);
+        assert!(["unsupported", "not_found", "invalid"].contains(&kind.as_str()), "{arguments:?}: {kind}");
+        assert!(message.len() > 20, "{arguments:?}: {message}");
+    }
+    assert_eq!(daemon.json(&["volume", "list"]).as_array().unwrap().len(), 2);
+    assert_eq!(daemon.json(&["snapshot", "list"]), serde_json::json!([]));
+}
+
+#[test]
 fn sizes_change_online_and_shrinking_is_deliberate() {
     let daemon = daemon_with_volume();
     daemon.json(&["export", "add", "v", "--nbd"]);

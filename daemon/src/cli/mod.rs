@@ -4,6 +4,7 @@
 
 mod arguments;
 mod config;
+mod copying;
 mod doctor;
 mod exports;
 mod image;
@@ -25,6 +26,7 @@ use clap::Parser;
 
 use crate::client::Client;
 use crate::daemon::serve;
+use crate::daemon::systemd::PassedSockets;
 use arguments::{Arguments, Command};
 use output::Output;
 
@@ -65,7 +67,7 @@ fn run(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Quickstart(command) => quickstart::run(context, &command),
         Command::Serve { config } => {
             let (config, file) = serve::load_config(config.as_deref())?;
-            serve::serve(config, Some(file), |_| output::ready())
+            serve::serve(config, Some(file), PassedSockets::take(), |_| output::ready())
         }
         Command::Doctor { config } => doctor::run(context, config.as_deref()),
         Command::Config(command) => config::run(context, command),

@@ -9,9 +9,10 @@ use super::arguments::Quickstart;
 use super::output;
 use super::paste::{self, Line, WithLines};
 use crate::api::types::{ExportCreate, ExportInfo, Protocol, VolumeCreate};
-use crate::config::address::SOCKET_PATH_MAX;
+use crate::config::address::{Address, SOCKET_PATH_MAX};
 use crate::config::{self, Config};
 use crate::daemon::data_dir::replace_file;
+use crate::daemon::systemd::PassedSockets;
 use crate::daemon::{Daemon, serve};
 use crate::error::ErrorKind;
 
@@ -28,12 +29,14 @@ pub fn run(context: &Context, command: &Quickstart) -> anyhow::Result<()> {
         std::fs::create_dir_all(made).map_err(|error| anyhow::anyhow!("{}: {error}", made.display()))?;
     }
     let file = folder.join("novastor.toml");
-    let port = free_port()?;
+    let (listener, port) = listen_on_free_port()?;
     replace_file(&file, configuration(&folder, &sockets, port).as_bytes())?;
     let config: Config = config::load(Some(&file))?;
     let vhost_user = sockets.join("demo.sock");
     let (size, quiet) = (command.size, context.output.quiet);
-    serve::serve(config, Some(file.clone()), move |daemon| {
+    let mut passed = PassedSockets::default();
+    passed.add(Address::Tcp { host: "127.0.0.1".to_owned(), port }, listener.into());
+    serve::serve(config, Some(file.clone()), passed, move |daemon| {
         let exports = prepare(daemon, size, &vhost_user)?;
         if !quiet {
             output::line(&welcome(daemon, &file, exports))?;
@@ -66,11 +69,11 @@ fn socket_folder(folder: &Path) -> anyhow::Result<PathBuf> {
     Ok(base.join(format!("novastor-{tag:016x}")))
 }
 
-/// The NBD port, or the next that nobody listens on.
-fn free_port() -> anyhow::Result<u16> {
+/// On the NBD port, or the next that nobody listens on.
+fn listen_on_free_port() -> anyhow::Result<(TcpListener, u16)> {
     let mut ports = NBD_PORT..NBD_PORT + PORTS_TRIED;
     ports
-        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .find_map(|port| Some((TcpListener::bind(("127.0.0.1", port)).ok()?, port)))
         .ok_or_else(|| anyhow::anyhow!("ports {NBD_PORT} to {} are all taken", NBD_PORT + PORTS_TRIED - 1))
 }
 

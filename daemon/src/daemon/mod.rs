@@ -126,11 +126,12 @@ impl Daemon {
         }
         let mut found = Vec::new();
         let mut silent = Vec::new();
-        for state in self.pools.list() {
-            match state.pool {
-                Ok(pool) if pool.get(&name.name).is_ok() => found.push(state.name),
-                Ok(_) => {}
-                Err(_) => silent.push(state.name),
+        let wanted = name.name.clone();
+        for answer in self.pools.ask(move |pool| pool.get(&wanted).is_ok()) {
+            match answer.answer {
+                Ok(true) => found.push(answer.pool),
+                Ok(false) => {}
+                Err(_) => silent.push(answer.pool),
             }
         }
         match (found.as_slice(), silent.as_slice()) {

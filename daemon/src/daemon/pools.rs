@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
 use std::time::Duration;
 
 use backends::Pool;
@@ -18,6 +20,11 @@ use crate::error::{Error, ErrorKind, Result};
 /// How long between tries to open a pool that failed.
 const RETRY: Duration = Duration::from_secs(5);
 
+/// How long a question to a pool may take before it counts as not answering.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// Questions that a pool may leave unanswered before it is asked no more until it has answered.
+const UNANSWERED_MAX: usize = 4;
+
 /// The pools, by name.
 #[derive(Default)]
 pub struct Pools {
@@ -28,6 +35,15 @@ pub struct Pools {
 struct Slot {
     config: PoolConfig,
     state: State,
+    unanswered: Arc<AtomicUsize>,
+}
+
+/// What a pool answered.
+pub struct Answer<T> {
+    pub pool: String,
+    pub driver: String,
+    /// The answer, or why there is none.
+    pub answer: std::result::Result<T, String>,
 }
 
 #[derive(Clone)]
@@ -48,7 +64,7 @@ pub struct PoolState {
 impl Pools {
     /// Begins to open a pool.
     pub fn add(self: &Arc<Self>, name: &str, config: &PoolConfig, data_dir: &Path) {
-        let slot = Slot { config: config.clone(), state: State::Opening };
+        let slot = Slot { config: config.clone(), state: State::Opening, unanswered: Arc::default() };
         self.slots.lock().insert(name.to_owned(), slot);
         let (pools, name, config, data_dir) = (self.clone(), name.to_owned(), config.clone(), data_dir.to_owned());
         let spawned = std::thread::Builder::new().name(format!("pool-{name}"));
@@ -69,7 +85,8 @@ impl Pools {
                 }
                 Err(error) => {
                     if !reported {
-                        tracing::error!("pool {name}: {error}; trying again every {} s", RETRY.as_secs());
+                        let error = error.clone().of(format!("pool {name}"));
+                        tracing::error!("{error}; trying again every {} s", RETRY.as_secs());
                         reported = true;
                     }
                     self.set(name, State::Failed(error.message));
@@ -95,6 +112,48 @@ impl Pools {
                 return;
             }
         }
+    }
+
+    /// Waits until this pool has opened or failed once, or `limit` has passed.
+    pub fn wait_for(&self, name: &str, limit: Duration) {
+        let deadline = blockdev::clock::monotonic() + limit;
+        let mut slots = self.slots.lock();
+        while slots.get(name).is_some_and(|slot| matches!(slot.state, State::Opening)) {
+            if self.settled.wait_until(&mut slots, deadline).timed_out() {
+                return;
+            }
+        }
+    }
+
+    /// Asks all pools at once. One that does not answer in time holds up nobody.
+    pub fn ask<T: Send + 'static>(&self, question: impl Fn(&dyn Pool) -> T + Clone + Send + 'static) -> Vec<Answer<T>> {
+        let deadline = blockdev::clock::monotonic() + ANSWER_LIMIT;
+        let asked: Vec<_> = self.list().into_iter().map(|state| (self.ask_one(&state, question.clone()), state)).collect();
+        let answers = asked.into_iter().map(|(receiver, state)| {
+            let left = deadline.saturating_duration_since(blockdev::clock::monotonic());
+            let answer = receiver.and_then(|receiver| receiver.recv_timeout(left).map_err(|_| not_answering()));
+            Answer { pool: state.name, driver: state.driver, answer }
+        });
+        answers.collect()
+    }
+
+    fn ask_one<T: Send + 'static>(
+        &self,
+        state: &PoolState,
+        question: impl Fn(&dyn Pool) -> T + Send + 'static,
+    ) -> std::result::Result<mpsc::Receiver<T>, String> {
+        let pool = state.pool.clone()?;
+        let unanswered = self.slots.lock().get(&state.name).map(|slot| slot.unanswered.clone()).unwrap_or_default();
+        if unanswered.fetch_add(1, Ordering::Relaxed) >= UNANSWERED_MAX {
+            unanswered.fetch_sub(1, Ordering::Relaxed);
+            return Err(not_answering());
+        }
+        let (sender, receiver) = mpsc::channel();
+        std::thread::spawn(move || {
+            let _answered = Answered(unanswered);
+            let _ = sender.send(question(&*pool));
+        });
+        Ok(receiver)
     }
 
     pub fn config(&self, name: &str) -> Option<PoolConfig> {
@@ -124,13 +183,26 @@ impl Pools {
         match slots.get(name).map(|slot| &slot.state) {
             Some(State::Open(pool)) => Ok(pool.clone()),
             Some(State::Opening) => Err(Error::new(ErrorKind::Backend, format!("pool {name} is still opening"))),
-            Some(State::Failed(why)) => Err(Error::new(ErrorKind::Backend, format!("pool {name}: {why}"))),
+            Some(State::Failed(why)) => Err(Error::new(ErrorKind::Backend, why.clone()).of(format!("pool {name}"))),
             None => {
                 let known: Vec<_> = slots.keys().map(String::as_str).collect();
                 let known = if known.is_empty() { "there are none: add [pool.NAME]".to_owned() } else { known.join(", ") };
                 Err(Error::not_found(format!("pool {name} is not configured; pools: {known}")))
             }
         }
+    }
+}
+
+fn not_answering() -> String {
+    format!("the backend has not answered for {} s", ANSWER_LIMIT.as_secs())
+}
+
+/// Counts a question as answered, even if asking it panicked.
+struct Answered(Arc<AtomicUsize>);
+
+impl Drop for Answered {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -24,7 +24,7 @@ use crate::exports::{Exports, NbdFrontEnd};
 use crate::units::now_unix;
 
 /// How long start waits for pools and exports that do not answer, before it says `ready` without them.
-const START_PATIENCE: Duration = Duration::from_secs(10);
+const START_PATIENCE: Duration = Duration::from_secs(2);
 /// How long the end waits for what the control plane is still doing.
 const END_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -37,10 +37,11 @@ impl Daemon {
     }
 }
 
-/// Runs the daemon until SIGTERM or SIGINT. `announce` is called when exports accept.
+/// Runs the daemon until SIGTERM or SIGINT, on sockets `passed` to it where there are some. `announce` is called when exports accept.
 pub fn serve(
     config: Config,
     config_file: Option<PathBuf>,
+    passed: PassedSockets,
     announce: impl FnOnce(&Arc<Daemon>) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let log = LogControl::start(&config.log)?;
@@ -51,7 +52,6 @@ pub fn serve(
         .enable_all()
         .build()
         .context("starting the control plane")?;
-    let passed = PassedSockets::take();
     let daemon = runtime.block_on(async { build(config, config_file, log) })?;
     let outcome = runtime.block_on(run(daemon.clone(), passed, announce));
     STOPPING.store(true, Ordering::SeqCst);
@@ -107,8 +107,9 @@ async fn run(
     let restoring = daemon.clone();
     let restored = tokio::task::spawn_blocking(move || {
         restoring.exports.declare(&restoring.config())?;
-        restoring.pools.wait_settled(START_PATIENCE);
+        let deadline = blockdev::clock::monotonic() + START_PATIENCE;
         Exports::start_missing(&restoring, START_PATIENCE);
+        restoring.pools.wait_settled(deadline.saturating_duration_since(blockdev::clock::monotonic()));
         crate::error::Result::Ok(())
     });
     tokio::select! {

@@ -49,6 +49,11 @@ impl PassedSockets {
         PassedSockets { sockets }
     }
 
+    /// Adds a socket that this process has opened itself.
+    pub fn add(&mut self, address: Address, socket: OwnedFd) {
+        self.sockets.push((address, socket));
+    }
+
     /// The socket for `address`, if one was passed.
     pub fn claim(&mut self, address: &Address) -> Option<OwnedFd> {
         let wanted = comparable(address);

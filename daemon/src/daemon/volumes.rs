@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use backends::{Pool, VolumeRecord, VolumeSpec};
+use backends::{Pool, PoolHealth, VolumeRecord, VolumeSpec};
 
 use super::Daemon;
 use super::jobs::Job;
+use super::pools::Answer;
 use crate::api::types::{CheckReport, PoolInfo, SnapshotInfo, VolumeAdopt, VolumeCreate, VolumeInfo, VolumeResize, VolumeUsage};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::names::{VolumeId, VolumeRef};
 use crate::units::format_size;
 
@@ -15,13 +16,12 @@ const SIZE_MAX: u64 = 1 << 60;
 
 impl Daemon {
     pub fn list_pools(&self) -> Vec<PoolInfo> {
-        self.pools.list().into_iter().map(|state| pool_info(&state.name, &state.driver, state.pool)).collect()
+        self.pools.ask(|pool| (pool.location(), pool.health())).into_iter().map(pool_info).collect()
     }
 
     pub fn show_pool(&self, name: &str) -> Result<PoolInfo> {
-        let state = self.pools.list().into_iter().find(|state| state.name == name);
-        match state {
-            Some(state) => Ok(pool_info(&state.name, &state.driver, state.pool)),
+        match self.list_pools().into_iter().find(|pool| pool.name == name) {
+            Some(pool) => Ok(pool),
             None => Err(self.pools.get(name).err().unwrap_or_else(|| Error::not_found(format!("pool {name}")))),
         }
     }
@@ -32,18 +32,16 @@ impl Daemon {
     }
 
     pub fn list_volumes(&self, pool: Option<&str>) -> Result<Vec<VolumeInfo>> {
-        let mut volumes = Vec::new();
-        for state in self.pools.list().into_iter().filter(|state| pool.is_none_or(|pool| pool == state.name)) {
-            match state.pool {
-                Ok(pool) => volumes.extend(pool.list()?.into_iter().map(|record| self.volume_info(&state.name, record))),
-                Err(why) if pool.is_some() => {
-                    return Err(Error::new(ErrorKind::Backend, format!("pool {}: {why}", state.name)));
-                }
-                Err(_) => {}
-            }
+        if let Some(name) = pool {
+            let records = self.pools.get(name)?.list()?;
+            return Ok(records.into_iter().map(|record| self.volume_info(name, record)).collect());
         }
-        if let Some(pool) = pool {
-            self.pools.get(pool)?;
+        let mut volumes = Vec::new();
+        for Answer { pool, answer, .. } in self.pools.ask(|pool| pool.list()) {
+            match answer {
+                Ok(records) => volumes.extend(records?.into_iter().map(|record| self.volume_info(&pool, record))),
+                Err(why) => tracing::debug!("pool {pool} is left out of the list of volumes: {why}"),
+            }
         }
         Ok(volumes)
     }
@@ -261,28 +259,18 @@ impl Daemon {
     }
 }
 
-fn pool_info(name: &str, driver: &str, pool: std::result::Result<Arc<dyn Pool>, String>) -> PoolInfo {
-    let mut info = PoolInfo {
-        name: name.to_owned(),
-        driver: driver.to_owned(),
-        location: String::new(),
-        ok: false,
-        detail: String::new(),
-        total: None,
-        free: None,
-    };
-    match pool {
-        Err(why) => info.detail = why,
-        Ok(pool) => {
-            let health = pool.health();
-            info.location = pool.location();
-            info.ok = health.ok;
-            info.detail = health.detail;
-            info.total = health.total;
-            info.free = health.free;
-        }
+fn pool_info(answer: Answer<(String, PoolHealth)>) -> PoolInfo {
+    let (location, health) =
+        answer.answer.unwrap_or_else(|why| (String::new(), PoolHealth { ok: false, detail: why, total: None, free: None }));
+    PoolInfo {
+        name: answer.pool,
+        driver: answer.driver,
+        location,
+        ok: health.ok,
+        detail: health.detail,
+        total: health.total,
+        free: health.free,
     }
-    info
 }
 
 fn check_size(name: &str, size: u64, block_size: u32) -> Result<()> {

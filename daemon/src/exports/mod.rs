@@ -12,7 +12,7 @@ mod restore;
 mod spec;
 mod vhost_user;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use blockdev::stats::Snapshot;
@@ -46,6 +46,8 @@ pub struct Exports {
     data_dir: Arc<DataDir>,
     nbd: NbdFrontEnd,
     table: Mutex<Table>,
+    /// Pools whose exports are being started.
+    trying: Mutex<BTreeSet<String>>,
 }
 
 struct Table {
@@ -80,7 +82,7 @@ impl Exports {
         let file: ExportFile = data_dir.read(FILE)?;
         let entry = |record: ExportRecord| (record.id.clone(), Entry { record, running: None, error: None });
         let entries = file.exports.into_iter().map(entry).collect();
-        Ok(Exports { data_dir, nbd, table: Mutex::new(Table { next: file.next.max(1), entries }) })
+        Ok(Exports { data_dir, nbd, table: Mutex::new(Table { next: file.next.max(1), entries }), trying: Mutex::default() })
     }
 
     pub fn nbd(&self) -> &NbdFrontEnd {

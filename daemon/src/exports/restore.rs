@@ -49,7 +49,7 @@ impl Exports {
     }
 
     /// Tries to start everything that does not run. Pools do not wait for each other. Blocks until each was tried once, or for
-    /// `limit`.
+    /// `limit`; what takes longer goes on.
     pub fn start_missing(daemon: &Arc<Daemon>, limit: Duration) {
         let mut by_pool: BTreeMap<String, Vec<String>> = BTreeMap::new();
         {
@@ -60,9 +60,17 @@ impl Exports {
             }
         }
         let (sender, receiver) = std::sync::mpsc::channel::<()>();
-        for ids in by_pool.into_values() {
+        for (pool, ids) in by_pool {
+            if !daemon.exports().trying.lock().insert(pool.clone()) {
+                continue;
+            }
             let (daemon, sender) = (daemon.clone(), sender.clone());
             std::thread::spawn(move || {
+                let _trying = Trying { daemon: &daemon, pool: &pool };
+                match pool.as_str() {
+                    "" => daemon.pools().wait_settled(limit),
+                    pool => daemon.pools().wait_for(pool, limit),
+                }
                 for id in ids {
                     daemon.exports().start_again(&daemon, &id);
                 }
@@ -138,6 +146,18 @@ impl Exports {
                 let _ = tokio::task::spawn_blocking(move || Exports::start_missing(&daemon, Duration::from_secs(60))).await;
             }
         }
+    }
+}
+
+/// A pool whose exports are being started, by one thread at a time.
+struct Trying<'a> {
+    daemon: &'a Daemon,
+    pool: &'a str,
+}
+
+impl Drop for Trying<'_> {
+    fn drop(&mut self) {
+        self.daemon.exports().trying.lock().remove(self.pool);
     }
 }
 
