@@ -4,7 +4,6 @@
 
 mod arguments;
 mod config;
-mod copying;
 mod doctor;
 mod exports;
 mod image;
