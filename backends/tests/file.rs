@@ -160,6 +160,8 @@ fn a_truncated_file_fails_also_what_was_waiting() {
     let client = rig.client(&volume(open(&path, true)));
     OpenOptions::new().write(true).open(&path).unwrap().set_len(0).unwrap();
     let (sender, receiver) = std::sync::mpsc::channel();
+    // All of them are there before the first can end.
+    rig.plane.handles()[0].spawn(|_| std::thread::sleep(std::time::Duration::from_millis(300)));
     for at in 0..REQUESTS {
         let sender = sender.clone();
         client.submit(Op::Read, at * 4096, 4096, Vec::new(), move |answer| sender.send(answer.is_err()).unwrap());

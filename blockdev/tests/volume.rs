@@ -142,12 +142,13 @@ thread_local! {
 fn spend_buffers(plane: &DataPlane) {
     plane.handles()[0].call(|reactor| {
         HELD.with_borrow_mut(|held| {
+            let spare = reactor.buffers().try_get(4096);
             for shift in (12..=26).rev() {
                 while let Some(buffer) = reactor.buffers().try_get(1 << shift) {
                     held.push(buffer);
                 }
             }
-            held.pop();
+            drop(spare);
         });
     });
 }
