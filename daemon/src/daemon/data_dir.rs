@@ -6,6 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use rustix::fs::FlockOperation;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -19,6 +20,8 @@ const PREDECESSOR_WAIT: Duration = Duration::from_secs(2);
 pub struct DataDir {
     path: PathBuf,
     _lock: File,
+    /// Held by who writes: the file that replaces another has one name.
+    writing: Mutex<()>,
 }
 
 impl DataDir {
@@ -43,7 +46,7 @@ impl DataDir {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        Ok(DataDir { path: path.to_owned(), _lock: lock })
+        Ok(DataDir { path: path.to_owned(), _lock: lock, writing: Mutex::default() })
     }
 
     pub fn path(&self) -> &Path {
@@ -67,6 +70,7 @@ impl DataDir {
     pub fn write<T: Serialize>(&self, name: &str, value: &T) -> Result<()> {
         let path = self.path.join(name);
         let text = serde_json::to_vec_pretty(value).map_err(|error| Error::internal(error.to_string()))?;
+        let _writing = self.writing.lock();
         replace_file(&path, &text).map_err(|error| Error::io(path.display(), &error))
     }
 }

@@ -21,6 +21,8 @@ pub struct Jobs {
     data_dir: Arc<DataDir>,
     next: AtomicU64,
     jobs: Mutex<BTreeMap<u64, Arc<Job>>>,
+    /// Held while the list is taken and written, so that an older one never replaces a newer one.
+    saving: Mutex<()>,
 }
 
 /// One job.
@@ -50,7 +52,7 @@ impl Jobs {
         let jobs: BTreeMap<u64, Arc<Job>> =
             earlier.into_iter().filter_map(Job::from_info).map(|job| (job.number, Arc::new(job))).collect();
         let next = jobs.last_key_value().map_or(1, |(number, _)| number + 1);
-        Ok(Jobs { data_dir, next: AtomicU64::new(next), jobs: Mutex::new(jobs) })
+        Ok(Jobs { data_dir, next: AtomicU64::new(next), jobs: Mutex::new(jobs), saving: Mutex::default() })
     }
 
     pub fn begin(&self, kind: &str, subject: impl Into<String>) -> Arc<Job> {
@@ -110,6 +112,7 @@ impl Jobs {
 
     /// A job list that cannot be written is no reason to fail the job.
     fn save(&self) {
+        let _saving = self.saving.lock();
         if let Err(error) = self.data_dir.write(FILE, &self.list()) {
             tracing::warn!("the list of jobs was not saved: {error}");
         }
@@ -220,5 +223,26 @@ mod tests {
         assert_eq!(states, expected.map(|(id, state)| (id.to_owned(), state)));
         assert_eq!(jobs.begin("check", "d").id(), "4");
         assert!(jobs.get("9").is_err() && jobs.get("x").is_err());
+    }
+
+    #[test]
+    fn jobs_that_begin_and_end_at_once_are_all_saved() {
+        let folder = tempfile::tempdir().unwrap();
+        let data_dir = Arc::new(DataDir::open(folder.path()).unwrap());
+        let jobs = Jobs::restore(data_dir.clone()).unwrap();
+        std::thread::scope(|scope| {
+            for thread in 0..8 {
+                let jobs = &jobs;
+                scope.spawn(move || {
+                    for number in 0..10 {
+                        let job = jobs.begin("check", format!("volume-{}", "x".repeat(thread * 7 + number)));
+                        jobs.end(&job, &Ok(()));
+                    }
+                });
+            }
+        });
+        let restored = Jobs::restore(data_dir).unwrap().list();
+        assert_eq!(restored.len(), 80);
+        assert!(restored.iter().all(|job| job.state == JobState::Done));
     }
 }

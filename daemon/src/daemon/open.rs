@@ -109,7 +109,7 @@ impl OpenVolumes {
         let in_use = self.state.lock().open.keys().find(related).cloned();
         if let Some(user) = in_use {
             return Err(Error::in_use(format!(
-                "volume {id}: {what} refused: {user} is exported; remove its exports first (`novastor export list`)"
+                "volume {id}: {what} refused: {user} is in use, by a job or by an export that is ending: `novastor job list` shows it"
             )));
         }
         let closing: Vec<_> = self.state.lock().closing.keys().filter(related).cloned().collect();
