@@ -2,27 +2,22 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use serde::Serialize;
 
 use super::Context;
 use super::arguments::{Image, ImageFormat, Usage};
+use super::copying::Copying;
 use super::interrupt;
-use super::progress::Progress;
 use super::transfer::Transfer;
 use crate::api::types::{JobState, Status, TransferCreate, VolumeCreate, VolumeInfo};
 use crate::client::{Client, encode};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{self, Copy, Disk, Format, OpenError, Pass, Record, Source, Volume};
+use crate::image::{self, Disk, Format, OpenError, Pass, Record, Source, Volume};
 use crate::units::{format_size, now_unix};
 
 /// The size of a new volume is a multiple of this.
 const SECTOR: u64 = 512;
-/// How often what was copied is made durable and recorded.
-const CHECKPOINT: Duration = Duration::from_millis(500);
-/// How often progress is looked at.
-const LOOK: Duration = Duration::from_millis(100);
 /// One step of looking for data in a volume.
 const SCAN: u64 = 1 << 20;
 
@@ -144,7 +139,7 @@ impl Import<'_> {
             }
         };
         let record = Record { source, format: image.format, size: target.size(), position: 0, closed: false };
-        let job = Work {
+        let job = Copying {
             context: self.context,
             what: format!("importing {}", self.file.display()),
             source: &*image.disk,
@@ -261,7 +256,7 @@ impl Export<'_> {
         let resumed_from = earlier.map(|earlier| earlier.position);
         let target = image::create(&part, &self.file.display().to_string(), format, size, resumed_from.is_some());
         let target = target.map_err(|error| Error::new(ErrorKind::Io, format!("image {}: {error}", part.display())))?;
-        let job = Work {
+        let job = Copying {
             context: self.context,
             what: format!("exporting {full}"),
             source: &source_disk,
@@ -350,7 +345,10 @@ fn is_empty(disk: &dyn Disk) -> Result<bool> {
     let failed = |error: &std::io::Error| Error::io(format!("{}: looking for data", disk.name()), error);
     let mut at = 0;
     let mut buffer = vec![0; SCAN as usize];
-    while at < disk.size() && !interrupt::asked() {
+    while at < disk.size() {
+        if interrupt::asked() {
+            return Err(Error::new(ErrorKind::Cancelled, format!("{}: interrupted before anything was written", disk.name())));
+        }
         for run in disk.runs(at, disk.size() - at).map_err(|error| failed(&error))? {
             let end = at + run.len;
             while !run.zero && at < end {
@@ -365,118 +363,4 @@ fn is_empty(disk: &dyn Disk) -> Result<bool> {
         }
     }
     Ok(true)
-}
-
-/// A copy with all that is around it.
-struct Work<'a> {
-    context: &'a Context,
-    what: String,
-    source: &'a dyn Disk,
-    target: &'a dyn Disk,
-    pass: Pass,
-    record: Record,
-    record_path: Option<PathBuf>,
-    resumed_from: Option<u64>,
-    verify: bool,
-}
-
-impl Work<'_> {
-    /// Copies, and compares if so wanted; returns how much data was written. Ends the transfer's job if it does not come to the end.
-    fn run(mut self, transfer: &Transfer) -> Result<u64> {
-        let copy = Copy::new(self.source, self.target, self.pass, self.resumed_from.unwrap_or(0));
-        self.save(self.resumed_from.unwrap_or(0), false);
-        if let (Some(position), false) = (self.resumed_from, self.context.output.quiet || self.context.output.json) {
-            eprintln!(
-                "novastor: resumed: the first {} are compared, and copied again only where they differ",
-                format_size(position)
-            );
-        }
-        let finished = self.watch(&copy, transfer, &self.what);
-        let position = copy.position();
-        let flushed = self.target.flush().map_err(|error| Error::io(format!("{}: flush", self.target.name()), &error));
-        if flushed.is_ok() {
-            self.save(position, true);
-        }
-        if !finished.map_err(|error| self.resumable(error))? {
-            let percent = position as f64 * 100.0 / self.target.size().max(1) as f64;
-            return Err(self.resumable(Error::new(ErrorKind::Cancelled, format!("{}: interrupted at {percent:.0}%", self.what))));
-        }
-        flushed.map_err(|error| self.resumable(error))?;
-        if self.verify {
-            let what = format!("comparing {}", self.target.name());
-            let compare = Copy::new(self.source, self.target, Pass::Compare, 0);
-            if !self.watch(&compare, transfer, &what)? {
-                return Err(Error::new(
-                    ErrorKind::Cancelled,
-                    format!("{what}: interrupted; all was copied, but not compared to the end"),
-                ));
-            }
-        }
-        if let Some(path) = &self.record_path {
-            let _ = fs::remove_file(path);
-        }
-        Ok(copy.written())
-    }
-
-    fn resumable(&self, error: Error) -> Error {
-        let next = match &self.record_path {
-            Some(path) if path.exists() => "the same command resumes it",
-            _ => "the same command begins again",
-        };
-        Error { kind: error.kind, message: format!("{}; {next}", error.message) }
-    }
-
-    /// A record that cannot be written costs only the resuming.
-    fn save(&mut self, position: u64, closed: bool) {
-        self.record.position = position;
-        self.record.closed = closed;
-        if let Some(path) = &self.record_path
-            && let Err(error) = self.record.save(path)
-        {
-            eprintln!("novastor: note: {}: {error}: the copy cannot be resumed if it is interrupted", path.display());
-            self.record_path = None;
-        }
-    }
-
-    /// Runs `copy` to its end, showing progress, recording how far it is, and stopping it when asked to.
-    fn watch(&self, copy: &Copy<'_>, transfer: &Transfer, what: &str) -> Result<bool> {
-        let mut progress = Progress::new(self.context.output, what, self.target.size());
-        let finished = std::thread::scope(|scope| {
-            let running = scope.spawn(|| copy.run());
-            let checkpoints = (copy.pass() != Pass::Compare).then(|| scope.spawn(|| self.checkpoints(copy)));
-            while !running.is_finished() {
-                if interrupt::asked() || transfer.is_cancelled() {
-                    copy.stop();
-                }
-                transfer.progress(copy.done());
-                progress.show(copy.done());
-                std::thread::park_timeout(LOOK);
-            }
-            copy.stop();
-            if let Some(checkpoints) = checkpoints {
-                checkpoints.thread().unpark();
-            }
-            running.join().unwrap_or_else(|_| Err(Error::internal(format!("{what}: a defect ended it"))))
-        });
-        transfer.progress(copy.done());
-        progress.end();
-        finished
-    }
-
-    /// Makes what was copied durable and notes it, now and then.
-    fn checkpoints(&self, copy: &Copy<'_>) {
-        let Some(path) = &self.record_path else { return };
-        loop {
-            std::thread::park_timeout(CHECKPOINT);
-            if copy.is_stopped() {
-                return;
-            }
-            let position = copy.position();
-            let record = Record { position, ..self.record.clone() };
-            // A failed flush ends the copy soon enough; a record that is missing costs only the resuming.
-            if self.target.flush().is_err() || record.save(path).is_err() {
-                return;
-            }
-        }
-    }
 }

@@ -4,6 +4,7 @@
 
 mod arguments;
 mod config;
+mod copying;
 mod doctor;
 mod exports;
 mod image;

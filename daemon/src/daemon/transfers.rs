@@ -17,8 +17,10 @@ use crate::error::{Error, Result};
 use crate::exports::PrivateExport;
 use crate::names::VolumeId;
 
-const SILENCE_MAX: Duration = Duration::from_secs(60);
-const LOOK: Duration = Duration::from_secs(5);
+const SILENCE_MAX: Duration = Duration::from_secs(15);
+/// The same for one that was cancelled.
+const SILENCE_MAX_CANCELLED: Duration = Duration::from_secs(3);
+const LOOK: Duration = Duration::from_secs(1);
 
 /// The transfers that run, by job.
 #[derive(Default)]
@@ -128,11 +130,14 @@ impl Daemon {
     fn give_up_silent(&self, id: &str) -> bool {
         let mut running = self.transfers.running.lock();
         let Some(transfer) = running.get(id) else { return false };
-        let silent = blockdev::clock::monotonic().saturating_duration_since(transfer.heard) > SILENCE_MAX;
+        let cancelled = transfer.job.is_cancelled();
+        let limit = if cancelled { SILENCE_MAX_CANCELLED } else { SILENCE_MAX };
+        let silent = blockdev::clock::monotonic().saturating_duration_since(transfer.heard) > limit;
         if silent && let Some(transfer) = running.remove(id) {
             drop(running);
             let error = "the client went away; the same command resumes it".to_owned();
-            self.jobs.conclude(&transfer.job, JobState::Interrupted, Some(error));
+            let state = if cancelled { JobState::Cancelled } else { JobState::Interrupted };
+            self.jobs.conclude(&transfer.job, state, Some(error));
         }
         !silent
     }

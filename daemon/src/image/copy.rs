@@ -105,6 +105,11 @@ impl<'a> Copy<'a> {
         self.pass
     }
 
+    /// Below it the target was right before already.
+    pub fn resumed_from(&self) -> u64 {
+        self.resumed_from
+    }
+
     /// Ends soon.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
