@@ -40,12 +40,10 @@ impl Exports {
             let record = ExportRecord { id: id.clone(), declared: true, name: None, spec };
             table.entries.insert(id, Entry { record, running: None, error: None });
         }
-        if !changes.is_empty() {
-            self.save(&table)?;
-        }
+        let saved = if changes.is_empty() { Ok(()) } else { self.save(&table) };
         drop(table);
         gone.into_iter().for_each(Entry::stop);
-        Ok(changes)
+        saved.map(|()| changes)
     }
 
     /// Tries to start everything that does not run. Pools do not wait for each other. Blocks until each was tried once, or for
@@ -166,4 +164,71 @@ fn same_export(wanted: &ExportSpec, kept: &ExportSpec) -> bool {
     let same_volume = wanted.volume == kept.volume
         || (!wanted.volume.contains('/') && kept.volume.split_once('/').is_some_and(|(_, name)| name == wanted.volume));
     same_volume && ExportSpec { volume: kept.volume.clone(), ..wanted.clone() } == *kept
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use blockdev::null_disk::NullDisk;
+    use blockdev::reactor::DataPlaneOptions;
+    use blockdev::stats::Snapshot;
+    use blockdev::{DataPlane, Volume, VolumeOptions};
+
+    use super::*;
+    use crate::api::types::{ClientInfo, Protocol};
+    use crate::daemon::data_dir::DataDir;
+    use crate::daemon::open::OpenVolumes;
+    use crate::exports::{FrontEnd, NbdFrontEnd};
+    use crate::names::VolumeId;
+
+    struct Served(Arc<AtomicBool>);
+
+    impl FrontEnd for Served {
+        fn clients(&self) -> Vec<ClientInfo> {
+            Vec::new()
+        }
+        fn disconnect(&self, _client: Option<&str>) -> usize {
+            0
+        }
+        fn stats(&self) -> Snapshot {
+            Snapshot::default()
+        }
+        fn stop(&mut self) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn an_export_that_is_no_longer_declared_stops_even_if_that_cannot_be_saved() {
+        let folder = tempfile::tempdir().unwrap();
+        let data_dir = Arc::new(DataDir::open(folder.path()).unwrap());
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let _entered = runtime.enter();
+        let plane = DataPlane::start(DataPlaneOptions::default()).unwrap();
+        let config = Config::default();
+        let exports = Exports::load(data_dir, NbdFrontEnd::new(&config, plane.handles()).unwrap()).unwrap();
+        let open = || {
+            let options = VolumeOptions { name: "p/v".into(), read_only: false, block_size: 512 };
+            Ok(Volume::new(Arc::new(NullDisk::new(1 << 20)), options))
+        };
+        let lease = Arc::new(OpenVolumes::default()).lease(&VolumeId::new("p", "v"), true, open).unwrap();
+        let spec = ExportSpec {
+            volume: "p/v".to_owned(),
+            protocol: Protocol::Nbd,
+            address: None,
+            queues: None,
+            read_only: false,
+            mode: None,
+            group: None,
+            tls_allow: Vec::new(),
+        };
+        let record = ExportRecord { id: "1".to_owned(), declared: true, name: None, spec };
+        let stopped = Arc::new(AtomicBool::new(false));
+        let running = Running { front_end: Box::new(Served(stopped.clone())), lease };
+        exports.table.lock().entries.insert("1".to_owned(), Entry { record, running: Some(running), error: None });
+        std::fs::create_dir(folder.path().join("exports.json")).unwrap();
+        assert!(exports.declare(&config).is_err());
+        assert!(stopped.load(Ordering::SeqCst), "nobody could stop it any more");
+    }
 }
