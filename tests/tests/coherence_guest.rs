@@ -5,10 +5,9 @@
 
 use anyhow::{Context, Result, ensure};
 use novastor_tests::rig::daemon::Daemon;
-use novastor_tests::rig::fio::Fio;
+use novastor_tests::rig::fio::{self, Fio};
 use novastor_tests::rig::guest::{Guest, GuestSpec};
 use novastor_tests::rig::metrics::Metrics;
-use serde_json::Value;
 use std::thread;
 use std::time::Duration;
 
@@ -31,10 +30,7 @@ fn errors_seen(report: &str) -> Result<f64> {
     for word in ["verify failed", "bad magic", "bad header"] {
         ensure!(!report.contains(word), "fio read something else than it wrote:\n{report}");
     }
-    let start = report.find("{\n").with_context(|| format!("no report in {report:?}"))?;
-    let end = report.rfind('}').context("an unfinished report")?;
-    let report: Value = serde_json::from_str(&report[start..=end]).context("fio's report")?;
-    let job = &report["jobs"][0];
+    let job = fio::job(report)?;
     ensure!(job["write"]["total_ios"].as_u64().is_some_and(|ios| ios >= 2000), "fio hardly wrote: {job}");
     ensure!(job["read"]["total_ios"].as_u64().is_some_and(|ios| ios >= 1900), "fio hardly read: {job}");
     job["total_err"].as_f64().context("fio's count of errors")

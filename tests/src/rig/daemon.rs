@@ -50,6 +50,7 @@ pub struct Daemon {
     sockets: TempDir,
     disk: TempDir,
     environment: Vec<(String, String)>,
+    launcher: Vec<String>,
 }
 
 impl Daemon {
@@ -77,7 +78,7 @@ impl Daemon {
         for name in ["data", "pool"] {
             fs::create_dir(disk.path().join(name))?;
         }
-        let daemon = Self { process: None, log: Console::new(), sockets, disk, environment: Vec::new() };
+        let daemon = Self { process: None, log: Console::new(), sockets, disk, environment: Vec::new(), launcher: Vec::new() };
         daemon.configure(configuration)?;
         Ok(daemon)
     }
@@ -93,6 +94,11 @@ impl Daemon {
     /// Sets an environment variable for the next start.
     pub fn set_env(&mut self, name: &str, value: &str) {
         self.environment.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Starts through another program from now on: its arguments are followed by the daemon's own command line.
+    pub fn set_launcher<S: Into<String>>(&mut self, words: impl IntoIterator<Item = S>) {
+        self.launcher = words.into_iter().map(Into::into).collect();
     }
 
     /// A folder with a short path, for sockets.
@@ -123,7 +129,14 @@ impl Daemon {
         if self.process.is_some() {
             bail!("the daemon runs already");
         }
-        let mut command = Command::new(binary()?);
+        let mut command = match self.launcher.split_first() {
+            Some((program, arguments)) => {
+                let mut launcher = Command::new(program);
+                launcher.args(arguments).arg(binary()?);
+                launcher
+            }
+            None => Command::new(binary()?),
+        };
         command.arg("serve").arg("--config").arg(self.config_file()).current_dir(self.folder());
         command.envs(self.environment.iter().cloned());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());

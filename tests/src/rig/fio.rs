@@ -2,7 +2,8 @@
 
 use crate::rig::process::{Running, capture, run};
 use crate::rig::tools;
-use anyhow::Result;
+use anyhow::{Context, Result};
+use serde_json::Value;
 use std::env;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -70,4 +71,12 @@ impl Fio {
     pub fn start(&self) -> Result<Running> {
         Running::spawn("fio", self.command()?.stdin(Stdio::null()).args(["--output-format=terse", "--minimal"]))
     }
+}
+
+/// The only job in a report that fio printed with `--output-format=json`, perhaps between other words.
+pub fn job(output: &str) -> Result<Value> {
+    let start = output.find("{\n").with_context(|| format!("no report in {output:?}"))?;
+    let end = output.rfind('}').with_context(|| format!("an unfinished report: {output:?}"))?;
+    let mut report: Value = serde_json::from_str(&output[start..=end]).context("fio's report")?;
+    Ok(report["jobs"][0].take())
 }

@@ -26,7 +26,7 @@ impl LoopMount {
 
     /// Ext4, which has no reflink.
     pub fn ext4(size_mib: u64) -> Result<Self> {
-        Self::make(size_mib, &["mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal"])
+        Self::make(size_mib, &["mkfs.ext4", "-q", "-m", "0"])
     }
 
     fn make(size_mib: u64, make: &[&str]) -> Result<Self> {

@@ -11,6 +11,7 @@ pub mod guest;
 pub mod hugepages;
 pub mod loop_mount;
 pub mod metrics;
+pub mod nbd;
 pub mod process;
 pub mod qmp;
 pub mod scratch;

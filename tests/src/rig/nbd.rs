@@ -1,0 +1,79 @@
+//! A small NBD client with extended headers, for requests that no tool at hand can make: longer than 4 GiB.
+
+use anyhow::{Context, Result, ensure};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+const OPTION_MAGIC: &[u8] = b"IHAVEOPT";
+const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
+const REQUEST_MAGIC: u32 = 0x21e4_1c71;
+const REPLY_MAGIC: u32 = 0x6e8a_278c;
+/// Fixed newstyle, no zeroes.
+const CLIENT_FLAGS: u32 = 3;
+const OPTION_GO: u32 = 7;
+const OPTION_EXTENDED_HEADERS: u32 = 11;
+const REPLY_ACK: u32 = 1;
+const REPLY_INFO: u32 = 3;
+const COMMAND_TRIM: u16 = 4;
+const CHUNK_DONE: u16 = 1;
+const CHUNK_NONE: u16 = 0;
+
+#[derive(Debug)]
+pub struct NbdClient {
+    stream: UnixStream,
+}
+
+impl NbdClient {
+    pub fn connect(socket: &Path, export: &str, answer_limit: Duration) -> Result<Self> {
+        let stream = UnixStream::connect(socket).with_context(|| format!("connecting to {}", socket.display()))?;
+        stream.set_read_timeout(Some(answer_limit))?;
+        let mut client = Self { stream };
+        let greeting: [u8; 18] = client.receive()?;
+        ensure!(greeting.starts_with(b"NBDMAGIC"), "greeted with {greeting:?}");
+        client.stream.write_all(&CLIENT_FLAGS.to_be_bytes())?;
+        client.option(OPTION_EXTENDED_HEADERS, &[])?;
+        let length = u32::try_from(export.len())?;
+        client.option(OPTION_GO, &[&length.to_be_bytes(), export.as_bytes(), &[0, 0]].concat())?;
+        Ok(client)
+    }
+
+    fn receive<const N: usize>(&mut self) -> Result<[u8; N]> {
+        let mut bytes = [0; N];
+        self.stream.read_exact(&mut bytes).context("reading from the NBD server")?;
+        Ok(bytes)
+    }
+
+    /// Sends an option, which must be acknowledged; information that comes before is skipped.
+    fn option(&mut self, option: u32, data: &[u8]) -> Result<()> {
+        let length = u32::try_from(data.len())?;
+        self.stream.write_all(&[OPTION_MAGIC, &option.to_be_bytes(), &length.to_be_bytes(), data].concat())?;
+        loop {
+            let magic = u64::from_be_bytes(self.receive()?);
+            let [of, kind, length] = [self.receive()?, self.receive()?, self.receive()?].map(u32::from_be_bytes);
+            ensure!(magic == OPTION_REPLY_MAGIC && of == option, "option {option} was answered with {magic:#x}, option {of}");
+            let mut data = vec![0; usize::try_from(length)?];
+            self.stream.read_exact(&mut data)?;
+            match kind {
+                REPLY_ACK => return Ok(()),
+                REPLY_INFO => {}
+                _ => anyhow::bail!("option {option} was refused ({kind:#x}): {}", String::from_utf8_lossy(&data)),
+            }
+        }
+    }
+
+    /// Discards a range in one request, and waits for the answer.
+    pub fn trim(&mut self, offset: u64, length: u64) -> Result<()> {
+        let cookie = 1u64;
+        let words = [cookie, offset, length].map(u64::to_be_bytes).concat();
+        let head = [&REQUEST_MAGIC.to_be_bytes()[..], &[0, 0], &COMMAND_TRIM.to_be_bytes()].concat();
+        self.stream.write_all(&[head, words].concat()).context("sending a trim")?;
+        let magic = u32::from_be_bytes(self.receive()?);
+        let [flags, kind] = [self.receive()?, self.receive()?].map(u16::from_be_bytes);
+        let [answered, _, payload] = [self.receive()?, self.receive()?, self.receive()?].map(u64::from_be_bytes);
+        let good = (magic, flags, kind, answered, payload) == (REPLY_MAGIC, CHUNK_DONE, CHUNK_NONE, cookie, 0);
+        ensure!(good, "the trim was answered with {magic:#x}, flags {flags}, type {kind:#x}, {payload} bytes");
+        Ok(())
+    }
+}

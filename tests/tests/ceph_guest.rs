@@ -1,0 +1,59 @@
+//! An RBD image served over NBD and vhost-user; and a host that has no Ceph.
+
+use anyhow::{Result, ensure};
+use novastor_tests::rig::ceph::{Ceph, CephSpec, POOL};
+use novastor_tests::rig::daemon::Daemon;
+use novastor_tests::rig::fio::Fio;
+use novastor_tests::rig::guest::{Guest, GuestSpec};
+use novastor_tests::rig::process::run;
+use novastor_tests::rig::tools;
+use std::fs;
+use std::process::Command;
+use std::time::Duration;
+
+const LIMIT: Duration = Duration::from_secs(180);
+
+#[test]
+fn an_image_is_served_over_both_protocols() -> Result<()> {
+    let ceph = Ceph::start(CephSpec::default())?;
+    ceph.create_image("vm1", 64)?;
+    let conf = ceph.conf();
+    let mut daemon = Daemon::new(&format!("[pool.ceph]\ndriver = \"rbd\"\npool = \"{POOL}\"\nconf = \"{}\"", conf.display()))?;
+    daemon.start()?;
+    daemon.cli(["volume", "adopt", "ceph/vm1"])?;
+    let socket = daemon.export_vhost_user("ceph/vm1")?;
+    daemon.cli(["export", "add", "ceph/vm1", "--nbd"])?;
+    let uri = daemon.nbd_uri("vm1");
+
+    Fio::nbd(&uri).verify(0, 8).run(LIMIT)?;
+    let script = [Fio::disk("/dev/vda").verify(16, 8).line(), Fio::disk("/dev/vda").verify(0, 4).line()].join("\n");
+    Guest::start(&GuestSpec::new(script).vhost_user_disk("disk0", &socket, 2))?.finish(LIMIT)?;
+
+    let mut compare = Command::new(tools::require("qemu-img")?);
+    compare.args(["compare", "-f", "raw", "-F", "raw", &uri, &format!("rbd:{POOL}/vm1:conf={}", conf.display())]);
+    run(&mut compare, LIMIT)?;
+    daemon.stop()
+}
+
+/// Hides librbd from the daemon alone, as if it had never been installed: a whiteout lies over it.
+const WITHOUT_LIBRBD: &str = "cover=$1 libraries=/usr/lib/x86_64-linux-gnu; shift
+    mkdir $cover
+    mknod $cover/librbd.so.1 c 0 0
+    mount -t overlay overlay -o lowerdir=$cover:$libraries $libraries
+    exec \"$@\"";
+
+#[test]
+fn without_ceph_the_daemon_serves_the_rest_and_says_what_is_missing() -> Result<()> {
+    let mut daemon = Daemon::new("[pool.ceph]\ndriver = \"rbd\"\npool = \"rbd\"\nconf = \"{dir}/ceph.conf\"")?;
+    fs::write(daemon.folder().join("ceph.conf"), "[global]\nmon host = 127.0.0.1\n")?;
+    let cover = daemon.folder().join("cover").display().to_string();
+    daemon.set_launcher(["unshare", "--mount", "sh", "-ec", WITHOUT_LIBRBD, "sh", &cover]);
+    daemon.start()?;
+    let pool = daemon.json(["pool", "show", "ceph"])?;
+    let detail = pool["detail"].as_str().unwrap_or_default();
+    ensure!(pool["ok"] == false && detail.contains("librbd.so.1") && detail.contains("install the package librbd1"), "{pool}");
+    println!("{detail}");
+    daemon.create_volume("local/disk", "64M")?;
+    Fio::nbd(&daemon.export_nbd("disk")?).verify(0, 4).run(LIMIT)?;
+    daemon.stop()
+}

@@ -1,0 +1,90 @@
+//! A discard of a whole huge volume with scattered data answers soon, and other I/O goes on meanwhile.
+
+use anyhow::{Context, Result, bail, ensure};
+use novastor_tests::rig::daemon::Daemon;
+use novastor_tests::rig::deadline::Deadline;
+use novastor_tests::rig::fio::{self, Fio};
+use novastor_tests::rig::loop_mount::LoopMount;
+use novastor_tests::rig::nbd::NbdClient;
+use novastor_tests::rig::process::run;
+use novastor_tests::rig::tools;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+const LIMIT: Duration = Duration::from_secs(120);
+const SIZE: u64 = 2 << 40;
+const EXTENTS: u64 = 65536;
+
+/// 4 KiB reads and writes on another volume of the same file system.
+fn load(uri: &str) -> Fio {
+    let shape = ["--rw=randrw", "--bs=4k", "--iodepth=4", "--size=64M", "--time_based", "--runtime=4", "--output-format=json"];
+    Fio::nbd(uri).with(shape)
+}
+
+/// The 99th percentile of completion times, reads and writes.
+fn p99(report: &str) -> Result<[Duration; 2]> {
+    let job = fio::job(report)?;
+    ensure!(job["error"] == 0, "fio ended with error {}", job["error"]);
+    let of = |direction: &str| {
+        let nanos = job[direction]["clat_ns"]["percentile"]["99.000000"].as_u64();
+        nanos.map(Duration::from_nanos).with_context(|| format!("no {direction} percentiles in {job}"))
+    };
+    Ok([of("read")?, of("write")?])
+}
+
+#[test]
+fn a_huge_discard_answers_soon_while_other_requests_go_on() -> Result<()> {
+    let ext4 = LoopMount::ext4(1024)?;
+    let huge = ext4.path().join("huge.raw");
+    let file = File::create(&huge)?;
+    file.set_len(SIZE)?;
+    for extent in 0..EXTENTS {
+        file.write_all_at(&[0x5a; 4096], extent * (SIZE / EXTENTS))?;
+    }
+    file.sync_all()?;
+    drop(file);
+
+    let mut daemon = Daemon::new(&format!("[pool.ext4]\ndriver = \"file\"\npath = \"{}/pool\"", ext4.path().display()))?;
+    fs::create_dir(ext4.path().join("pool"))?;
+    daemon.start()?;
+    daemon.cli(["volume", "adopt", &format!("ext4/{}", huge.display()), "huge"])?;
+    daemon.create_volume("ext4/busy", "64M")?;
+    let (huge, busy) = (daemon.export_nbd("huge")?, daemon.export_nbd("busy")?);
+    Fio::nbd(&busy).verify(0, 64).run(LIMIT)?;
+    let before = p99(&load(&busy).run(LIMIT)?)?;
+
+    let meanwhile = load(&busy);
+    let meanwhile = thread::spawn(move || meanwhile.run(LIMIT));
+    thread::sleep(Duration::from_secs(1));
+    let mut client = NbdClient::connect(&daemon.nbd_socket(), "huge", LIMIT)?;
+    let clock = Deadline::after(LIMIT);
+    client.trim(0, SIZE)?;
+    let answered = clock.elapsed();
+    wait_until_free(&daemon)?;
+    let free = clock.elapsed();
+    let during = p99(&meanwhile.join().map_err(|_| anyhow::anyhow!("fio's thread panicked"))??)?;
+    println!(
+        "a discard of 2 TiB with {EXTENTS} extents: answered in {answered:?}, all free after {free:?}; other I/O's p99 \
+         (read, write): before {before:?}, meanwhile {during:?}"
+    );
+    let read = run(Command::new(tools::require("qemu-io")?).args(["-f", "raw", "-c", "read -P 0 128M 4k", &huge]), LIMIT)?;
+    ensure!(!read.contains("failed"), "{read}");
+    daemon.stop()
+}
+
+/// The work goes on after the answer.
+fn wait_until_free(daemon: &Daemon) -> Result<()> {
+    let deadline = Deadline::after(LIMIT);
+    loop {
+        let usage = daemon.json(["volume", "usage", "huge"])?;
+        if usage["allocated"].as_u64().is_some_and(|bytes| bytes < 1 << 20) {
+            return Ok(());
+        }
+        if !deadline.pause() {
+            bail!("still allocated: {usage}");
+        }
+    }
+}
