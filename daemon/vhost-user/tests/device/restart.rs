@@ -47,7 +47,7 @@ fn example() -> PathBuf {
     let mut path = std::env::current_exe().unwrap();
     path.pop();
     path.pop();
-    path.push("examples/serve");
+    path.push("examples/serve_vhost_user");
     assert!(path.exists(), "{} was not built: cargo build --examples", path.display());
     path
 }

@@ -1,6 +1,6 @@
 //! Serves one volume on a vhost-user socket, for tests and trying things out.
 //!
-//! `serve SOCKET memory:BYTES|null:BYTES|file:PATH [THREADS [DELAY_MS]]`; commands on standard input: `resize BYTES`,
+//! `serve_vhost_user SOCKET memory:BYTES|null:BYTES|file:PATH [THREADS [DELAY_MS]]`; commands on standard input: `resize BYTES`,
 //! `disconnect`, `quit`.
 
 use std::io::BufRead;
@@ -26,7 +26,7 @@ fn main() -> Result<()> {
         .init();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [socket, device, rest @ ..] = arguments.as_slice() else {
-        bail!("usage: serve SOCKET memory:BYTES|null:BYTES|file:PATH [THREADS [DELAY_MS]]");
+        bail!("usage: serve_vhost_user SOCKET memory:BYTES|null:BYTES|file:PATH [THREADS [DELAY_MS]]");
     };
     let threads = rest.first().map_or(Ok(2), |text| text.parse()).context("THREADS")?;
     let delay_ms: u64 = rest.get(1).map_or(Ok(0), |text| text.parse()).context("DELAY_MS")?;

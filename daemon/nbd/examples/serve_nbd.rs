@@ -1,4 +1,4 @@
-//! Serves a disk in memory, for trying clients: `serve [null|memory] SIZE_BYTES SOCKET`.
+//! Serves a disk in memory, for trying clients: `serve_nbd [null|memory] SIZE_BYTES SOCKET`.
 
 use std::error::Error;
 use std::sync::Arc;
