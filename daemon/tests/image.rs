@@ -332,9 +332,13 @@ fn a_cancelled_job_ends_the_copy() -> Result<()> {
     let mut child = stop_once_recorded(&bench, &arguments, &record_of_import(&bench, "v")?)?;
     let job = running_job(&bench)?;
     bench.daemon.cli(["job", "cancel", &job])?;
+    let deadline = Deadline::after(LIMIT);
+    while bench.daemon.json(["job", "show", &job])?["state"] != "cancelled" {
+        ensure!(!deadline.has_passed(), "the daemon waits for a client that does not answer");
+        std::thread::sleep(Duration::from_millis(100));
+    }
     child.signal(Signal::CONT)?;
     ensure!(child.wait(LIMIT)?.code() == Some(1));
-    ensure!(bench.daemon.json(["job", "show", &job])?["state"] == "cancelled");
     bench.json(&arguments)?;
     bench.compare("v", "raw", "big.raw")
 }

@@ -51,7 +51,7 @@ impl Copying<'_> {
         if flushed.is_ok() {
             self.save(position, true);
         }
-        if !finished.map_err(|error| self.resumable(error))? {
+        if !finished.map_err(|error| self.resumable(error))? || transfer.is_cancelled() {
             let percent = position as f64 * 100.0 / self.target.size().max(1) as f64;
             return Err(self.resumable(Error::new(ErrorKind::Cancelled, format!("{}: interrupted at {percent:.0}%", self.what))));
         }
