@@ -51,6 +51,9 @@ impl SocketRules {
         let shown = path.display();
         let folder = path.parent().filter(|_| path.is_absolute() && path.file_name().is_some());
         let folder = folder.ok_or_else(|| Error::invalid(format!("socket {shown}: give an absolute path")))?;
+        if self.folders.iter().any(|known| known == folder) {
+            make_folder(folder).map_err(|error| Error::io(format!("socket {shown}: making its folder"), &error))?;
+        }
         let real = fs::canonicalize(folder).map_err(|error| Error::io(format!("socket {shown}: its folder"), &error))?;
         let allowed = |known: &PathBuf| known == folder || fs::canonicalize(known).is_ok_and(|known| known == real);
         if self.folders.iter().any(allowed) {
@@ -80,6 +83,15 @@ pub fn listen_unix(path: &Path, rules: &SocketRules) -> Result<UnixListener> {
         return Err(Error::io(format!("socket {shown}: setting its mode and group"), &error));
     }
     Ok(listener)
+}
+
+/// Makes a configured folder that is missing, such as one under /run; others may pass through it to their sockets.
+fn make_folder(folder: &Path) -> std::io::Result<()> {
+    match fs::create_dir(folder) {
+        Ok(()) => fs::set_permissions(folder, fs::Permissions::from_mode(0o755)),
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Removes a socket that nobody listens on; refuses anything else.
@@ -182,6 +194,17 @@ mod tests {
         let escape = folder.path().join("..").join(other.path().file_name().unwrap()).join("a.sock");
         assert!(listen_unix(&escape, &rules).is_err());
         assert!(listen_unix(Path::new("a.sock"), &rules).is_err());
+    }
+
+    #[test]
+    fn a_configured_folder_is_made_and_no_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let configured = folder.path().join("run");
+        let rules = rules(&configured);
+        assert!(listen_unix(&folder.path().join("other/a.sock"), &rules).is_err());
+        assert!(!folder.path().join("other").exists());
+        drop(listen_unix(&configured.join("a.sock"), &rules).unwrap());
+        assert_eq!(fs::metadata(&configured).unwrap().mode() & 0o777, 0o755);
     }
 
     #[test]
