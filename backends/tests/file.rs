@@ -383,3 +383,51 @@ fn command(program: &str, arguments: &[&str]) {
     let output = output.unwrap_or_else(|error| panic!("{program}: {error}; install it with: cargo xtask rig install"));
     assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
+
+/// Counts on one volume, then on the other, without pause: no snapshot of both may see the second ahead of the first.
+#[test]
+fn a_snapshot_of_two_volumes_is_one_point_in_time() {
+    let rig = Rig::new();
+    let mount = LoopMount::new(rig.folder.path(), "xfs", 320 * MIB);
+    let pool = FilePool::open("xfs", FilePoolConfig { path: mount.path.join("pool") }).unwrap();
+    let names = ["one", "two"];
+    let volumes = names.map(|name| {
+        pool.create(name, &spec(16 * MIB)).unwrap();
+        volume(pool.open(name, false).unwrap())
+    });
+    let counted = |device: Arc<dyn BlockDevice>| {
+        let bytes = rig.client(&volume(device)).read(4 * MIB, 8).unwrap();
+        u64::from_le_bytes(bytes.try_into().unwrap())
+    };
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let clients = [rig.client(&volumes[0]), rig.client(&volumes[1])];
+        let stop = &stop;
+        scope.spawn(move || {
+            for count in 1u64.. {
+                for client in &clients {
+                    let mut sector = vec![0; 512];
+                    sector[..8].copy_from_slice(&count.to_le_bytes());
+                    client.write(4 * MIB, sector).unwrap();
+                }
+                if stop.load(Ordering::Relaxed) {
+                    return;
+                }
+            }
+        });
+        let mut wrong = Vec::new();
+        for round in 0..20 {
+            let snapshot = format!("s{round}");
+            {
+                let _held = [volumes[0].hold_writes(), volumes[1].hold_writes()];
+                pool.snapshot(&names, &snapshot).unwrap();
+            }
+            let counts = names.map(|name| counted(pool.open_snapshot(name, &snapshot).unwrap()));
+            if counts[0] != counts[1] && counts[0] != counts[1] + 1 {
+                wrong.push(counts);
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert!(wrong.is_empty(), "{wrong:?}");
+    });
+}
