@@ -17,7 +17,7 @@ pub struct DataPlaneOptions {
 
 impl Default for DataPlaneOptions {
     fn default() -> Self {
-        DataPlaneOptions { threads: 2, spin_max: Duration::from_micros(32) }
+        DataPlaneOptions { threads: 2, spin_max: Duration::from_micros(100) }
     }
 }
 

@@ -71,7 +71,7 @@ impl Default for DaemonConfig {
             socket_dirs: Vec::new(),
             node: rustix::system::uname().nodename().to_string_lossy().into_owned(),
             threads: 2,
-            spin_us: 32,
+            spin_us: 100,
             faults: None,
         }
     }
