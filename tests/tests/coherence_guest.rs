@@ -68,7 +68,7 @@ fn every_error_of_the_backend_is_reported_and_none_invented() -> Result<()> {
     daemon.start().context("a daemon with faults: build it with `cargo build -p novastor --features fault-injection`")?;
     let mut spec = GuestSpec::new(script());
     let mut uris = Vec::new();
-    // By their sizes the guest tells its disks apart: which one it calls vda is left to chance.
+    // By their sizes the guest tells its disks apart, whatever it calls them.
     for (volume, size) in VOLUMES.into_iter().zip(["32M", "36M"]) {
         daemon.create_volume(volume, size)?;
         spec = spec.vhost_user_disk(&volume.replace('/', "-"), &daemon.export_vhost_user(volume)?, 2);

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(180);
 const MIB: usize = 1 << 20;
-/// By these the guest tells its disks apart: which one it calls vda is left to chance.
+/// By these the guest tells its disks apart, whatever it calls them.
 const SIZES: [&str; 2] = ["64M", "68M"];
 /// Where the guest counts, on both disks.
 const COUNTER: usize = 40 * MIB;
