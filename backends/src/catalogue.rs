@@ -3,10 +3,11 @@
 //! ```text
 //!   DIR/pool.json              {"format": 1, "uuid": …}; locked while the catalogue changes
 //!   DIR/volumes/NAME/volume.json
-//!   DIR/trash/…                what is being deleted
+//!   DIR/trash/UUID, new-UUID   what is being deleted, or made
 //! ```
 //!
-//! Records are replaced as a whole (write, sync, rename, sync the folder), so a crash leaves the old one or the new one.
+//! Records are replaced as a whole (write, sync, rename, sync the folder), so a crash leaves the old one or the new one. A volume comes and goes by
+//! one rename of its folder. The folders of mapped volumes stay in the trash until [`Catalogue::forget`], as they have data elsewhere.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -16,7 +17,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::pool::{PoolError, Result, VolumeRecord, check_name};
+use crate::pool::{Layout, PoolError, Result, VolumeRecord, check_name};
 
 const FORMAT: u32 = 1;
 
@@ -26,14 +27,15 @@ struct PoolFile {
     uuid: Uuid,
 }
 
-pub(crate) struct Catalogue {
+/// The catalogue. All calls block.
+pub struct Catalogue {
     pool: String,
     root: PathBuf,
     uuid: Uuid,
 }
 
 /// Held while the catalogue changes; other processes wait.
-pub(crate) struct CatalogueLock {
+pub struct CatalogueLock {
     _file: File,
 }
 
@@ -45,11 +47,27 @@ pub(crate) fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> Poo
 /// Replaces `path` by `bytes`, durably.
 pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = path.with_extension("tmp");
-    let mut file = File::create(&temporary)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
+    write_synced(&temporary, bytes)?;
     fs::rename(&temporary, path)?;
     sync_folder_of(path)
+}
+
+/// Makes `path` with `bytes` in it, durably; leaves it as it is if it exists, even if that happens meanwhile.
+fn write_file_once(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension(Uuid::new_v4().to_string());
+    let made = write_synced(&temporary, bytes).and_then(|()| match fs::hard_link(&temporary, path) {
+        // Where there are no hard links, there is no way to leave a file alone that comes into being just now.
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists && !path.exists() => fs::rename(&temporary, path),
+        _ => Ok(()),
+    });
+    let _ = fs::remove_file(&temporary);
+    made.and_then(|()| sync_folder_of(path))
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = File::create(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
 }
 
 pub(crate) fn sync_folder_of(path: &Path) -> io::Result<()> {
@@ -68,7 +86,7 @@ impl Catalogue {
         if !file.exists() {
             let fresh = PoolFile { format: FORMAT, uuid: Uuid::new_v4() };
             let bytes = serde_json::to_vec_pretty(&fresh).map_err(|error| PoolError::Backend(error.to_string()))?;
-            write_file(&file, &bytes).map_err(io_error(format!("pool {pool}: writing {}", file.display())))?;
+            write_file_once(&file, &bytes).map_err(io_error(format!("pool {pool}: writing {}", file.display())))?;
         }
         let bytes = fs::read(&file).map_err(io_error(format!("pool {pool}: reading {}", file.display())))?;
         let found: PoolFile = serde_json::from_slice(&bytes).map_err(|error| {
@@ -89,7 +107,8 @@ impl Catalogue {
         self.uuid
     }
 
-    pub(crate) fn root(&self) -> &Path {
+    /// Its directory.
+    pub fn root(&self) -> &Path {
         &self.root
     }
 
@@ -99,7 +118,7 @@ impl Catalogue {
     }
 
     /// Waits until no other process changes the catalogue.
-    pub(crate) fn lock(&self) -> Result<CatalogueLock> {
+    pub fn lock(&self) -> Result<CatalogueLock> {
         let path = self.root.join("pool.json");
         let file = File::open(&path).map_err(io_error(format!("pool {}: opening {}", self.pool, path.display())))?;
         // SAFETY: flock takes no pointers, and `file` keeps the descriptor open.
@@ -122,7 +141,7 @@ impl Catalogue {
         Ok(names)
     }
 
-    pub(crate) fn list(&self) -> Result<Vec<VolumeRecord>> {
+    pub fn list(&self) -> Result<Vec<VolumeRecord>> {
         let mut records = Vec::new();
         for name in self.names()? {
             match self.get(&name) {
@@ -137,7 +156,7 @@ impl Catalogue {
         Ok(records)
     }
 
-    pub(crate) fn get(&self, volume: &str) -> Result<VolumeRecord> {
+    pub fn get(&self, volume: &str) -> Result<VolumeRecord> {
         check_name("volume", volume)?;
         let path = self.folder(volume).join("volume.json");
         let bytes = match fs::read(&path) {
@@ -156,7 +175,7 @@ impl Catalogue {
         Ok(record)
     }
 
-    pub(crate) fn refuse_existing(&self, volume: &str) -> Result<()> {
+    pub fn refuse_existing(&self, volume: &str) -> Result<()> {
         check_name("volume", volume)?;
         if self.folder(volume).exists() {
             return Err(PoolError::Exists(format!("pool {} already has a volume {volume}; choose another name", self.pool)));
@@ -166,20 +185,39 @@ impl Catalogue {
 
     /// Makes the folder of a new volume complete under another name first, by `fill`, then moves it into place with its record.
     pub(crate) fn add(&self, record: &VolumeRecord, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-        let staging = self.root.join("trash").join(format!("new-{}", record.uuid));
-        let what = || format!("volume {}: creating it in pool {}", record.name, self.pool);
-        fs::create_dir(&staging).map_err(io_error(what()))?;
-        let made = fill(&staging)
-            .and_then(|()| self.write_record(&staging, record))
-            .and_then(|()| fs::rename(&staging, self.folder(&record.name)).map_err(io_error(what())))
-            .and_then(|()| sync_folder_of(&self.folder(&record.name)).map_err(io_error(what())));
+        let made = self.stage(record).and_then(|()| fill(&self.staging(record.uuid))).and_then(|()| self.publish(record));
         if made.is_err() {
-            let _ = fs::remove_dir_all(&staging);
+            let _ = fs::remove_dir_all(self.staging(record.uuid));
         }
         made
     }
 
-    pub(crate) fn update(&self, record: &VolumeRecord) -> Result<()> {
+    fn staging(&self, volume: Uuid) -> PathBuf {
+        self.root.join("trash").join(format!("new-{volume}"))
+    }
+
+    fn grave(&self, volume: Uuid) -> PathBuf {
+        self.root.join("trash").join(volume.to_string())
+    }
+
+    /// Notes a volume that is about to be made; it is not in the catalogue yet.
+    pub fn stage(&self, record: &VolumeRecord) -> Result<()> {
+        let staging = self.staging(record.uuid);
+        let what = || format!("volume {}: creating it in pool {}", record.name, self.pool);
+        fs::create_dir(&staging).map_err(io_error(what()))?;
+        self.write_record(&staging, record)?;
+        sync_folder_of(&staging).map_err(io_error(what()))
+    }
+
+    /// Moves a staged volume into the catalogue.
+    pub fn publish(&self, record: &VolumeRecord) -> Result<()> {
+        let folder = self.folder(&record.name);
+        fs::rename(self.staging(record.uuid), &folder)
+            .and_then(|()| sync_folder_of(&folder))
+            .map_err(io_error(format!("volume {}: creating it in pool {}", record.name, self.pool)))
+    }
+
+    pub fn update(&self, record: &VolumeRecord) -> Result<()> {
         self.write_record(&self.folder(&record.name), record)
     }
 
@@ -188,7 +226,7 @@ impl Catalogue {
         write_file(&folder.join("volume.json"), &bytes).map_err(io_error(format!("volume {}: writing its record", record.name)))
     }
 
-    pub(crate) fn rename(&self, volume: &str, to: &str) -> Result<()> {
+    pub fn rename(&self, volume: &str, to: &str) -> Result<()> {
         self.get(volume)?;
         self.refuse_existing(to)?;
         fs::rename(self.folder(volume), self.folder(to))
@@ -197,19 +235,55 @@ impl Catalogue {
     }
 
     pub(crate) fn remove(&self, record: &VolumeRecord) -> Result<()> {
-        let grave = self.root.join("trash").join(record.uuid.to_string());
-        fs::rename(self.folder(&record.name), &grave)
-            .and_then(|()| sync_folder_of(&self.folder(&record.name)))
-            .and_then(|()| fs::remove_dir_all(&grave))
+        self.retire(record)?;
+        fs::remove_dir_all(self.grave(record.uuid)).map_err(io_error(format!("volume {}: deleting it", record.name)))
+    }
+
+    /// Moves a volume out of the catalogue, into the trash.
+    pub fn retire(&self, record: &VolumeRecord) -> Result<()> {
+        let (folder, grave) = (self.folder(&record.name), self.grave(record.uuid));
+        fs::rename(&folder, &grave)
+            .and_then(|()| sync_folder_of(&folder))
+            .and_then(|()| sync_folder_of(&grave))
             .map_err(io_error(format!("volume {}: deleting it", record.name)))
+    }
+
+    /// The mapped volumes in the trash: deleted ones, and such whose making did not end.
+    pub fn retired(&self) -> Result<Vec<Uuid>> {
+        let trash = self.trash().map_err(io_error(format!("pool {}: listing its trash", self.pool)))?;
+        Ok(trash.iter().filter_map(|folder| mapped_in(folder)).collect())
+    }
+
+    /// Empties the trash of a volume of which nothing is left.
+    pub fn forget(&self, volume: Uuid) -> Result<()> {
+        for folder in [self.staging(volume), self.grave(volume)] {
+            match fs::remove_dir_all(&folder) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(io_error(format!("pool {}: removing {}", self.pool, folder.display()))(error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn trash(&self) -> io::Result<Vec<PathBuf>> {
+        fs::read_dir(self.root.join("trash"))?.map(|entry| entry.map(|entry| entry.path())).collect()
     }
 
     fn empty_trash(&self) {
         let Ok(_lock) = self.lock() else { return };
-        for entry in fs::read_dir(self.root.join("trash")).into_iter().flatten().flatten() {
-            if let Err(error) = fs::remove_dir_all(entry.path()) {
-                tracing::warn!("pool {}: cannot remove {}: {error}", self.pool, entry.path().display());
+        for folder in self.trash().unwrap_or_default().into_iter().filter(|folder| mapped_in(folder).is_none()) {
+            if let Err(error) = fs::remove_dir_all(&folder) {
+                tracing::warn!("pool {}: cannot remove {}: {error}", self.pool, folder.display());
             }
         }
     }
+}
+
+/// The mapped volume whose folder this is.
+fn mapped_in(folder: &Path) -> Option<Uuid> {
+    let bytes = fs::read(folder.join("volume.json")).ok()?;
+    let record: VolumeRecord = serde_json::from_slice(&bytes).ok()?;
+    (record.layout == Layout::Mapped).then_some(record.uuid)
 }

@@ -1,16 +1,21 @@
 //! The storage drivers: each keeps volumes somewhere and opens them as [`blockdev::BlockDevice`]s.
 //!
 //! ```text
-//!   Pool (contract) ◀── file · rbd · memory · null
+//!   Pool (contract of raw volumes)            ◀── file · rbd · memory · null
+//!   SegmentStore (what mapped volumes need)   ◀── directory · memory · object stores
 //! ```
 //!
 //! Invariants: a driver knows nothing of exports or protocols; it never acknowledges what its backend did not.
 
-mod catalogue;
+pub mod catalogue;
 pub mod file;
 pub mod pool;
 #[cfg(feature = "rbd")]
 pub mod rbd;
+pub mod segments;
 pub mod simple;
 
-pub use pool::{Layout, Pool, PoolError, PoolHealth, SnapshotRecord, Usage, VolumeRecord, VolumeSpec, check_name};
+pub use pool::{
+    EngineUse, Flattened, Layout, LogUse, Pool, PoolError, PoolHealth, ReducedUsage, SnapshotRecord, Usage, VolumeRecord,
+    VolumeSpec, check_name,
+};

@@ -5,6 +5,7 @@
 //! [`check_name`] before they get here.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use blockdev::{BlockDevice, DeviceError};
@@ -32,23 +33,31 @@ pub struct VolumeRecord {
     /// `VOL@SNAP` or `VOL` it was cloned from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<String>,
+    /// Of an encrypted volume: its key, wrapped, as text. Opaque to pools.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wrapped_key: Option<String>,
+    /// Its content is encrypted in the pool.
+    #[serde(default)]
+    pub encrypted: bool,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub snapshots: BTreeMap<String, SnapshotRecord>,
 }
 
 impl VolumeRecord {
-    /// The record of a new volume of the raw layout.
+    /// The record of a new volume.
     pub fn new(name: &str, spec: &VolumeSpec) -> VolumeRecord {
         VolumeRecord {
             name: name.to_owned(),
             uuid: uuid::Uuid::new_v4(),
             size: spec.size,
             block_size: spec.block_size,
-            layout: Layout::Raw,
+            layout: spec.layout,
             policy: spec.policy.clone(),
             tenant: spec.tenant.clone(),
             object: None,
             origin: None,
+            wrapped_key: spec.wrapped_key.clone(),
+            encrypted: spec.wrapped_key.is_some(),
             snapshots: BTreeMap::new(),
         }
     }
@@ -61,6 +70,18 @@ pub enum Layout {
     /// One to one.
     #[default]
     Raw,
+    /// As a log and segments, by the engine of mapped volumes.
+    Mapped,
+}
+
+impl Layout {
+    /// As it is written everywhere.
+    pub fn name(self) -> &'static str {
+        match self {
+            Layout::Raw => "raw",
+            Layout::Mapped => "mapped",
+        }
+    }
 }
 
 /// One snapshot of a volume.
@@ -77,8 +98,12 @@ pub struct SnapshotRecord {
 pub struct VolumeSpec {
     pub size: u64,
     pub block_size: u32,
+    /// One of the pool's [`Pool::layouts`].
+    pub layout: Layout,
     pub policy: Option<String>,
     pub tenant: Option<String>,
+    /// See [`VolumeRecord::wrapped_key`]. Encrypting is not the pool's business.
+    pub wrapped_key: Option<String>,
 }
 
 /// Space of one volume, in bytes.
@@ -89,6 +114,36 @@ pub struct Usage {
     pub allocated: u64,
     /// Taken by snapshots, as far as the backend can tell them apart.
     pub snapshots: u64,
+    /// Of a mapped volume.
+    pub reduced: Option<ReducedUsage>,
+}
+
+/// What a mapped volume keeps itself, for its snapshots too and without what it shares with the volume it was cloned from, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReducedUsage {
+    /// Its blocks, each of them once: after deduplication, before compression. What nothing refers to any more counts until it is collected.
+    pub unique: u64,
+    /// The objects that hold them.
+    pub compressed: u64,
+    /// The objects that hold its map.
+    pub map: u64,
+}
+
+/// The local log of an open volume, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogUse {
+    /// Held by what is not yet in the pool.
+    pub used: u64,
+    pub size: u64,
+}
+
+/// What the engine of an open mapped volume uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineUse {
+    pub log: LogUse,
+    pub reduced: ReducedUsage,
+    /// Pinned memory of the index that finds what is stored already, in bytes.
+    pub index: u64,
 }
 
 /// State of a pool.
@@ -141,6 +196,10 @@ pub trait Pool: Send + Sync {
     fn driver(&self) -> &'static str;
     /// Where it is, for people.
     fn location(&self) -> String;
+    /// The layouts that its volumes can have, the usual one first.
+    fn layouts(&self) -> &'static [Layout] {
+        &[Layout::Raw]
+    }
     fn list(&self) -> Result<Vec<VolumeRecord>>;
     fn get(&self, volume: &str) -> Result<VolumeRecord>;
     fn create(&self, volume: &str, spec: &VolumeSpec) -> Result<VolumeRecord>;
@@ -148,24 +207,61 @@ pub trait Pool: Send + Sync {
     fn adopt(&self, object: &str, volume: &str) -> Result<VolumeRecord>;
     /// Opens it for I/O. A second opener for writing is refused as [`PoolError::InUse`].
     fn open(&self, volume: &str, read_only: bool) -> Result<Arc<dyn BlockDevice>>;
+    /// Opens it for I/O even if that loses what an owner before has acknowledged. What is lost cannot come back.
+    fn open_accepting_loss(&self, volume: &str) -> Result<Arc<dyn BlockDevice>> {
+        Err(PoolError::Unsupported(format!(
+            "volume {volume}: --accept-loss refused: only mapped volumes have a local log that could be lost; open it without"
+        )))
+    }
     /// Opens a snapshot, read-only.
     fn open_snapshot(&self, volume: &str, snapshot: &str) -> Result<Arc<dyn BlockDevice>>;
     /// Notes a size that an open device was given.
     fn resized(&self, volume: &str, size: u64) -> Result<()>;
+    /// Replaces the wrapped key in the volume's record.
+    fn set_wrapped_key(&self, volume: &str, _wrapped_key: &str) -> Result<()> {
+        Err(PoolError::Unsupported(format!("volume {volume}: driver {} keeps no keys", self.driver())))
+    }
     fn rename(&self, volume: &str, to: &str) -> Result<()>;
     /// Deletes it and its data; an adopted object is only forgotten. Refused while it has snapshots.
     fn delete(&self, volume: &str) -> Result<()>;
     /// A writable copy sharing data with its origin where the backend can, or a refusal that says what to do instead.
     fn clone_volume(&self, volume: &str, snapshot: Option<&str>, to: &str) -> Result<VolumeRecord>;
+    /// Makes a clone independent of its origin, which can be deleted then, unless snapshots of the clone
+    /// still need it. The volume may be open. `progress` is told bytes done
+    /// and bytes in all, from any thread. Once begun it cannot be stopped; what a daemon that ends leaves half done, the next call
+    /// completes.
+    fn flatten(&self, volume: &str, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<Flattened>;
     /// A snapshot of each volume, all at one point in time; the caller holds their writes back where that needs it.
     fn snapshot(&self, volumes: &[&str], snapshot: &str) -> Result<()>;
     fn delete_snapshot(&self, volume: &str, snapshot: &str) -> Result<()>;
     /// The volume's content becomes the snapshot's. The volume is not open.
     fn rollback(&self, volume: &str, snapshot: &str) -> Result<()>;
+    /// Ranges, in bytes, in order, in which snapshot `before` may differ from snapshot `to`, or from the volume as it is. `None`: the pool cannot
+    /// tell, anything may.
+    fn changed(&self, _volume: &str, _before: &str, _to: Option<&str>) -> Result<Option<Vec<Range<u64>>>> {
+        Ok(None)
+    }
     fn usage(&self, volume: &str) -> Result<Usage>;
+    /// Of a mapped volume that is open here.
+    fn engine_use(&self, _volume: &str) -> Option<EngineUse> {
+        None
+    }
     fn health(&self) -> PoolHealth;
+    /// Reads what a volume and its snapshots hold, where the driver can tell damage: what is wrong, one sentence each.
+    fn check_volume(&self, _volume: &str) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
     /// Looks for damage: what is wrong, one sentence each.
     fn check(&self) -> Result<Vec<String>>;
+}
+
+/// What became of [`Pool::flatten`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flattened {
+    /// What it shared with its parent was copied; it depends on no other volume now.
+    Copied,
+    /// It has no parent: there was nothing to do.
+    NoParent,
 }
 
 /// Volume, pool and snapshot names: `[a-z0-9][a-z0-9._-]{0,62}`.

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 
 use crate::catalogue::Catalogue;
-use crate::pool::{Pool, PoolError, PoolHealth, Result, Usage, VolumeRecord, VolumeSpec};
+use crate::pool::{Flattened, Pool, PoolError, PoolHealth, Result, Usage, VolumeRecord, VolumeSpec};
 
 /// What the volumes of a [`SimplePool`] do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -103,6 +103,12 @@ impl Pool for SimplePool {
         self.catalogue.update(&VolumeRecord { size, ..record })
     }
 
+    fn set_wrapped_key(&self, volume: &str, wrapped_key: &str) -> Result<()> {
+        let _lock = self.catalogue.lock()?;
+        let record = self.get(volume)?;
+        self.catalogue.update(&VolumeRecord { wrapped_key: Some(wrapped_key.to_owned()), ..record })
+    }
+
     fn rename(&self, volume: &str, to: &str) -> Result<()> {
         let _lock = self.catalogue.lock()?;
         self.catalogue.rename(volume, to)
@@ -117,6 +123,10 @@ impl Pool for SimplePool {
 
     fn clone_volume(&self, _volume: &str, _snapshot: Option<&str>, _to: &str) -> Result<VolumeRecord> {
         self.unsupported("a clone")
+    }
+
+    fn flatten(&self, volume: &str, _progress: &(dyn Fn(u64, u64) + Sync)) -> Result<Flattened> {
+        self.get(volume).map(|_| Flattened::NoParent)
     }
 
     fn snapshot(&self, _volumes: &[&str], _snapshot: &str) -> Result<()> {
@@ -134,7 +144,7 @@ impl Pool for SimplePool {
     fn usage(&self, volume: &str) -> Result<Usage> {
         let record = self.get(volume)?;
         let allocated = self.memory.lock().get(&record.uuid).map_or(0, |disk| disk.allocated());
-        Ok(Usage { logical: record.size, allocated, snapshots: 0 })
+        Ok(Usage { logical: record.size, allocated, snapshots: 0, reduced: None })
     }
 
     fn health(&self) -> PoolHealth {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use backends::file::{FileDevice, FileOptions, FilePool, FilePoolConfig};
-use backends::{Pool, PoolError, VolumeSpec};
+use backends::{Flattened, Layout, Pool, PoolError, VolumeSpec};
 use blockdev::client::Client;
 use blockdev::conformance::{DEVICE_SIZE, Suite, run};
 use blockdev::{BlockDevice, DataPlane, DataPlaneOptions, DeviceError, Errno, ExtentKind, Op, Volume, VolumeOptions};
@@ -38,7 +38,15 @@ struct Rig {
 
 impl Rig {
     fn new() -> Rig {
-        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        Rig::at(env!("CARGO_TARGET_TMPDIR"))
+    }
+
+    fn in_memory() -> Rig {
+        Rig::at("/dev/shm")
+    }
+
+    fn at(parent: &str) -> Rig {
+        let folder = tempfile::tempdir_in(parent).unwrap();
         Rig { folder, plane: DataPlane::start(DataPlaneOptions::default()).unwrap() }
     }
 
@@ -58,7 +66,7 @@ impl Rig {
 }
 
 fn spec(size: u64) -> VolumeSpec {
-    VolumeSpec { size, block_size: 512, policy: None, tenant: None }
+    VolumeSpec { size, block_size: 512, layout: Layout::Raw, policy: None, tenant: None, wrapped_key: None }
 }
 
 #[test]
@@ -116,7 +124,12 @@ fn discard_frees_blocks_and_status_shows_holes() {
 
 #[test]
 fn a_truncated_file_fails_and_invents_nothing() {
-    let rig = Rig::new();
+    for rig in [Rig::new(), Rig::in_memory()] {
+        fails_and_invents_nothing_when_truncated(&rig);
+    }
+}
+
+fn fails_and_invents_nothing_when_truncated(rig: &Rig) {
     let path = rig.file("disk", 16 * MIB);
     let volume = volume(open(&path, true));
     let client = rig.client(&volume);
@@ -300,6 +313,8 @@ fn adopting_leaves_the_file_alone() {
     assert_eq!(record.size, 4 * MIB);
     assert!(matches!(pool.adopt(path.to_str().unwrap(), "twice"), Err(PoolError::Exists(_))));
     assert!(pool.adopt("/nonexistent", "none").is_err());
+    let relative = pool.adopt("old.raw", "relative").unwrap_err().to_string();
+    assert!(relative.contains("//path/to/old.raw"), "{relative}");
     pool.open("old", false).unwrap();
     pool.create("own", &spec(MIB)).unwrap();
     let link = rig.folder.path().join("link");
@@ -309,6 +324,44 @@ fn adopting_leaves_the_file_alone() {
     assert!(matches!(linked.adopt(own.to_str().unwrap(), "again"), Err(PoolError::Invalid(_))));
     pool.delete("old").unwrap();
     assert_eq!(fs::metadata(&path).unwrap().len(), 4 * MIB);
+}
+
+#[test]
+fn a_file_truncated_while_nobody_had_it_open_is_refused_in_words() {
+    let rig = Rig::new();
+    let path = rig.file("image.raw", 4 * MIB);
+    let pool = rig.pool();
+    pool.adopt(path.to_str().unwrap(), "old").unwrap();
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    file.set_len(MIB).unwrap();
+    let refused = pool.open("old", false).err().unwrap().to_string();
+    assert!(refused.contains("truncated") && refused.contains("truncate -s 4194304"), "{refused}");
+    for length in [4 * MIB, 8 * MIB] {
+        file.set_len(length).unwrap();
+        assert_eq!(pool.open("old", false).unwrap().geometry().size, length);
+    }
+}
+
+#[test]
+fn those_who_make_a_pool_at_the_same_moment_agree_on_its_uuid() {
+    const THREADS: usize = 8;
+    let folder = tempfile::tempdir().unwrap();
+    for round in 0..50 {
+        let path = folder.path().join(round.to_string());
+        let together = std::sync::Barrier::new(THREADS);
+        let open = || {
+            together.wait();
+            FilePool::open("local", FilePoolConfig { path: path.clone() }).unwrap().uuid()
+        };
+        let uuids: std::collections::BTreeSet<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(open)).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert_eq!(uuids.len(), 1, "{uuids:?}");
+        let mut names: Vec<_> = fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["pool.json", "trash", "volumes"]);
+    }
 }
 
 #[test]
@@ -341,6 +394,10 @@ fn snapshots_and_clones_on_xfs() {
     assert_eq!(first_byte(pool.open_snapshot("vm", "s1").unwrap()), 1);
     pool.clone_volume("vm", Some("s1"), "copy").unwrap();
     pool.clone_volume("vm", None, "copy2").unwrap();
+    for name in ["vm", "copy", "copy2"] {
+        assert_eq!(pool.flatten(name, &|_, _| {}).unwrap(), Flattened::NoParent, "clones share blocks and nothing else");
+    }
+    assert!(matches!(pool.flatten("none", &|_, _| {}), Err(PoolError::NotFound(_))));
     write("copy", 3);
     assert_eq!(first_byte(pool.open("vm", true).unwrap()), 2);
     assert_eq!(first_byte(pool.open("copy2", true).unwrap()), 2);

@@ -2,12 +2,12 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use backends::rbd::{RbdPool, RbdPoolConfig};
-use backends::{Pool, PoolError, VolumeSpec};
+use backends::{Flattened, Layout, Pool, PoolError, VolumeSpec};
 use blockdev::client::Client;
 use blockdev::conformance::{self, Suite};
 use blockdev::reactor::DataPlaneOptions;
@@ -26,7 +26,7 @@ fn pool(ceph: &Ceph) -> RbdPool {
 }
 
 fn spec(size: u64) -> VolumeSpec {
-    VolumeSpec { size, block_size: 512, policy: None, tenant: None }
+    VolumeSpec { size, block_size: 512, layout: Layout::Raw, policy: None, tenant: None, wrapped_key: None }
 }
 
 fn plane() -> DataPlane {
@@ -137,6 +137,47 @@ fn keeps_volumes_snapshots_and_clones() {
 }
 
 #[test]
+fn flattened_clones_need_their_origin_no_more() {
+    let ceph = Ceph::start(CephSpec::default()).unwrap();
+    let (plane, pool) = (plane(), pool(&ceph));
+    pool.create("one", &spec(32 * MIB)).unwrap();
+    let disk = client(&plane, pool.open("one", false).unwrap());
+    (0..8).for_each(|object| disk.write(object * 4 * MIB, vec![object as u8 + 1; 4096]).unwrap());
+    assert_eq!(pool.flatten("one", &|_, _| {}).unwrap(), Flattened::NoParent);
+    assert!(matches!(pool.flatten("none", &|_, _| {}), Err(PoolError::NotFound(_))));
+    pool.snapshot(&["one"], "first").unwrap();
+    pool.clone_volume("one", Some("first"), "copy").unwrap();
+    pool.clone_volume("one", None, "now").unwrap();
+    drop(disk);
+
+    let copy = client(&plane, pool.open("copy", false).unwrap());
+    copy.write(4 * MIB, vec![9; 512]).unwrap();
+    let (done, total) = (AtomicU64::new(0), AtomicU64::new(0));
+    let progress = |now: u64, all: u64| {
+        done.fetch_max(now, Ordering::Relaxed);
+        total.store(all, Ordering::Relaxed);
+    };
+    assert_eq!(pool.flatten("copy", &progress).unwrap(), Flattened::Copied, "while it is open");
+    assert_eq!(total.into_inner(), 32 * MIB);
+    assert!((1..=32 * MIB).contains(&done.into_inner()));
+    assert_eq!(pool.flatten("now", &progress_of_nobody).unwrap(), Flattened::Copied, "while it is not");
+    for clone in ["copy", "now"] {
+        assert_eq!(pool.get(clone).unwrap().origin, None);
+        assert_eq!(pool.flatten(clone, &progress_of_nobody).unwrap(), Flattened::NoParent);
+    }
+
+    wait_for("the snapshot's deletion", || unless_in_use(pool.delete_snapshot("one", "first"))).unwrap();
+    wait_for("the origin's deletion", || unless_in_use(pool.delete("one"))).unwrap();
+    let now = client(&plane, pool.open("now", true).unwrap());
+    for object in 0..8 {
+        assert_eq!(now.read(object * 4 * MIB, 8192).unwrap(), [[object as u8 + 1; 4096], [0; 4096]].concat());
+    }
+    assert_eq!(copy.read(4 * MIB, 1024).unwrap(), [[9; 512], [2; 512]].concat());
+}
+
+fn progress_of_nobody(_done: u64, _total: u64) {}
+
+#[test]
 fn adopts_images_and_never_deletes_them() {
     let ceph = Ceph::start(CephSpec::default()).unwrap();
     let (plane, pool) = (plane(), pool(&ceph));
@@ -208,9 +249,13 @@ fn sizes_and_extents_follow_the_image() {
     disk.run(Op::WriteZeroes { unmap: false, fua: false, fast: false }, 0, 8192, Vec::new()).unwrap();
     assert_eq!(kinds(0)[0].0, data, "zeroes that must not be unmapped take their space");
 
-    // Somebody else resizes the image; the change reaches the device by itself.
+    // Somebody else resizes the image; the change reaches the device by itself, which says so.
+    let heard = Arc::new(AtomicBool::new(false));
+    let hears = heard.clone();
+    device.on_size_changed_elsewhere(Box::new(move || hears.store(true, Ordering::SeqCst)));
     ceph.rbd(&["resize", "--size", "64M", "rbd/disk"]).unwrap();
     wait_for("the new size", || (device.geometry().size == 64 * MIB).then_some(()));
+    wait_for("the word of it", || heard.load(Ordering::SeqCst).then_some(()));
     assert_eq!(disk.volume().refresh_size().unwrap(), 64 * MIB);
     disk.write(64 * MIB - 512, vec![2; 512]).unwrap();
     ceph.rbd(&["resize", "--size", "16M", "--allow-shrink", "rbd/disk"]).unwrap();

@@ -1,4 +1,4 @@
-//! Load generators for NBD and vhost-user-blk, and the comparison of novastor with other servers.
+//! Load generators for NBD and vhost-user-blk, the comparison of novastor with other servers, and of what is stored of images.
 //!
 //! ```text
 //!   compare/   rows · servers · rounds · table        starts novastor and its peers, one row at a time
@@ -8,6 +8,8 @@
 //!   nbd/   vhost                                      one worker per connection or per set of queues
 //!      │
 //!   requests · pattern · histogram · clock · awake
+//!
+//!   reduction/                                        no server: images and the crate `dedup`
 //! ```
 //!
 //! Invariants:
@@ -22,5 +24,6 @@ pub mod histogram;
 pub mod load;
 pub mod nbd;
 pub mod pattern;
+pub mod reduction;
 pub mod requests;
 pub mod vhost;

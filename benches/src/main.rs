@@ -9,8 +9,9 @@ use benches::awake::Awake;
 use benches::compare;
 use benches::load::{Report, Timing};
 use benches::nbd::{Address, NbdLoad};
+use benches::reduction;
 use benches::requests::{Access, Workload};
-use benches::vhost::{VhostLoad, Waiting};
+use benches::vhost::{Pages, VhostLoad, Waiting};
 use clap::{Args, Parser, Subcommand};
 
 /// Load generators for NBD and vhost-user-blk, and a side-by-side comparison with other servers.
@@ -29,6 +30,8 @@ enum Command {
     VhostUser(VhostArgs),
     /// Measure novastor and other servers side by side and print the result as Markdown.
     Compare(compare::Options),
+    /// Reduce images of machines and print what is stored as Markdown.
+    Reduction(reduction::Options),
 }
 
 #[derive(Args)]
@@ -96,6 +99,9 @@ struct VhostArgs {
     /// Never sleep.
     #[arg(long)]
     spin: bool,
+    /// What the buffers lie in.
+    #[arg(long, value_enum, default_value = "small")]
+    pages: Pages,
     #[command(flatten)]
     load: LoadArgs,
 }
@@ -151,6 +157,7 @@ fn run(cli: Cli) -> Result<()> {
             args.load.run(|timing, server| load.measure(timing, server), |timing, seed| load.verify(timing, seed))
         }
         Command::Compare(options) => compare::run(&options),
+        Command::Reduction(options) => reduction::run(&options),
         Command::VhostUser(args) => {
             let waiting = if args.spin { Waiting::Spin } else { Waiting::SpinThenSleep { spin_us: args.spin_us } };
             let load = VhostLoad {
@@ -160,6 +167,7 @@ fn run(cli: Cli) -> Result<()> {
                 waiting,
                 workload: args.load.workload(),
                 span: args.load.span,
+                pages: args.pages,
             };
             args.load.run(|timing, server| load.measure(timing, server), |timing, seed| load.verify(timing, seed))
         }

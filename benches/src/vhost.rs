@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   Device ─ transport (virtio-driver) ─ socket to the server
-//!     ├─ memory: one memfd of ordinary 4 KiB pages, one buffer per request in flight
+//!     ├─ memory: one memfd, one buffer per request in flight
 //!     └─ workers: split queues, event index on; one thread for all queues or one for each
 //!
 //!   worker:  submit to every queue ─► kick where asked ─► look for completions
@@ -42,6 +42,16 @@ pub enum Waiting {
     Spin,
 }
 
+/// The pages a guest's memory is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, clap::ValueEnum, serde::Serialize)]
+pub enum Pages {
+    /// Ordinary pages of 4 KiB.
+    #[default]
+    Small,
+    /// Pages of 2 MiB from the machine's reserve (`vm.nr_hugepages`).
+    Huge,
+}
+
 #[derive(Clone, Debug)]
 pub struct VhostLoad {
     pub socket: PathBuf,
@@ -52,6 +62,8 @@ pub struct VhostLoad {
     pub workload: Workload,
     /// Bytes at the start of the disk to use; `None` is all of it.
     pub span: Option<u64>,
+    /// What the buffers lie in.
+    pub pages: Pages,
 }
 
 impl VhostLoad {
@@ -97,7 +109,7 @@ impl Device {
         let span = load.span.unwrap_or(u64::MAX).min(capacity);
         let block_size = workload.block_size as usize;
         let per_queue = usize::from(workload.depth) * block_size;
-        let memory = SharedMemory::new(load.queues * per_queue)?;
+        let memory = SharedMemory::new(load.queues * per_queue, load.pages)?;
         transport
             .map_mem_region(memory.address, memory.length, memory.file.as_raw_fd(), 0)
             .context("share memory with the server")?;
@@ -321,14 +333,20 @@ struct SharedMemory {
 }
 
 impl SharedMemory {
-    fn new(length: usize) -> Result<Self> {
-        let length = length.next_multiple_of(4096);
-        let file = memfd_create("bench-buffers", MemfdFlags::CLOEXEC).context("create shared memory")?;
+    fn new(length: usize, pages: Pages) -> Result<Self> {
+        let (page, flags) = match pages {
+            Pages::Small => (4096, MemfdFlags::empty()),
+            Pages::Huge => (2 << 20, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB),
+        };
+        let length = length.next_multiple_of(page);
+        let file = memfd_create("bench-buffers", MemfdFlags::CLOEXEC | flags).context("create shared memory")?;
         ftruncate(&file, length as u64).context("size the shared memory")?;
         // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
         let pointer =
             unsafe { mmap(std::ptr::null_mut(), length, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &file, 0) }
-                .context("map the shared memory")?;
+                .with_context(|| {
+                    format!("map {length} bytes of shared memory in {pages:?} pages (huge ones: sysctl vm.nr_hugepages)")
+                })?;
         // SAFETY: the mapping was just made with this length, and nobody else knows of it yet.
         pattern::fill(!0, 0, unsafe { std::slice::from_raw_parts_mut(pointer.cast::<u8>(), length) });
         Ok(Self { address: pointer.expose_provenance(), length, file })

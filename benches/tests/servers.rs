@@ -7,7 +7,7 @@ use std::time::Duration;
 use benches::load::Timing;
 use benches::nbd::{Address, NbdLoad};
 use benches::requests::{Access, Workload};
-use benches::vhost::{VhostLoad, Waiting};
+use benches::vhost::{Pages, VhostLoad, Waiting};
 
 const SIZE: u64 = 16 << 20;
 const SEED: u64 = 5;
@@ -19,6 +19,14 @@ const LARGE: Workload = Workload { block_size: 128 << 10, depth: 8, access: Acce
 struct Server {
     child: Child,
     folder: tempfile::TempDir,
+}
+
+/// A socket's file is there before it listens; connecting would make the server's only client of us.
+fn listens(socket: &Path) -> bool {
+    const ACCEPTS: &str = "00010000";
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
+    let name = socket.to_str().unwrap();
+    sockets.lines().any(|line| line.ends_with(name) && line.split_whitespace().nth(3) == Some(ACCEPTS))
 }
 
 impl Server {
@@ -35,13 +43,13 @@ impl Server {
             .unwrap_or_else(|error| panic!("{program} is needed for this test: {error}"));
         let mut server = Self { child, folder };
         for _ in 0..1500 {
-            if server.socket().exists() {
+            if listens(&server.socket()) {
                 return server;
             }
             assert_eq!(server.child.try_wait().unwrap(), None, "{program} ended early");
             std::thread::sleep(Duration::from_millis(20));
         }
-        panic!("{program} made no socket");
+        panic!("{program} does not listen");
     }
 
     fn socket(&self) -> PathBuf {
@@ -75,7 +83,7 @@ fn nbd(socket: &Path, workload: Workload) -> NbdLoad {
 
 fn vhost(socket: PathBuf, workload: Workload) -> VhostLoad {
     let waiting = Waiting::SpinThenSleep { spin_us: 20 };
-    VhostLoad { socket, queues: 1, thread_per_queue: false, waiting, workload, span: None }
+    VhostLoad { socket, queues: 1, thread_per_queue: false, waiting, workload, span: None, pages: Pages::Small }
 }
 
 #[test]

@@ -134,6 +134,7 @@ struct Waiting {
 
 struct Inner {
     reactor: Rc<Reactor>,
+    id: HandlerId,
     queue: Rc<VolumeQueue>,
     completions: Rc<CompletionQueue>,
     waiting: RefCell<Slab<Waiting>>,
@@ -142,21 +143,15 @@ struct Inner {
 impl Inner {
     fn open(volume: &Arc<Volume>, reactor: &Rc<Reactor>) -> Result<HandlerId, DeviceError> {
         let queue = volume.queue(reactor)?;
-        let mut made = None;
-        let id = reactor.register_cyclic(|id| {
-            let inner = Rc::new(Inner {
-                reactor: reactor.clone(),
-                queue,
-                completions: CompletionQueue::new(reactor, id, 16),
-                waiting: RefCell::new(Slab::new()),
-            });
-            made = Some(Rc::downgrade(&inner));
-            inner
+        let inner = reactor.install(|id| Inner {
+            reactor: reactor.clone(),
+            id,
+            queue,
+            completions: CompletionQueue::new(reactor, id, 16),
+            waiting: RefCell::new(Slab::new()),
         });
-        if let Some(inner) = made {
-            CLIENTS.with(|clients| clients.borrow_mut().push((id, inner)));
-        }
-        Ok(id)
+        CLIENTS.with(|clients| clients.borrow_mut().push((inner.id, Rc::downgrade(&inner))));
+        Ok(inner.id)
     }
 
     fn submit(&self, waiting: Waiting, offset: u64, len: u64, data: &[u8]) {

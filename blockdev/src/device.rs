@@ -43,6 +43,8 @@ pub struct Capabilities {
     pub fua: bool,
     /// `Op::BlockStatus` works; otherwise everything counts as data.
     pub block_status: bool,
+    /// A read leaves its bytes where the next read of them finds them sooner, as in a page cache.
+    pub caches_reads: bool,
     /// A failed flush may have lost writes for good (a page cache): the volume then refuses writes until it is reopened.
     pub flush_failure_loses_writes: bool,
 }
@@ -70,6 +72,10 @@ pub trait BlockDevice: Send + Sync {
     fn refresh_size(&self) -> Result<u64, DeviceError> {
         Ok(self.geometry().size)
     }
+    /// Has `hear` called, on any thread, after somebody else has changed the size: [`BlockDevice::refresh_size`] then takes it
+    /// over. It must not block. Called once, at most. Devices whose size is nobody else's to change never call it: a file that
+    /// got shorter is damaged.
+    fn on_size_changed_elsewhere(&self, _hear: Box<dyn Fn() + Send + Sync>) {}
     /// `Some(why)` while the backend behind the device does not work.
     fn health(&self) -> Option<String> {
         None
@@ -97,6 +103,9 @@ impl<D: BlockDevice + ?Sized> BlockDevice for Arc<D> {
     }
     fn refresh_size(&self) -> Result<u64, DeviceError> {
         (**self).refresh_size()
+    }
+    fn on_size_changed_elsewhere(&self, hear: Box<dyn Fn() + Send + Sync>) {
+        (**self).on_size_changed_elsewhere(hear);
     }
     fn health(&self) -> Option<String> {
         (**self).health()

@@ -27,6 +27,24 @@ impl Errno {
         error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
     }
 
+    /// Of a write that was to be durable: true if writes acknowledged before may be lost with it. Refusals of this one write alone
+    /// are told apart, such as that of a client's memory that has gone; whatever else there is counts as loss.
+    pub fn may_lose_earlier_writes(self) -> bool {
+        const REFUSALS: [i32; 10] = [
+            libc::ENOSPC,
+            libc::EDQUOT,
+            libc::EFBIG,
+            libc::EINVAL,
+            libc::EOPNOTSUPP,
+            libc::EFAULT,
+            libc::ENOMEM,
+            libc::EPERM,
+            libc::EBADF,
+            libc::ECANCELED,
+        ];
+        !REFUSALS.contains(&self.0)
+    }
+
     pub fn raw(self) -> i32 {
         self.0
     }

@@ -68,6 +68,15 @@ impl Memory {
         self.segments.iter().all(|segment| (segment.iov_base as usize | segment.iov_len) & mask == 0)
     }
 
+    /// True if every byte is zero. It looks no further than the first that is not.
+    pub fn is_zero(&self) -> bool {
+        self.segments.iter().filter(|segment| segment.iov_len > 0).all(|segment| {
+            let start = segment.iov_base.cast::<u8>();
+            // SAFETY: the segment is mapped and readable as long as `self` lives; comparing it with itself, one byte on, stays in it.
+            unsafe { start.read_volatile() == 0 && libc::memcmp(start.cast(), start.add(1).cast(), segment.iov_len - 1) == 0 }
+        })
+    }
+
     /// Fills all of it with `byte`.
     pub fn fill(&mut self, byte: u8) {
         for segment in &self.segments {
@@ -90,12 +99,21 @@ impl Memory {
     ///
     /// # Safety
     /// `source` must be readable for `len` bytes.
-    pub unsafe fn copy_raw(&mut self, offset: usize, source: *const u8, len: usize) {
+    unsafe fn copy_raw(&mut self, offset: usize, source: *const u8, len: usize) {
         let mut done = 0;
         self.walk(offset, len, |address, len| {
             // SAFETY: the caller vouches for `source`, `walk` for `address`; the areas may overlap.
             unsafe { ptr::copy(source.wrapping_add(done), address, len) };
             done += len;
+        });
+    }
+
+    /// Copies `len` bytes from `from` of `source` to `offset` of this memory. Panics if either has less.
+    pub fn copy_memory(&mut self, mut offset: usize, source: &Memory, from: usize, len: usize) {
+        source.walk(from, len, |part, part_len| {
+            // SAFETY: `walk` hands out mapped ranges of `source`, which is borrowed.
+            unsafe { self.copy_raw(offset, part, part_len) };
+            offset += part_len;
         });
     }
 
@@ -169,6 +187,19 @@ mod tests {
     #[should_panic(expected = "beyond")]
     fn out_of_range_panics() {
         scattered().0.copy_to(10, &mut [0; 3]);
+    }
+
+    #[test]
+    fn one_byte_anywhere_is_not_zero() {
+        let (mut memory, _bytes) = scattered();
+        memory.fill(0);
+        assert!(memory.is_zero());
+        for at in 0..12 {
+            memory.copy_from(at, &[1]);
+            assert!(!memory.is_zero(), "byte {at}");
+            memory.copy_from(at, &[0]);
+        }
+        assert!(memory.is_zero());
     }
 
     #[test]

@@ -63,6 +63,7 @@ impl BlockDevice for MemoryDisk {
             fast_zero: true,
             fua: true,
             block_status: true,
+            caches_reads: false,
             flush_failure_loses_writes: false,
         }
     }

@@ -37,6 +37,7 @@ impl BlockDevice for NullDisk {
             fast_zero: true,
             fua: true,
             block_status: true,
+            caches_reads: false,
             flush_failure_loses_writes: false,
         }
     }

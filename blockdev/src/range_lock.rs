@@ -46,8 +46,7 @@ impl RangeLock {
     pub fn acquire(&self, start: u64, end: u64, waiter: impl FnOnce() -> Waiter) -> bool {
         debug_assert!(start < end);
         let mut state = self.state.lock();
-        let waits = state.waiting.iter().any(|(other_start, other_end, _)| start < *other_end && *other_start < end);
-        if waits || state.overlaps_held(start, end) {
+        if state.overlaps_held(start, end) || overlaps_any(&state.waiting, start, end) {
             state.waiting.push_back((start, end, waiter()));
             return false;
         }
@@ -89,8 +88,7 @@ impl State {
     fn grant(&mut self, granted: &mut Vec<Waiter>) {
         let mut still = VecDeque::with_capacity(self.waiting.len());
         for (start, end, waiter) in std::mem::take(&mut self.waiting) {
-            let behind = still.iter().any(|(other_start, other_end, _)| start < *other_end && *other_start < end);
-            if behind || self.overlaps_held(start, end) {
+            if self.overlaps_held(start, end) || overlaps_any(&still, start, end) {
                 still.push_back((start, end, waiter));
             } else {
                 self.held.insert(start, end);
@@ -99,6 +97,11 @@ impl State {
         }
         self.waiting = still;
     }
+}
+
+/// Linear in those who wait; asked last, so that the many who wait for one large range are not gone through.
+fn overlaps_any(waiting: &VecDeque<(u64, u64, Waiter)>, start: u64, end: u64) -> bool {
+    waiting.iter().any(|(other_start, other_end, _)| start < *other_end && *other_start < end)
 }
 
 #[cfg(test)]

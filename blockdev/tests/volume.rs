@@ -180,3 +180,61 @@ fn requests_that_need_a_second_buffer_go_on_when_all_are_spent() {
     assert_eq!(client.read(100, 4000).unwrap(), [vec![7; 100], vec![0; 3900]].concat());
     plane.handles()[0].call(|_| drop(HELD.take()));
 }
+
+#[test]
+fn a_misaligned_request_of_many_chunks_round_trips() {
+    let volume = volume(Arc::new(MemoryDisk::new(32 * MIB, 4096)));
+    let plane = plane();
+    let client = Client::open(&volume, &plane.handles()[0]).unwrap();
+    let whole: Vec<u8> = (0..32 * MIB).map(|at| (at % 251) as u8).collect();
+    client.write(0, whole.clone()).unwrap();
+    let (start, len) = (4096 - 17, 13 * MIB as usize + 30);
+    assert_eq!(client.read(start, len as u64).unwrap(), whole[start as usize..start as usize + len]);
+    client.write(start, vec![7; len]).unwrap();
+    let mut expected = whole;
+    expected[start as usize..start as usize + len].fill(7);
+    assert!(client.read(0, 32 * MIB).unwrap() == expected);
+}
+
+/// A disk that makes writes durable itself and, like a file, may lose others when that fails.
+struct Loses(MemoryDisk);
+
+impl BlockDevice for Loses {
+    fn geometry(&self) -> Geometry {
+        self.0.geometry()
+    }
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { flush_failure_loses_writes: true, fua: true, ..self.0.capabilities() }
+    }
+    fn open_queue(&self, reactor: &Rc<Reactor>) -> Result<Box<dyn IoQueue>, DeviceError> {
+        self.0.open_queue(reactor)
+    }
+    fn resize(&self, size: u64) -> Result<(), DeviceError> {
+        self.0.resize(size)
+    }
+}
+
+#[test]
+fn a_failed_durable_write_fails_closed_unless_it_was_only_refused() {
+    // 14 is EFAULT: a front end has truncated the memory that it wrote from.
+    for (cause, harmless) in [(Errno::EIO, false), (Errno::ETIMEDOUT, false), (Errno::ENOSPC, true), (Errno::from_raw(14), true)]
+    {
+        let plan = FaultPlan::new(1);
+        let failing = FaultRule {
+            class: OpClass::Write,
+            errors_per_million: 1_000_000,
+            errno: cause,
+            delay: Duration::ZERO,
+            jitter: Duration::ZERO,
+        };
+        plan.set(vec![failing]);
+        let volume = volume(Arc::new(Faulty::new(Arc::new(Loses(MemoryDisk::new(MIB, 1))), plan.clone())));
+        let plane = plane();
+        let client = Client::open(&volume, &plane.handles()[0]).unwrap();
+        let durable = submit(&client, Op::Write { fua: true }, 0, 512, vec![1; 512]);
+        assert_eq!(durable.recv_timeout(PATIENCE).unwrap().unwrap_err(), cause);
+        plan.set(Vec::new());
+        assert_eq!(client.write(0, vec![2; 512]).is_ok(), harmless, "after {cause}");
+        assert_eq!(volume.health().is_none(), harmless, "after {cause}");
+    }
+}

@@ -162,10 +162,10 @@ fn odd_sizes_and_snapshots() -> Result<()> {
     fs::write(bench.path("odd.raw"), noise(3 * MIB + 1000, 5))?;
     let report = bench.json(&["image", "import", &bench.text("odd.raw"), "odd"])?;
     ensure!(report["size"] == 3 * MIB + 1000, "{report}");
-    ensure!(bench.daemon.json(["volume", "show", "odd"])?["size"] == 3 * MIB + 1024);
+    ensure!(bench.daemon.json(["volume", "show", "odd"])?["size"] == 3 * MIB + 4096);
     bench.json(&["image", "export", "odd", &bench.text("odd.out")])?;
     let (before, after) = (fs::read(bench.path("odd.raw"))?, fs::read(bench.path("odd.out"))?);
-    ensure!(after.len() == before.len() + 24 && after.starts_with(&before) && after.ends_with(&[0; 24]));
+    ensure!(after.len() == before.len() + 3096 && after.starts_with(&before) && after.ends_with(&[0; 3096]));
     bench.refused(&["image", "import", &bench.text("odd.raw"), "odd@s"], 1, "snapshot")?;
     fs::write(bench.path("empty"), "")?;
     bench.refused(&["image", "import", &bench.text("empty"), "none"], 1, "empty")?;

@@ -10,9 +10,13 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 fn daemon_with_volume() -> Daemon {
+    daemon_with("mapped")
+}
+
+fn daemon_with(layout: &str) -> Daemon {
     let mut daemon = Daemon::new("");
     daemon.start();
-    daemon.json(&["volume", "create", "v", "--size", "16M", "--pool", "local"]);
+    daemon.json(&["volume", "create", "v", "--size", "16M", "--pool", "local", "--layout", layout]);
     daemon
 }
 
@@ -86,6 +90,29 @@ fn the_end_lets_requests_finish_and_removes_the_sockets() {
 }
 
 #[test]
+fn a_socket_that_took_the_place_of_ours_is_left() {
+    let mut daemon = daemon_with_volume();
+    let nbd = format!("--nbd=unix:{}", daemon.path("own.sock").display());
+    let vhost_user = daemon.path("v.sock");
+    let ids = [&["export", "add", "v", &nbd][..], &["export", "add", "v", "--vhost-user", vhost_user.to_str().unwrap()]]
+        .map(|arguments| daemon.json(arguments)["id"].as_str().unwrap().to_owned());
+    let replace = |name: &str| {
+        std::fs::remove_file(daemon.path(name)).unwrap();
+        std::os::unix::net::UnixListener::bind(daemon.path(name)).unwrap()
+    };
+    let mut others = Vec::from(["own.sock", "v.sock"].map(replace));
+    for id in ids {
+        daemon.json(&["export", "remove", &id]);
+    }
+    others.extend(["nbd.sock", "admin.sock"].map(replace));
+    daemon.stop();
+    for (name, other) in ["own.sock", "v.sock", "nbd.sock", "admin.sock"].iter().zip(&others) {
+        assert!(UnixStream::connect(daemon.path(name)).is_ok(), "{name}");
+        other.accept().unwrap();
+    }
+}
+
+#[test]
 fn a_volume_in_use_is_neither_deleted_nor_renamed() {
     let daemon = daemon_with_volume();
     let id = daemon.json(&["export", "add", "v", "--nbd"])["id"].as_str().unwrap().to_owned();
@@ -107,7 +134,7 @@ fn what_a_backend_cannot_do_is_refused_in_words() {
         &["snapshot", "create", "m@s"][..],
         &["volume", "clone", "m", "n"],
         &["volume", "adopt", "memory/x"],
-        &["volume", "flatten", "v"],
+        &["volume", "flatten", "none"],
         &["snapshot", "rollback", "v@none", "--yes"],
         &["snapshot", "diff", "v@none"],
         &["volume", "clone", "local/v", "memory/w"],
@@ -121,8 +148,32 @@ fn what_a_backend_cannot_do_is_refused_in_words() {
 }
 
 #[test]
-fn sizes_change_online_and_shrinking_is_deliberate() {
+fn no_word_of_the_command_line_is_taken_from_volume_names() {
     let daemon = daemon_with_volume();
+    for name in ["adopt", "diff", "usage", "resize"] {
+        daemon.json(&["volume", "create", name, "--size", "1M"]);
+        assert_eq!(daemon.json(&["volume", "show", name])["name"], name);
+        daemon.json(&["volume", "delete", name, "--yes"]);
+    }
+}
+
+#[test]
+fn a_volume_without_a_parent_is_flat_already() {
+    let daemon = daemon_with("raw");
+    daemon.json(&["volume", "create", "memory/m", "--size", "1M"]);
+    daemon.json(&["export", "add", "v", "--nbd"]);
+    for volume in ["local/v", "memory/m"] {
+        let outcome = daemon.json(&["volume", "flatten", volume]);
+        assert_eq!(outcome, serde_json::json!({ "volume": volume, "flattened": false }));
+    }
+    let jobs = daemon.json(&["job", "list"]);
+    let states: Vec<_> = jobs.as_array().unwrap().iter().map(|job| (job["kind"].clone(), job["state"].clone())).collect();
+    assert_eq!(states, [("volume flatten".into(), "done".into()), ("volume flatten".into(), "done".into())]);
+}
+
+#[test]
+fn sizes_change_online_and_shrinking_is_deliberate() {
+    let daemon = daemon_with("raw");
     daemon.json(&["export", "add", "v", "--nbd"]);
     let mut client = daemon.attach("v");
     daemon.json(&["volume", "resize", "v", "32M"]);
@@ -266,6 +317,29 @@ fn jobs_and_metrics_tell_what_was_done() {
         assert!(text.contains(line), "{line} is not in\n{text}");
     }
     assert_eq!(http_get(address, "/v1/volumes", "").0, 404, "the metrics listener serves metrics only");
+}
+
+#[test]
+fn a_job_that_cannot_be_cancelled_says_so() {
+    let daemon = &daemon_with_volume();
+    // The delete waits for whoever changes the catalogue: for this test.
+    let catalogue = std::fs::File::open(daemon.path("pool/pool.json")).unwrap();
+    rustix::fs::flock(&catalogue, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let find = || {
+        let jobs = daemon.json(&["job", "list"]);
+        jobs.as_array().unwrap().iter().find(|job| job["kind"] == "volume delete").cloned()
+    };
+    std::thread::scope(move |scope| {
+        let delete = scope.spawn(|| daemon.run(&["volume", "delete", "v", "--yes"]));
+        eventually("the delete runs", || find().is_some());
+        let id = find().unwrap()["id"].as_str().unwrap().to_owned();
+        let (kind, message) = daemon.refused(&["job", "cancel", &id]);
+        assert_eq!(kind, "invalid");
+        assert!(message.contains("volume delete of v") && message.contains(&format!("`novastor job wait {id}`")), "{message}");
+        drop(catalogue);
+        assert!(delete.join().unwrap().status.success());
+        assert_eq!(daemon.json(&["job", "wait", &id])["state"], "done");
+    });
 }
 
 #[test]

@@ -176,6 +176,7 @@ fn doctor_finds_nothing_wrong_beside_a_running_daemon() -> Result<()> {
         "io_uring",
         "open files",
         "memlock",
+        "memory reclaim",
         "configuration",
         "data_dir",
         "pool local",
@@ -192,6 +193,38 @@ fn doctor_finds_nothing_wrong_beside_a_running_daemon() -> Result<()> {
     let (status, with) = doctor(&[], Some(&daemon.config_file()))?;
     ensure!(status == Some(0) && with["admin socket"].1.contains("a daemon listens"), "{with:?}");
     ensure!(with["data_dir"].1.contains("a daemon runs there"), "{with:?}");
+    Ok(())
+}
+
+/// Whether each thread of a process may use memory that waits for disks to be written (PF_MEMALLOC_NOIO).
+fn flushers(id: u32) -> Result<Vec<bool>> {
+    let mut found = Vec::new();
+    for thread in std::fs::read_dir(format!("/proc/{id}/task"))? {
+        let stat = std::fs::read_to_string(thread?.path().join("stat"))?;
+        let (_, fields) = stat.rsplit_once(") ").context("a thread's state")?;
+        let flags: u64 = fields.split(' ').nth(6).context("its flags")?.parse()?;
+        found.push(flags & 0x0008_0000 != 0);
+    }
+    Ok(found)
+}
+
+#[test]
+fn no_thread_waits_for_its_own_disks_to_get_memory_where_that_is_permitted() -> Result<()> {
+    let mut daemon = Daemon::new("")?;
+    daemon.start()?;
+    let (_, findings) = doctor(&[], None)?;
+    let (state, said) = &findings["memory reclaim"];
+    let threads = flushers(daemon.id()?)?;
+    ensure!(threads.len() > 3 && threads.iter().all(|flusher| *flusher == (state == "ok")), "{state} {said}: {threads:?}");
+    daemon.stop()?;
+
+    daemon.set_launcher(["setpriv", "--bounding-set", "-sys_resource"]);
+    daemon.start()?;
+    ensure!(flushers(daemon.id()?)?.iter().all(|flusher| !flusher));
+    ensure!(!daemon.log().contains("IO_FLUSHER"), "{}", daemon.log());
+    let (status, findings) = doctor(&["setpriv", "--bounding-set", "-sys_resource"], None)?;
+    let (state, said) = &findings["memory reclaim"];
+    ensure!(status == Some(0) && state == "warn" && said.contains("CAP_SYS_RESOURCE"), "{status:?} {state} {said}");
     Ok(())
 }
 

@@ -17,6 +17,7 @@ fn wrong_usage_is_status_2_and_failure_is_status_1() {
         &["volume", "create", "v", "--size", "ten"],
         &["export", "add", "v"],
         &["volume", "adopt", "no-slash"],
+        &["volume", "adopt", "/srv/disk.raw"],
         &["volume", "delete", "v"],
     ] {
         assert_eq!(status_of(arguments).0, 2, "{arguments:?}");
@@ -65,7 +66,7 @@ fn bad_names_and_sizes_are_refused_and_leave_nothing() {
         let arguments = ["volume", "create", "v", "--size", size, "--block-size", block_size, "--pool", "local"];
         assert_eq!(daemon.refused(&arguments).0, "invalid", "{size}");
     }
-    let (kind, message) = daemon.refused(&["volume", "create", "v", "--size", "1M", "--layout", "mapped"]);
+    let (kind, message) = daemon.refused(&["volume", "create", "memory/v", "--size", "1M", "--layout", "mapped"]);
     assert_eq!(kind, "unsupported");
     assert!(message.contains("raw"), "{message}");
     let (_, message) = daemon.refused(&["volume", "create", "v", "--size", "1M", "--policy", "gold", "--pool", "local"]);

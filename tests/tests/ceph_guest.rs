@@ -35,6 +35,32 @@ fn an_image_is_served_over_both_protocols() -> Result<()> {
     daemon.stop()
 }
 
+#[test]
+fn an_image_resized_elsewhere_grows_in_the_guest_and_for_new_nbd_clients() -> Result<()> {
+    let ceph = Ceph::start(CephSpec::default())?;
+    ceph.create_image("vm1", 64)?;
+    let conf = ceph.conf();
+    let mut daemon = Daemon::new(&format!("[pool.ceph]\ndriver = \"rbd\"\npool = \"{POOL}\"\nconf = \"{}\"", conf.display()))?;
+    daemon.start()?;
+    let socket = daemon.export_vhost_user("ceph/vm1")?;
+    daemon.cli(["export", "add", "ceph/vm1", "--nbd"])?;
+    let script = "mark size $(blockdev --getsize64 /dev/vda)
+         while [ $(blockdev --getsize64 /dev/vda) = 67108864 ]; do sleep 0.01; done
+         mark size $(blockdev --getsize64 /dev/vda)
+         dd if=/dev/zero of=/dev/vda bs=1M seek=127 count=1 oflag=direct 2>/dev/null";
+    let mut guest = Guest::start(&GuestSpec::new(script).vhost_user_disk("disk0", &socket, 2))?;
+    ensure!(guest.wait_mark("size", LIMIT)? == (64u64 << 20).to_string());
+    ceph.rbd(&["resize", "--size", "128M", &format!("{POOL}/vm1")])?;
+    ensure!(guest.wait_mark("size", LIMIT)? == (128u64 << 20).to_string());
+    guest.finish(LIMIT)?;
+
+    ensure!(daemon.json(["volume", "show", "ceph/vm1"])?["size"] == 128 << 20);
+    let mut ask = Command::new(tools::require("nbdinfo")?);
+    let size = run(ask.args(["--size", &daemon.nbd_uri("vm1")]), LIMIT)?;
+    ensure!(size.trim() == (128u64 << 20).to_string(), "an NBD client sees {size}");
+    daemon.stop()
+}
+
 /// Hides librbd from the daemon alone, as if it had never been installed: a whiteout lies over it.
 const WITHOUT_LIBRBD: &str = "cover=$1 libraries=/usr/lib/x86_64-linux-gnu; shift
     mkdir $cover

@@ -1,13 +1,16 @@
 //! A disk image copied into a volume and back, by QEMU's tools over NBD and by novastor's own: equal, and as sparse as before.
 
 use anyhow::{Context, Result, ensure};
-use novastor_tests::rig::daemon::Daemon;
-use novastor_tests::rig::process::run;
+use novastor_tests::rig::daemon::{Daemon, binary};
+use novastor_tests::rig::deadline::Deadline;
+use novastor_tests::rig::process::{Running, run};
 use novastor_tests::rig::tools;
+use rustix::process::Signal;
+use serde_json::Value;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -70,5 +73,44 @@ fn a_real_image_comes_back_equal_and_sparse() -> Result<()> {
             ensure!(size <= data + SLACK, "{copy} takes {size} bytes for {data} bytes of data");
         }
     }
+    daemon.stop()
+}
+
+fn job(daemon: &Daemon) -> Result<Value> {
+    let jobs = daemon.json(["job", "list"])?;
+    Ok(jobs.as_array().and_then(|jobs| jobs.last()).context("a job")?.clone())
+}
+
+/// Waits until `there`, which the daemon brings about.
+fn wait_until(what: &str, mut there: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Deadline::after(LIMIT);
+    while !there()? {
+        ensure!(deadline.pause(), "{what}: it never happened");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_copy_given_up_has_ended_when_its_last_write_has() -> Result<()> {
+    let mut daemon = Daemon::new("")?;
+    // Far longer than the daemon waits for a client that says nothing.
+    daemon.set_env("NOVASTOR_DAEMON__FAULTS", "write delay_us=15000000");
+    daemon.start().context("a daemon with faults: build it with `cargo build -p novastor --features fault-injection`")?;
+    let image = daemon.disk().join("image.raw");
+    fs::write(&image, vec![1; 4 << 20])?;
+    daemon.create_volume("disk", "4M")?;
+    let mut command = Command::new(binary()?);
+    command.env("NOVASTOR_ADMIN", format!("unix:{}", daemon.folder().join("admin.sock").display()));
+    command.env("XDG_STATE_HOME", daemon.disk().join("state")).args(["image", "import"]).arg(&image).arg("disk");
+    let client = Running::spawn("novastor image import", command.stdin(Stdio::null()).stderr(Stdio::null()))?;
+    let writing = [("volume", "local/disk"), ("op", "write")];
+    wait_until("a write in flight", || {
+        Ok(daemon.metrics()?.sum("novastor_volume_in_flight", &writing).is_ok_and(|count| count > 0.0))
+    })?;
+    client.signal(Signal::STOP)?;
+    daemon.cli(["job", "cancel", job(&daemon)?["id"].as_str().context("its id")?])?;
+    wait_until("the end of the job", || Ok(job(&daemon)?["state"] != "running"))?;
+    ensure!(job(&daemon)?["state"] == "cancelled");
+    ensure!(daemon.json(["volume", "show", "disk"])?["open"] == false, "the job has ended, and something is still written");
     daemon.stop()
 }

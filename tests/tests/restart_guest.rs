@@ -86,6 +86,15 @@ fn a_vhost_user_guest_survives_kills() -> Result<()> {
 }
 
 #[test]
+fn a_guest_on_a_mapped_volume_survives_kills() -> Result<()> {
+    let mut daemon = Daemon::new("")?;
+    daemon.start()?;
+    daemon.create_mapped_volume("disk", "64M")?;
+    let socket = daemon.export_vhost_user("disk")?;
+    kill_again_and_again(daemon, &GuestSpec::new(script()).vhost_user_disk("disk0", &socket, 2))
+}
+
+#[test]
 fn a_guest_on_qemus_nbd_client_survives_kills() -> Result<()> {
     let mut daemon = Daemon::new("")?;
     daemon.start()?;

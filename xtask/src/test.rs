@@ -1,14 +1,14 @@
 //! `cargo xtask test`: from a plain clone to a verdict.
 //!
 //! ```text
-//!   rigs ─▶ format, tidy ─▶ clippy ─▶ build ─▶ tests ─▶ examples in docs ─▶ fuzz targets, briefly
+//!   rigs ─▶ format, tidy ─▶ clippy ─▶ build ─▶ tests ─▶ simulated crashes ─▶ examples in docs ─▶ fuzz targets, briefly
 //! ```
 //!
-//! Tests are told apart by the name of their file: `guest` in it boots guests, `ceph` starts a Ceph. Such tests
-//! run one at a time (`.config/nextest.toml`), and `--quick` leaves them out.
+//! Tests are told apart by the name of their file: `guest` in it boots guests, `ceph` starts a Ceph, `s3` an S3 server. Such
+//! tests run one at a time (`.config/nextest.toml`), and `--quick` leaves them out.
 
 use crate::rig::{self, Selection};
-use crate::{commands, fuzz, tidy};
+use crate::{commands, fuzz, simulate, tidy};
 use anyhow::{Context, Result, bail};
 use novastor_tests::rig::deadline::Deadline;
 use novastor_tests::rig::tools;
@@ -16,10 +16,11 @@ use serde_json::Value;
 use std::process::Command;
 use std::time::Duration;
 
-const SLOW: [&str; 2] = ["guest", "ceph"];
+const SLOW: [&str; 3] = ["guest", "ceph", "s3"];
 const FUZZ_SECONDS: u32 = 20;
+const SEEDS: u32 = 2000;
 /// Tests let the backend fail; builds that are shipped cannot.
-const FEATURES: [&str; 2] = ["--features", "novastor/fault-injection"];
+const FEATURES: [&str; 2] = ["--features", "novastor/fault-injection,volume/simulation"];
 
 pub fn run(quick: bool) -> Result<()> {
     let clock = Deadline::after(Duration::MAX);
@@ -40,13 +41,15 @@ pub fn run(quick: bool) -> Result<()> {
     cargo(&[&["build", "--workspace", "--bins"], &FEATURES[..]].concat())?;
     stage("tests");
     run_tests(quick)?;
+    stage("simulated crashes");
+    simulate::run_briefly(SEEDS)?;
     if !quick {
         stage("examples in the documentation");
         cargo(&[&["test", "--workspace", "--doc"], &FEATURES[..]].concat())?;
         stage("fuzz targets");
         fuzz::run(FUZZ_SECONDS)?;
     }
-    let left_out = if quick { "; guests, Ceph, examples in docs and fuzz targets were left out" } else { "" };
+    let left_out = if quick { "; guests, Ceph, S3, examples in docs and fuzz targets were left out" } else { "" };
     println!("\nall tests passed in {:.1} min{left_out}", clock.elapsed().as_secs_f64() / 60.0);
     Ok(())
 }

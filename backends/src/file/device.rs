@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use blockdev::clock;
+use blockdev::offload::Offload;
 use blockdev::{BlockDevice, Capabilities, DeviceError, Geometry, IoQueue, Reactor};
+use parking_lot::Mutex;
 
 use super::queue::FileQueue;
 use super::sys::{self, DirectAlignment};
@@ -33,6 +35,7 @@ pub struct FileDevice {
     pub(super) shared: Arc<SharedFile>,
     geometry: Geometry,
     read_only: bool,
+    direct: bool,
     fast_zero: bool,
 }
 
@@ -43,9 +46,22 @@ pub(super) struct SharedFile {
     /// The file was found shorter than the volume: nothing it says can be trusted.
     pub truncated: AtomicBool,
     pub is_block_device: bool,
+    /// Its file system keeps content in memory alone: a transfer is a copy.
+    pub in_memory: bool,
+    /// A thread for calls that may block; started by the first.
+    helper: Mutex<Option<Offload>>,
 }
 
 impl SharedFile {
+    /// Runs `job` on a thread of this file alone, after those before it: a file system that hangs delays no other volume.
+    pub(super) fn run_aside(&self, job: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        match &mut *self.helper.lock() {
+            Some(helper) => helper.run(job),
+            none => none.insert(Offload::start("extents", 1)?).run(job),
+        }
+        Ok(())
+    }
+
     /// True if somebody truncated it: a write since then may have made it longer again, with zeroes in place of what was lost.
     pub(super) fn is_short(&self) -> bool {
         !self.is_block_device && sys::known_length(&self.file).is_ok_and(|length| length < self.size.load(Ordering::Acquire))
@@ -79,9 +95,12 @@ impl FileDevice {
             discard_granularity: (metadata.blksize() as u32).next_power_of_two().clamp(512, 1 << 20),
         };
         let (size, truncated) = (AtomicU64::new(size), AtomicBool::new(false));
-        let shared = SharedFile { file, path: path.to_owned(), size, truncated, is_block_device };
-        let fast_zero = !is_block_device && sys::zeroes_fast(&shared.file);
-        Ok(FileDevice { shared: Arc::new(shared), geometry, read_only: options.read_only, fast_zero })
+        let file_system = if is_block_device { 0 } else { sys::file_system(&file) };
+        let in_memory = file_system == libc::TMPFS_MAGIC;
+        let fast_zero = [libc::EXT4_SUPER_MAGIC, libc::XFS_SUPER_MAGIC].contains(&file_system);
+        let (path, helper) = (path.to_owned(), Mutex::new(None));
+        let shared = SharedFile { file, path, size, truncated, is_block_device, in_memory, helper };
+        Ok(FileDevice { shared: Arc::new(shared), geometry, read_only: options.read_only, direct, fast_zero })
     }
 
     fn check_file(&self) -> Option<String> {
@@ -108,7 +127,7 @@ impl FileDevice {
 }
 
 /// Makes sure that nobody has the volume's file open, until the result is dropped. Waits as [`FileDevice::open`] does.
-pub(super) fn hold_unused(path: &Path) -> Result<File, DeviceError> {
+pub fn hold_unused(path: &Path) -> Result<File, DeviceError> {
     open_locked(path, FileOptions { read_only: false, direct: false }, false).map(|(file, ..)| file)
 }
 
@@ -214,8 +233,11 @@ impl BlockDevice for FileDevice {
             discard: true,
             write_zeroes: true,
             fast_zero: self.fast_zero,
-            fua: true,
+            // Through the page cache a full disk would show in a durable write as the loss of others: they are told apart by a
+            // flush of its own.
+            fua: self.direct,
             block_status: !self.shared.is_block_device,
+            caches_reads: !self.direct && !self.shared.in_memory,
             flush_failure_loses_writes: true,
         }
     }
@@ -252,5 +274,38 @@ impl BlockDevice for FileDevice {
 
     fn health(&self) -> Option<String> {
         self.check_file()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use blockdev::client::Client;
+    use blockdev::reactor::{DataPlane, DataPlaneOptions};
+    use blockdev::{Volume, VolumeOptions};
+
+    use super::*;
+
+    #[test]
+    fn a_file_system_that_hangs_delays_no_block_status_of_other_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = |name: &str| {
+            let path = folder.path().join(name);
+            File::create(&path).unwrap().set_len(1 << 20).unwrap();
+            FileDevice::open(&path, FileOptions { read_only: false, direct: false }).unwrap()
+        };
+        let (hanging, healthy) = (open("hanging"), open("healthy"));
+        let (release, held) = mpsc::channel::<()>();
+        let held = Arc::new(Mutex::new(held));
+        for _ in 0..3 {
+            let held = held.clone();
+            hanging.shared.run_aside(move || assert!(held.lock().recv().is_err())).unwrap();
+        }
+        let plane = DataPlane::start(DataPlaneOptions { threads: 1, ..Default::default() }).unwrap();
+        let options = VolumeOptions { name: "healthy".into(), read_only: false, block_size: 512 };
+        let client = Client::open(&Volume::new(Arc::new(healthy), options), &plane.handles()[0]).unwrap();
+        assert_eq!(client.extents(0, 1 << 20).unwrap().iter().map(|extent| extent.len).sum::<u64>(), 1 << 20);
+        drop(release);
     }
 }

@@ -14,5 +14,5 @@ mod pool;
 mod queue;
 mod sys;
 
-pub use device::{FileDevice, FileOptions};
+pub use device::{FileDevice, FileOptions, hold_unused};
 pub use pool::{FilePool, FilePoolConfig};

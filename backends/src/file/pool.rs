@@ -12,7 +12,9 @@ use uuid::Uuid;
 use super::device::{FileDevice, FileOptions, hold_unused};
 use super::sys;
 use crate::catalogue::{Catalogue, io_error, sync_folder_of};
-use crate::pool::{Pool, PoolError, PoolHealth, Result, SnapshotRecord, Usage, VolumeRecord, VolumeSpec, check_name};
+use crate::pool::{
+    Flattened, Layout, Pool, PoolError, PoolHealth, Result, SnapshotRecord, Usage, VolumeRecord, VolumeSpec, check_name,
+};
 
 /// Where a pool is.
 #[derive(Clone, Debug)]
@@ -23,13 +25,18 @@ pub struct FilePoolConfig {
 /// The pool.
 pub struct FilePool {
     name: String,
-    catalogue: Catalogue,
+    catalogue: Arc<Catalogue>,
 }
 
 impl FilePool {
     /// Opens the pool in `config.path`, making the directory if it is not there. Blocks.
     pub fn open(name: &str, config: FilePoolConfig) -> Result<FilePool> {
-        Ok(FilePool { name: name.to_owned(), catalogue: Catalogue::open(name, &config.path)? })
+        Ok(FilePool { name: name.to_owned(), catalogue: Arc::new(Catalogue::open(name, &config.path)?) })
+    }
+
+    /// Where its volumes are noted.
+    pub fn catalogue(&self) -> &Arc<Catalogue> {
+        &self.catalogue
     }
 
     /// What tells this pool from every other, wherever it is mounted.
@@ -141,6 +148,12 @@ impl Pool for FilePool {
     fn adopt(&self, object: &str, volume: &str) -> Result<VolumeRecord> {
         let _lock = self.catalogue.lock()?;
         self.catalogue.refuse_existing(volume)?;
+        if !Path::new(object).is_absolute() {
+            let pool = &self.name;
+            return Err(PoolError::Invalid(format!(
+                "volume {volume}: adopting {object} refused: write its path from / on: {pool}//path/to/{object}"
+            )));
+        }
         let path = fs::canonicalize(object).map_err(io_error(format!("volume {volume}: adopting {object}")))?;
         let root = fs::canonicalize(self.catalogue.root());
         if root.is_ok_and(|root| path.starts_with(root)) {
@@ -153,14 +166,24 @@ impl Pool for FilePool {
             return Err(PoolError::Invalid(format!("volume {volume}: {} refused: its path is not UTF-8", path.display())));
         };
         let size = self.open_path(&path, true)?.geometry().size;
-        let spec = VolumeSpec { size, block_size: 512, policy: None, tenant: None };
+        let spec = VolumeSpec { size, block_size: 512, layout: Layout::Raw, policy: None, tenant: None, wrapped_key: None };
         let record = VolumeRecord { object: Some(object.to_owned()), ..VolumeRecord::new(volume, &spec) };
         self.catalogue.add(&record, |_| Ok(()))?;
         Ok(record)
     }
 
     fn open(&self, volume: &str, read_only: bool) -> Result<Arc<dyn BlockDevice>> {
-        self.open_path(&self.data_path(&self.get(volume)?), read_only)
+        let record = self.get(volume)?;
+        let path = self.data_path(&record);
+        let device = self.open_path(&path, read_only)?;
+        let (size, wanted, shown) = (device.geometry().size, record.size, path.display());
+        if size < wanted {
+            return Err(PoolError::Invalid(format!(
+                "volume {volume}: {shown} was truncated: it has {size} bytes, the volume {wanted}; restore it, or go on with zeroes for \
+                 what is lost: truncate -s {wanted} {shown}"
+            )));
+        }
+        Ok(device)
     }
 
     fn open_snapshot(&self, volume: &str, snapshot: &str) -> Result<Arc<dyn BlockDevice>> {
@@ -172,6 +195,12 @@ impl Pool for FilePool {
         let _lock = self.catalogue.lock()?;
         let record = self.get(volume)?;
         self.catalogue.update(&VolumeRecord { size, ..record })
+    }
+
+    fn set_wrapped_key(&self, volume: &str, wrapped_key: &str) -> Result<()> {
+        let _lock = self.catalogue.lock()?;
+        let record = self.get(volume)?;
+        self.catalogue.update(&VolumeRecord { wrapped_key: Some(wrapped_key.to_owned()), ..record })
     }
 
     fn rename(&self, volume: &str, to: &str) -> Result<()> {
@@ -214,6 +243,11 @@ impl Pool for FilePool {
         Ok(record)
     }
 
+    /// A clone shares blocks of the file system with its origin, and depends on it for nothing.
+    fn flatten(&self, volume: &str, _progress: &(dyn Fn(u64, u64) + Sync)) -> Result<Flattened> {
+        self.get(volume).map(|_| Flattened::NoParent)
+    }
+
     fn snapshot(&self, volumes: &[&str], snapshot: &str) -> Result<()> {
         check_name("snapshot", snapshot)?;
         let _lock = self.catalogue.lock()?;
@@ -248,6 +282,9 @@ impl Pool for FilePool {
         let _unused = hold_unused(&data)?;
         let _ = fs::remove_file(&fresh);
         self.reflink(&what, &self.snapshot_path(volume, snapshot), &fresh)?;
+        // A file shorter than its record counts as truncated.
+        let record = VolumeRecord { size: size.min(record.size), ..record };
+        self.catalogue.update(&record)?;
         fs::rename(&fresh, &data).and_then(|()| sync_folder_of(&data)).map_err(io_error(what))?;
         self.catalogue.update(&VolumeRecord { size, ..record })
     }
@@ -255,7 +292,7 @@ impl Pool for FilePool {
     fn usage(&self, volume: &str) -> Result<Usage> {
         let record = self.get(volume)?;
         let snapshots = record.snapshots.keys().map(|name| allocated(&self.snapshot_path(volume, name))).sum();
-        Ok(Usage { logical: record.size, allocated: allocated(&self.data_path(&record)), snapshots })
+        Ok(Usage { logical: record.size, allocated: allocated(&self.data_path(&record)), snapshots, reduced: None })
     }
 
     fn health(&self) -> PoolHealth {
@@ -279,6 +316,7 @@ impl Pool for FilePool {
         let mut found = Vec::new();
         for name in self.catalogue.names()? {
             let record = match self.get(&name) {
+                Ok(record) if record.layout != Layout::Raw => continue,
                 Ok(record) => record,
                 Err(PoolError::NotFound(_)) => continue,
                 Err(error) => {

@@ -1,13 +1,17 @@
 //! One thread's I/O on one file: ring operations straight from request memory.
+//!
+//! A file system in memory has no transfer that does not wait (`RWF_NOWAIT` is refused), so the ring would hand each to a kernel
+//! worker, at several times the cost of the copy itself. There, small transfers are made on the spot.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
+use std::io;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use blockdev::{Completer, Errno, Extent, Handler, HandlerId, IoQueue, Op, Payload, Reactor, Request, offload};
+use blockdev::{Completer, Errno, Extent, Handler, HandlerId, IoQueue, Op, Payload, Reactor, Request};
 use io_uring::{opcode, squeue, types};
 use parking_lot::Mutex;
 use slab::Slab;
@@ -20,6 +24,11 @@ use super::sys;
 const SLOTS: usize = 256;
 const EXTENTS_MAX: usize = 4096;
 const RW_MAX: u64 = 1 << 30;
+/// Bytes; copying more would keep the thread from its other work.
+const ON_THE_SPOT_MAX: u64 = 256 << 10;
+/// Bytes handed to the kernel together. It merges neighbours among them, and one huge request keeps a device less busy than
+/// several large ones.
+const TOGETHER_MAX: u64 = 256 << 10;
 /// What a look for extents gives instead of zero when the file ends before them.
 const SHORT: i32 = 1;
 
@@ -34,6 +43,7 @@ struct Inner {
     /// Never grows past `SLOTS`, so what it holds does not move while the kernel looks at it.
     running: RefCell<Slab<Running>>,
     waiting: RefCell<VecDeque<Request>>,
+    queued_bytes: Cell<u64>,
     found: Arc<Mutex<HashMap<u32, Vec<Extent>>>>,
 }
 
@@ -51,20 +61,16 @@ struct Running {
 
 impl FileQueue {
     pub(super) fn new(file: Arc<SharedFile>, reactor: &Rc<Reactor>) -> FileQueue {
-        let mut made = None;
-        reactor.register_cyclic(|id| {
-            let inner = Rc::new(Inner {
-                file,
-                reactor: reactor.clone(),
-                id,
-                running: RefCell::new(Slab::with_capacity(SLOTS)),
-                waiting: RefCell::new(VecDeque::new()),
-                found: Arc::default(),
-            });
-            made = Some(inner.clone());
-            inner
+        let inner = reactor.install(|id| Inner {
+            file,
+            reactor: reactor.clone(),
+            id,
+            running: RefCell::new(Slab::with_capacity(SLOTS)),
+            waiting: RefCell::new(VecDeque::new()),
+            queued_bytes: Cell::new(0),
+            found: Arc::default(),
         });
-        FileQueue { inner: made.expect("register_cyclic calls its argument") }
+        FileQueue { inner }
     }
 }
 
@@ -85,6 +91,9 @@ impl Inner {
         if self.file.truncated.load(Ordering::Relaxed) {
             return request.complete(Err(Errno::EIO));
         }
+        if self.is_quick_copy(&request) && self.reactor.may_copy(request.len) {
+            return self.transfer_on_the_spot(request);
+        }
         if self.running.borrow().len() == SLOTS {
             return self.waiting.borrow_mut().push_back(request);
         }
@@ -99,20 +108,53 @@ impl Inner {
         if op == Op::BlockStatus { self.look_for_extents(token, offset, len) } else { self.issue(token) }
     }
 
+    fn is_quick_copy(&self, request: &Request) -> bool {
+        let transfers = matches!(request.op, Op::Read | Op::Write { fua: false });
+        self.file.in_memory && transfers && request.len <= ON_THE_SPOT_MAX
+    }
+
+    fn transfer_on_the_spot(&self, request: Request) {
+        let Some(memory) = request.payload.memory() else { return request.complete(Err(Errno::EINVAL)) };
+        let write = request.op != Op::Read;
+        let mut done = 0;
+        while done < request.len {
+            let rest = if done == 0 { None } else { Some(memory.slice(done as usize, (request.len - done) as usize)) };
+            let parts = rest.as_deref().unwrap_or(memory.segments());
+            // SAFETY: the parts are of the request's memory, which stays mapped, readable and writable while the request lives.
+            match unsafe { sys::transfer(&self.file.file, write, parts, request.offset + done) } {
+                Ok(0) => {
+                    self.note_short(request.end());
+                    return request.complete(Err(Errno::EIO));
+                }
+                Ok(moved) => done += moved as u64,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return request.complete(Err(Errno::from_io(&error))),
+            }
+        }
+        request.complete(Ok(()));
+    }
+
     /// Hands what is left of the operation to the kernel.
     fn issue(&self, token: u32) {
         let mut running = self.running.borrow_mut();
         let slot = &mut running[token as usize];
         let entry = entry(types::Fd(self.file.file.as_raw_fd()), slot);
+        if self.reactor.queued() == 0 {
+            self.queued_bytes.set(0);
+        }
+        self.queued_bytes.set(self.queued_bytes.get() + slot.len);
         // SAFETY: the entry points to the slot's memory and iovecs. The slab never grows past its capacity, so they stay in place,
         // and the slot is kept until the operation's completion arrives; the descriptor lives as long as `self.file`.
         unsafe { self.reactor.submit(self.id, token, entry) };
+        if self.queued_bytes.get() >= TOGETHER_MAX {
+            self.reactor.hand_over();
+        }
     }
 
     fn look_for_extents(&self, token: u32, offset: u64, len: u64) {
         let (file, found) = (self.file.clone(), self.found.clone());
         let (reactor, id) = (self.reactor.handle(), self.id);
-        offload::run(move || {
+        let started = self.file.run_aside(move || {
             let looked =
                 sys::extents(&file.file, offset, len, EXTENTS_MAX).and_then(|extents| Ok((extents, sys::size_of(&file.file)?)));
             let result = match looked {
@@ -125,6 +167,9 @@ impl Inner {
             };
             reactor.post(id, token, result);
         });
+        if let Err(error) = started {
+            self.finish(token, Err(Errno::from_io(&error)));
+        }
     }
 
     fn finish(&self, token: u32, result: Result<(), Errno>) {
@@ -140,19 +185,20 @@ impl Inner {
         }
     }
 
-    /// The file ended before the volume did, unless the volume was shrunk meanwhile.
     fn found_short(&self, token: u32) {
         let end = self.running.borrow().get(token as usize).map_or(0, |slot| slot.offset + slot.len);
-        if end > self.file.size.load(Ordering::Acquire) {
-            return self.finish(token, Err(Errno::EIO));
-        }
-        if !self.file.truncated.swap(true, Ordering::Relaxed) {
+        self.note_short(end);
+        self.finish(token, Err(Errno::EIO));
+    }
+
+    /// The file ended before `end`, where the volume reaches, unless it was shrunk meanwhile.
+    fn note_short(&self, end: u64) {
+        if end <= self.file.size.load(Ordering::Acquire) && !self.file.truncated.swap(true, Ordering::Relaxed) {
             tracing::error!(
                 "{} is shorter than its volume: somebody truncated it; all its I/O fails now",
                 self.file.path.display()
             );
         }
-        self.finish(token, Err(Errno::EIO));
     }
 }
 

@@ -82,14 +82,30 @@ pub(super) fn try_lock(file: &File, exclusive: bool) -> io::Result<bool> {
     }
 }
 
-/// True on file systems whose files can be zeroed without writing.
-pub(super) fn zeroes_fast(file: &File) -> bool {
+/// The magic number of the file system `file` is on; 0 if it is not known.
+pub(super) fn file_system(file: &File) -> libc::__fsword_t {
     let mut status = MaybeUninit::<libc::statfs>::zeroed();
     // SAFETY: the result area is a whole statfs, and `file` keeps the descriptor open.
     let result = unsafe { libc::fstatfs(file.as_raw_fd(), status.as_mut_ptr()) };
     // SAFETY: it was zeroed, which is a valid statfs, before the kernel may have filled it.
     let status = unsafe { status.assume_init() };
-    result == 0 && matches!(status.f_type, libc::EXT4_SUPER_MAGIC | libc::XFS_SUPER_MAGIC)
+    if result == 0 { status.f_type } else { 0 }
+}
+
+/// Reads into `parts`, or writes from them, at `offset` on this thread; the number of bytes moved.
+///
+/// # Safety
+/// All parts must be mapped for the whole call, and writable for a read.
+pub(super) unsafe fn transfer(file: &File, write: bool, parts: &[libc::iovec], offset: u64) -> io::Result<usize> {
+    let (fd, count, offset) = (file.as_raw_fd(), parts.len() as libc::c_int, offset as libc::off_t);
+    // SAFETY: the caller's promise; `parts` and the descriptor live through the call.
+    let moved = unsafe {
+        match write {
+            true => libc::pwritev(fd, parts.as_ptr(), count, offset),
+            false => libc::preadv(fd, parts.as_ptr(), count, offset),
+        }
+    };
+    usize::try_from(moved).map_err(|_| io::Error::last_os_error())
 }
 
 /// Makes `target` share all data of `source` (reflink).

@@ -8,9 +8,9 @@
 
 use std::io;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, OnceLock};
 
 use blockdev::{BlockDevice, Capabilities, DeviceError, Errno, Geometry, IoQueue, Op, Reactor, clock};
 
@@ -34,6 +34,8 @@ pub(super) struct Core {
     image: Option<Image>,
     ticket: Option<Ticket>,
     size: AtomicU64,
+    /// Called when the size was changed elsewhere.
+    hears_of_size: OnceLock<Box<dyn Fn() + Send + Sync>>,
     object_size: u64,
     pub(super) capabilities: Capabilities,
     pub(super) health: Health,
@@ -107,6 +109,7 @@ impl Core {
             fast_zero: false,
             fua: false,
             block_status,
+            caches_reads: true,
             flush_failure_loses_writes: false,
         };
         Ok(Arc::new_cyclic(|core| {
@@ -115,6 +118,7 @@ impl Core {
                 image: Some(image),
                 ticket: Some(ticket),
                 size: AtomicU64::new(size),
+                hears_of_size: OnceLock::new(),
                 object_size,
                 capabilities,
                 health: Health::new(),
@@ -140,6 +144,17 @@ impl Core {
         let size = self.image().size()?;
         self.size.store(size, Ordering::Release);
         Ok(size)
+    }
+
+    /// The image has changed in some way: if it is its size, whoever wants to hear of that does.
+    pub(super) fn changed(&self) -> io::Result<()> {
+        let before = self.size();
+        if self.refresh_size()? != before
+            && let Some(hear) = self.hears_of_size.get()
+        {
+            hear();
+        }
+        Ok(())
     }
 
     /// True if the image's map tells allocated objects from others, right now. Before Ceph 17 it does so only for images
@@ -206,6 +221,10 @@ impl BlockDevice for RbdDevice {
     fn refresh_size(&self) -> Result<u64, DeviceError> {
         let what = || format!("image {}: asking for its size", self.core.image().spec());
         self.core.refresh_size().map_err(|source| DeviceError::Io { what: what(), source })
+    }
+
+    fn on_size_changed_elsewhere(&self, hear: Box<dyn Fn() + Send + Sync>) {
+        let _ = self.core.hears_of_size.set(hear);
     }
 
     fn health(&self) -> Option<String> {

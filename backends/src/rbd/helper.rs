@@ -35,7 +35,7 @@ fn work(job: Job) {
     match job {
         Job::Refresh(core) => {
             let Some(core) = core.upgrade() else { return };
-            if let Err(error) = core.refresh_size() {
+            if let Err(error) = core.changed() {
                 core.health.failed(format!("image {}: asking for its size: {error}", core.image().spec()));
             }
         }

@@ -141,6 +141,40 @@ impl Image {
         result_of(unsafe { (self.library().rbd_resize)(self.raw, size) })
     }
 
+    /// True if it is a clone that still needs its parent.
+    pub(super) fn has_parent(&self) -> io::Result<bool> {
+        let (mut parent, mut snapshot) = (mem::MaybeUninit::zeroed(), mem::MaybeUninit::zeroed());
+        // SAFETY: the structures are those the call fills, with strings of its own where it succeeds.
+        match result_of(unsafe { (self.library().rbd_get_parent)(self.raw, parent.as_mut_ptr(), snapshot.as_mut_ptr()) }) {
+            Ok(()) => {}
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(false),
+            Err(error) => return Err(error),
+        }
+        // SAFETY: the call has filled both, and nobody uses their strings.
+        unsafe {
+            (self.library().rbd_linked_image_spec_cleanup)(parent.as_mut_ptr());
+            (self.library().rbd_snap_spec_cleanup)(snapshot.as_mut_ptr());
+        }
+        Ok(true)
+    }
+
+    /// Copies what comes from its parent, and parts from it. `progress`: objects done, objects in all; called on threads of librbd.
+    pub(super) fn flatten(&self, progress: impl Fn(u64, u64) + Sync) -> io::Result<()> {
+        unsafe extern "C" fn step<P: Fn(u64, u64) + Sync>(done: u64, total: u64, argument: *mut c_void) -> c_int {
+            // SAFETY: `argument` is the closure below, which is shared during the call and may be used by several threads.
+            let progress = unsafe { &*argument.cast::<P>() };
+            progress(done, total);
+            0
+        }
+        fn callback_of<P: Fn(u64, u64) + Sync>(_: &P) -> super::library::ProgressCallback {
+            step::<P>
+        }
+        let callback = callback_of(&progress);
+        let argument = ptr::from_ref(&progress).cast_mut().cast();
+        // SAFETY: the closure lives through the call, after which librbd knows it no more.
+        result_of(unsafe { (self.library().rbd_flatten_with_progress)(self.raw, callback, argument) })
+    }
+
     /// The value stored with the image under `key`.
     pub(super) fn metadata(&self, key: &str) -> io::Result<Option<String>> {
         let key = c_string(key)?;

@@ -24,6 +24,8 @@ pub(super) type CompletionCallback = unsafe extern "C" fn(RawCompletion, *mut c_
 pub(super) type UpdateCallback = unsafe extern "C" fn(*mut c_void);
 /// The callback of `rbd_diff_iterate2`: offset, length, whether it exists.
 pub(super) type DiffCallback = unsafe extern "C" fn(u64, usize, c_int, *mut c_void) -> c_int;
+/// `librbd_progress_fn_t`: objects done, objects in all. Librbd ignores the answer.
+pub(super) type ProgressCallback = unsafe extern "C" fn(u64, u64, *mut c_void) -> c_int;
 
 pub(super) const LOCK_MODE_EXCLUSIVE: c_int = 0;
 pub(super) const WRITE_ZEROES_FLAG_THICK_PROVISION: c_int = 1;
@@ -76,6 +78,25 @@ pub(super) struct Watcher {
 #[repr(C)]
 pub(super) struct ImageSpec {
     pub id: *mut c_char,
+    pub name: *mut c_char,
+}
+
+/// `rbd_linked_image_spec_t`.
+#[repr(C)]
+pub(super) struct LinkedImage {
+    pub pool_id: i64,
+    pub pool_name: *mut c_char,
+    pub pool_namespace: *mut c_char,
+    pub image_id: *mut c_char,
+    pub image_name: *mut c_char,
+    pub trash: bool,
+}
+
+/// `rbd_snap_spec_t`.
+#[repr(C)]
+pub(super) struct SnapshotSpec {
+    pub id: u64,
+    pub namespace: c_int,
     pub name: *mut c_char,
 }
 
@@ -146,6 +167,10 @@ functions! {
         rbd_get_flags in rbd: (RawImage, *mut u64) -> c_int;
         rbd_get_overlap in rbd: (RawImage, *mut u64) -> c_int;
         rbd_get_stripe_count in rbd: (RawImage, *mut u64) -> c_int;
+        rbd_get_parent in rbd: (RawImage, *mut LinkedImage, *mut SnapshotSpec) -> c_int;
+        rbd_linked_image_spec_cleanup in rbd: (*mut LinkedImage);
+        rbd_snap_spec_cleanup in rbd: (*mut SnapshotSpec);
+        rbd_flatten_with_progress in rbd: (RawImage, ProgressCallback, *mut c_void) -> c_int;
         rbd_resize in rbd: (RawImage, u64) -> c_int;
         rbd_metadata_get in rbd: (RawImage, *const c_char, *mut c_char, *mut usize) -> c_int;
         rbd_metadata_set in rbd: (RawImage, *const c_char, *const c_char) -> c_int;

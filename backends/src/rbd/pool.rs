@@ -17,7 +17,7 @@ use super::library::{FEATURE_EXCLUSIVE_LOCK, FLAG_FAST_DIFF_INVALID};
 use super::lock;
 use super::openings::Openings;
 use super::record::{self, Record};
-use crate::pool::{Pool, PoolError, PoolHealth, Result, Usage, VolumeRecord, VolumeSpec, check_name};
+use crate::pool::{Flattened, Pool, PoolError, PoolHealth, Result, Usage, VolumeRecord, VolumeSpec, check_name};
 
 /// How a pool is reached.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -223,7 +223,7 @@ impl RbdPool {
             before = Some(snapshot.name);
         }
         found.image.allocated(before.as_deref(), false, 0, logical, |_, len| total += len)?;
-        Ok(Usage { logical, allocated, snapshots: total.saturating_sub(allocated) })
+        Ok(Usage { logical, allocated, snapshots: total.saturating_sub(allocated), reduced: None })
     }
 }
 
@@ -275,6 +275,12 @@ impl Pool for RbdPool {
     }
 
     fn create(&self, volume: &str, spec: &VolumeSpec) -> Result<VolumeRecord> {
+        if spec.wrapped_key.is_some() {
+            let label = self.label(volume);
+            return Err(PoolError::Unsupported(format!(
+                "{label}: encryption is not possible with the rbd driver; use a file pool"
+            )));
+        }
         if spec.size == 0 || !spec.size.is_multiple_of(u64::from(spec.block_size)) {
             let label = self.label(volume);
             return Err(PoolError::Invalid(format!(
@@ -415,6 +421,29 @@ impl Pool for RbdPool {
             }
         }
         self.finish_new(&context, to, &record)
+    }
+
+    fn flatten(&self, volume: &str, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<Flattened> {
+        let Found { image_name, image, .. } = self.find(volume)?;
+        let broken = |source| self.failed(volume, "flattening it", source);
+        let has_parent = image.has_parent().map_err(broken)?;
+        if !has_parent && Record::read(&image).map_err(broken)?.origin.is_none() {
+            return Ok(Flattened::NoParent);
+        }
+        let object_size = image.object_size().map_err(broken)?;
+        drop(image);
+        let flatten = |image: &Image| -> io::Result<()> {
+            if has_parent {
+                image.flatten(|done, total| progress(done * object_size, total * object_size))?;
+            }
+            let record = Record::read(image)?;
+            match record.origin {
+                Some(_) => Record { origin: None, ..record }.write(image),
+                None => Ok(()),
+            }
+        };
+        self.change(&image_name, flatten).map_err(broken)?;
+        Ok(if has_parent { Flattened::Copied } else { Flattened::NoParent })
     }
 
     /// Each image's snapshot is taken in turn: the caller holds back writes meanwhile.

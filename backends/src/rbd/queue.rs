@@ -93,23 +93,18 @@ unsafe extern "C" fn operation_done(completion: RawCompletion, argument: *mut c_
 
 impl RbdQueue {
     pub(super) fn new(core: &Arc<Core>, helper: Sender<Job>, reactor: &Rc<Reactor>) -> RbdQueue {
-        let mut made = None;
-        reactor.register_cyclic(|id| {
-            let inner = Rc::new(Inner {
-                core: core.clone(),
-                helper,
-                reactor: reactor.clone(),
-                id,
-                progress: core.health.queue(),
-                slots: RefCell::new(Vec::with_capacity(SLOTS)),
-                free: RefCell::new(Vec::with_capacity(SLOTS)),
-                in_flight: Cell::new(0),
-                closing: Cell::new(false),
-            });
-            made = Some(inner.clone());
-            inner
+        let inner = reactor.install(|id| Inner {
+            core: core.clone(),
+            helper,
+            reactor: reactor.clone(),
+            id,
+            progress: core.health.queue(),
+            slots: RefCell::new(Vec::with_capacity(SLOTS)),
+            free: RefCell::new(Vec::with_capacity(SLOTS)),
+            in_flight: Cell::new(0),
+            closing: Cell::new(false),
         });
-        RbdQueue { inner: made.expect("register_cyclic calls its argument") }
+        RbdQueue { inner }
     }
 }
 

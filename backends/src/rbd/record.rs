@@ -90,6 +90,8 @@ impl Record {
             tenant: self.tenant.clone(),
             object: (!self.created).then(|| image_name.to_owned()),
             origin: self.origin.clone(),
+            wrapped_key: None,
+            encrypted: false,
             snapshots: snapshots.collect::<BTreeMap<_, _>>(),
         })
     }

@@ -13,7 +13,7 @@ use super::process::Running;
 use super::{NULL_BYTES, Options, Workspace};
 use crate::clock;
 use crate::requests::{Access, Workload};
-use crate::vhost::{Device, VhostLoad, Waiting};
+use crate::vhost::{Device, Pages, VhostLoad, Waiting};
 
 pub const NAME: &str = "idle";
 pub const WHAT: &str = "100 volumes, each with a connected, idle vhost-user front end";
@@ -74,7 +74,8 @@ fn observe(name: &str, server: &Running, sockets: &[PathBuf], options: &Options)
     let workload = Workload { block_size: 4096, depth: 1, access: Access::Random, write_percent: 0 };
     let connect = |socket: &PathBuf| -> Result<Device> {
         let waiting = Waiting::SpinThenSleep { spin_us: 0 };
-        let load = VhostLoad { socket: socket.clone(), queues: 1, thread_per_queue: false, waiting, workload, span: None };
+        let socket = socket.clone();
+        let load = VhostLoad { socket, queues: 1, thread_per_queue: false, waiting, workload, span: None, pages: Pages::Small };
         let mut device = Device::open(&load, None)?;
         device.touch(&workload)?;
         Ok(device)

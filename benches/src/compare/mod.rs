@@ -4,7 +4,7 @@
 //!   row ─► start every server of it ─► round 1: A B C   round 2: B C A  …  ─► medians ─► ratios and verdicts
 //! ```
 //!
-//! A target compares novastor with the best peer of that metric, unless it names one. Servers not under load sleep. Every
+//! A target compares novastor with the best peer of that metric. Servers not under load sleep. Every
 //! server has its own file, preallocated, filled and dropped from the page cache before the first round. A measurement that
 //! other programs disturbed is repeated.
 
@@ -27,7 +27,7 @@ use crate::awake::Awake;
 use crate::clock;
 use crate::load::{Report, Timing};
 use crate::nbd::{Address, NbdLoad};
-use crate::vhost::{VhostLoad, Waiting};
+use crate::vhost::{Pages, VhostLoad, Waiting};
 
 use process::Running;
 use rows::{Backing, Protocol, Row, Target};
@@ -69,6 +69,9 @@ pub struct Options {
     /// Microseconds the vhost-user client looks for completions before it sleeps.
     #[arg(long, default_value = "20")]
     spin_us: u32,
+    /// What the buffers of vhost-user front ends lie in.
+    #[arg(long, value_enum, default_value = "small")]
+    pages: Pages,
     /// Ask NBD servers for structured replies, which let them answer with holes instead of data.
     #[arg(long)]
     structured: bool,
@@ -181,12 +184,14 @@ impl Workspace {
         folders.iter().fold(command.to_owned(), |text, (folder, name)| text.replace(&*folder.to_string_lossy(), name))
     }
 
-    fn files(&self, backing: Backing) -> Option<&Path> {
-        match backing {
-            Backing::Null => None,
-            Backing::Tmpfs => Some(&self.tmpfs),
-            Backing::Direct => Some(&self.direct),
-        }
+    /// The file that all servers of a row serve, one after the other.
+    fn file(&self, backing: Backing) -> Option<PathBuf> {
+        let folder = match backing {
+            Backing::Null => return None,
+            Backing::Tmpfs => &self.tmpfs,
+            Backing::Direct => &self.direct,
+        };
+        Some(folder.join("disk.raw"))
     }
 }
 
@@ -213,48 +218,44 @@ impl Drop for Workspace {
     }
 }
 
-/// A server of a row, if it could be started, and what was measured of it.
-struct Contender {
-    server: Option<Running>,
+/// A server of a row: how it is started, and what was measured of it.
+struct Contender<'a> {
+    start: Box<dyn Fn() -> Result<Running> + 'a>,
     outcome: ServerOutcome,
 }
 
-impl Contender {
-    fn new(name: &str, started: Result<Running>) -> Self {
-        let mut outcome =
-            ServerOutcome { name: name.into(), command: String::new(), rounds: Vec::new(), median: None, error: None };
-        match started {
-            Ok(server) => {
-                outcome.command = server.command.clone();
-                Self { server: Some(server), outcome }
-            }
-            Err(error) => {
-                outcome.error = Some(format!("{error:#}"));
-                Self { server: None, outcome }
-            }
-        }
+impl<'a> Contender<'a> {
+    fn new(name: &str, start: impl Fn() -> Result<Running> + 'a) -> Self {
+        let outcome = ServerOutcome { name: name.into(), command: String::new(), rounds: Vec::new(), median: None, error: None };
+        Self { start: Box::new(start), outcome }
     }
 
-    /// A server that failed once is not measured again in its row.
+    /// Runs the server for one measurement. One that failed once is not measured again in its row.
     fn measure(&mut self, row: &Row, options: &Options) {
-        let Some(server) = &self.server else { return };
-        match measure_quietly(server, row, options) {
+        if self.outcome.error.is_some() {
+            return;
+        }
+        let measured = (self.start)().and_then(|server| {
+            self.outcome.command.clone_from(&server.command);
+            measure_quietly(&server, row, options)
+        });
+        match measured {
             Ok(report) => self.outcome.rounds.push(report),
-            Err(error) => {
-                self.outcome.error = Some(format!("{error:#}"));
-                self.server = None;
-            }
+            Err(error) => self.outcome.error = Some(format!("{error:#}")),
         }
     }
 }
 
 fn compare(row: &Row, options: &Options, workspace: &Workspace) -> Result<Outcome> {
+    if let Some(file) = workspace.file(row.backing) {
+        files::prepare(&file, options.file_bytes)?;
+    }
     let mut contenders = Vec::new();
     if !options.peers_only {
-        contenders.push(Contender::new(novastor::NAME, novastor::start(row, options, workspace)));
+        contenders.push(Contender::new(novastor::NAME, || novastor::start(row, options, workspace)));
     }
     for peer in peers::of(row.protocol, row.backing) {
-        contenders.push(Contender::new(peer.name, peers::start(&peer, row, options, workspace)));
+        contenders.push(Contender::new(peer.name, move || peers::start(&peer, row, workspace)));
     }
     for _ in 0..options.rounds {
         contenders.iter_mut().for_each(|contender| contender.measure(row, options));
@@ -309,6 +310,7 @@ fn measure(server: &Running, row: &Row, options: &Options) -> Result<Report> {
             waiting: Waiting::SpinThenSleep { spin_us: options.spin_us },
             workload,
             span: None,
+            pages: options.pages,
         }
         .measure(timing, Some(server.pid())),
         Protocol::Nbd { connections } => NbdLoad {
@@ -350,8 +352,7 @@ fn median(rounds: &[Report]) -> Option<Report> {
 fn judge(target: &Target, servers: &[ServerOutcome]) -> Verdict {
     let metric = target.metric;
     let value = |server: &ServerOutcome| metric.of(server.median.as_ref()?);
-    let compared = |name: &str| target.peer.map_or(name != novastor::NAME, |peer| name == peer);
-    let peers = servers.iter().filter(|server| compared(&server.name));
+    let peers = servers.iter().filter(|server| server.name != novastor::NAME);
     let best = peers
         .filter_map(|server| Some((value(server)?, &server.name)))
         .reduce(|best, other| if (other.0 > best.0) == metric.higher_is_better() { other } else { best });
@@ -394,12 +395,10 @@ mod tests {
             server("fast and hungry", &[(100.0, 5.0)]),
             server("slow and frugal", &[(50.0, 4.0)]),
         ];
-        let iops = judge(&Target { metric: Metric::Iops, ratio: 1.5, peer: None }, &servers);
+        let iops = judge(&Target { metric: Metric::Iops, ratio: 1.5 }, &servers);
         assert_eq!((iops.ratio, iops.peer.as_str(), iops.pass), (Some(1.5), "fast and hungry", true));
-        let cpu = judge(&Target { metric: Metric::ServerCpu, ratio: 0.4, peer: None }, &servers);
+        let cpu = judge(&Target { metric: Metric::ServerCpu, ratio: 0.4 }, &servers);
         assert_eq!((cpu.ratio, cpu.peer.as_str(), cpu.pass), (Some(0.5), "slow and frugal", false));
-        let named = judge(&Target { metric: Metric::Iops, ratio: 2.0, peer: Some("slow and frugal") }, &servers);
-        assert_eq!((named.ratio, named.peer.as_str(), named.pass), (Some(3.0), "slow and frugal", true));
     }
 
     #[test]
@@ -413,7 +412,7 @@ mod tests {
 
     #[test]
     fn a_server_that_was_not_measured_does_not_pass() {
-        let target = Target { metric: Metric::ServerCpu, ratio: 100.0, peer: None };
+        let target = Target { metric: Metric::ServerCpu, ratio: 100.0 };
         assert!(!judge(&target, &[server(novastor::NAME, &[]), server("peer", &[(1.0, 1.0)])]).pass);
         assert!(!judge(&target, &[server(novastor::NAME, &[(1.0, 1.0)]), server("peer", &[])]).pass);
     }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use super::process::{self, Running};
 use super::rows::{Protocol, Row};
-use super::{NULL_BYTES, Options, Workspace, files};
+use super::{NULL_BYTES, Options, Workspace};
 
 pub const NAME: &str = "novastor";
 pub const POOL: &str = "bench";
@@ -16,14 +16,11 @@ const THREADS: usize = 2;
 
 pub fn start(row: &Row, options: &Options, workspace: &Workspace) -> Result<Running> {
     let daemon = Daemon::new(options, &workspace.run.join(NAME))?;
-    let file = workspace.files(row.backing).map(|folder| folder.join(format!("{NAME}.raw")));
+    let file = workspace.file(row.backing);
     let mut running = daemon.serve(if file.is_some() { "file" } else { "null" })?;
     match file {
         None => daemon.client(&["volume", "create", VOLUME, "--pool", POOL, "--size", &NULL_BYTES.to_string()])?,
-        Some(file) => {
-            files::prepare(&file, options.file_bytes)?;
-            daemon.client(&["volume", "adopt", &format!("{POOL}/{}", file.display()), VOLUME])?;
-        }
+        Some(file) => daemon.client(&["volume", "adopt", &format!("{POOL}/{}", file.display()), VOLUME])?,
     }
     match row.protocol {
         Protocol::VhostUser { .. } => {

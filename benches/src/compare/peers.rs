@@ -6,8 +6,8 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use super::process::Running;
-use super::rows::{Backing, Protocol, Row, STORAGE_DAEMON_THREADS};
-use super::{NULL_BYTES, Options, Workspace, files};
+use super::rows::{Backing, Protocol, Row};
+use super::{NULL_BYTES, Workspace};
 
 /// One way to run another server.
 pub struct Peer {
@@ -32,7 +32,7 @@ pub fn of(protocol: Protocol, backing: Backing) -> Vec<Peer> {
             vec![peer(daemon, |place| storage_daemon(place, ""))]
         }
         (Protocol::VhostUser { .. }, Backing::Tmpfs) => vec![
-            peer(STORAGE_DAEMON_THREADS, |place| storage_daemon(place, "threads")),
+            peer("qemu-storage-daemon threads", |place| storage_daemon(place, "threads")),
             peer("qemu-storage-daemon io_uring", |place| storage_daemon(place, "io_uring")),
         ],
         (Protocol::VhostUser { .. }, Backing::Direct) => vec![
@@ -52,14 +52,11 @@ pub fn of(protocol: Protocol, backing: Backing) -> Vec<Peer> {
     }
 }
 
-pub fn start(peer: &Peer, row: &Row, options: &Options, workspace: &Workspace) -> Result<Running> {
+pub fn start(peer: &Peer, row: &Row, workspace: &Workspace) -> Result<Running> {
     let label = peer.name.replace(' ', "-");
     let socket = workspace.run.join(format!("{label}.sock"));
     let _ = std::fs::remove_file(&socket);
-    let file = workspace.files(row.backing).map(|folder| folder.join(format!("{label}.raw")));
-    if let Some(file) = &file {
-        files::prepare(file, options.file_bytes)?;
-    }
+    let file = workspace.file(row.backing);
     let place = Place { socket: &socket, file: file.as_deref(), protocol: row.protocol, backing: row.backing };
     let log = workspace.run.join(format!("{label}.log"));
     Running::start(&mut (peer.command)(&place), &log, socket.clone(), EXPORT, || socket.exists())

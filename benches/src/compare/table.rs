@@ -7,6 +7,7 @@ use super::novastor;
 use super::rows::Metric;
 use super::{Options, Outcome, ServerOutcome, Verdict};
 use crate::load::Report;
+use crate::vhost::Pages;
 
 /// Facts about the machine and the programs, as (name, value).
 pub fn machine() -> Vec<(&'static str, String)> {
@@ -39,11 +40,12 @@ pub fn print_machine(options: &Options) {
         println!("- {name}: {value}");
     }
     println!(
-        "- {} rounds of {} s, interleaved, after 0.5 s of warming up; vhost-user client spins {} µs before it sleeps; \
-         NBD {} replies",
+        "- {} rounds of {} s, interleaved, after 0.5 s of warming up; vhost-user client spins {} µs before it sleeps, \
+         its buffers in {} pages; NBD {} replies",
         options.rounds,
         options.seconds,
         options.spin_us,
+        if options.pages == Pages::Huge { "2 MiB" } else { "4 KiB" },
         if options.structured { "structured" } else { "simple" }
     );
 }

@@ -5,8 +5,8 @@
 //!   device    |  block  |  block  |  block  |     read the span, lay the new bytes over it, write it back
 //! ```
 //!
-//! Requests that fit the device pass untouched. The others go through one aligned buffer: a read copies out of it, a write reads
-//! the blocks at its edges first. The volume holds the range lock over whole blocks, so nothing changes in between, and a crash
+//! Requests that fit the device pass untouched. The others go through an aligned buffer, a chunk at a time: a read copies out of
+//! it, a write reads the blocks at its edges first. The volume holds the range lock over whole blocks, so nothing changes in between, and a crash
 //! leaves each block old or new. Discards shrink to whole blocks; the partial blocks at the edges of a zeroing are rewritten.
 
 use std::cell::{Cell, RefCell};
@@ -15,12 +15,15 @@ use std::rc::Rc;
 use slab::Slab;
 use smallvec::SmallVec;
 
-use crate::buffer::{BUFFER_MAX, Buffer};
+use crate::buffer::Buffer;
 use crate::device::{BlockDevice, Capabilities, DeviceError, Geometry, IoQueue};
 use crate::errno::Errno;
 use crate::memory::Memory;
 use crate::reactor::{Handler, HandlerId, Reactor};
 use crate::request::{Completion, CompletionQueue, Extent, Op, Payload, Request};
+
+/// The most that goes through one buffer; a multiple of every block size.
+const CHUNK: u64 = 4 << 20;
 
 /// The layer.
 pub struct Aligned<D> {
@@ -45,23 +48,17 @@ impl<D: BlockDevice> BlockDevice for Aligned<D> {
     fn open_queue(&self, reactor: &Rc<Reactor>) -> Result<Box<dyn IoQueue>, DeviceError> {
         let below = self.below.open_queue(reactor)?;
         let geometry = self.below.geometry();
-        let mut made = None;
-        reactor.register_cyclic(|id| {
-            let inner = Rc::new(Inner {
-                below,
-                reactor: reactor.clone(),
-                id,
-                completions: CompletionQueue::new(reactor, id, 16),
-                block: u64::from(geometry.block_size),
-                memory_alignment: geometry.memory_alignment as usize,
-                bounced: RefCell::new(Slab::new()),
-                starved: RefCell::new(Vec::new()),
-                waiting_for_buffers: Cell::new(false),
-            });
-            made = Some(inner.clone());
-            inner
-        });
-        Ok(Box::new(AlignedQueue(made.expect("register_cyclic calls its argument"))))
+        Ok(Box::new(AlignedQueue(reactor.install(|id| Inner {
+            below,
+            reactor: reactor.clone(),
+            id,
+            completions: CompletionQueue::new(reactor, id, 16),
+            block: u64::from(geometry.block_size),
+            memory_alignment: geometry.memory_alignment as usize,
+            bounced: RefCell::new(Slab::new()),
+            starved: RefCell::new(Vec::new()),
+            waiting_for_buffers: Cell::new(false),
+        }))))
     }
 
     fn resize(&self, size: u64) -> Result<(), DeviceError> {
@@ -70,6 +67,10 @@ impl<D: BlockDevice> BlockDevice for Aligned<D> {
 
     fn refresh_size(&self) -> Result<u64, DeviceError> {
         self.below.refresh_size()
+    }
+
+    fn on_size_changed_elsewhere(&self, hear: Box<dyn Fn() + Send + Sync>) {
+        self.below.on_size_changed_elsewhere(hear);
     }
 
     fn health(&self) -> Option<String> {
@@ -87,14 +88,14 @@ struct Inner {
     block: u64,
     memory_alignment: usize,
     bounced: RefCell<Slab<Bounced>>,
-    starved: RefCell<Vec<Request>>,
+    starved: RefCell<Vec<Bounced>>,
     waiting_for_buffers: Cell<bool>,
 }
 
 /// A request served through a buffer.
 struct Bounced {
     request: Request,
-    /// The span of whole blocks around it.
+    /// The whole blocks being worked on.
     start: u64,
     len: u64,
     step: Step,
@@ -155,22 +156,32 @@ impl Inner {
     }
 
     fn bounce(&self, request: Request) {
-        let (start, len) = self.span(&request);
-        if len > BUFFER_MAX as u64 {
-            return request.complete(Err(Errno::EINVAL));
+        let start = request.offset & !(self.block - 1);
+        self.bounce_chunk(Bounced { request, start, len: 0, step: Step::ReadAll, edges: SmallVec::new() });
+    }
+
+    /// Goes on behind the chunk that was done last.
+    fn bounce_chunk(&self, mut bounced: Bounced) {
+        let start = bounced.start + bounced.len;
+        let end = bounced.request.end().next_multiple_of(self.block);
+        if start == end {
+            return bounced.request.complete(Ok(()));
         }
-        let Some(buffer) = self.buffer(len as usize) else { return self.starve(request) };
+        let len = CHUNK.min(end - start);
+        let Some(buffer) = self.buffer(len as usize) else { return self.starve(bounced) };
         let mut memory = Memory::from_buffer(buffer, len as usize);
-        let whole = request.offset == start && request.len == len;
+        let request = &bounced.request;
+        let whole = request.offset <= start && start + len <= request.end();
         let (step, op) = match request.op {
             Op::Read => (Step::ReadAll, Op::Read),
             Op::Write { .. } if whole => (Step::Write, request.op),
             _ => (Step::ReadForWrite, Op::Read),
         };
         if step == Step::Write {
-            lay_over(&request, &mut memory, start);
+            lay_over(request, &mut memory, start);
         }
-        self.pass(Bounced { request, start, len, step, edges: SmallVec::new() }, op, Payload::Memory(memory));
+        (bounced.start, bounced.len, bounced.step) = (start, len, step);
+        self.pass(bounced, op, Payload::Memory(memory));
     }
 
     /// One request may always go on: the buffers may all be held by requests that wait here for another.
@@ -187,8 +198,8 @@ impl Inner {
         self.below.submit(Request::new(op, start, len, payload, arrived, &self.completions, token));
     }
 
-    fn starve(&self, request: Request) {
-        self.starved.borrow_mut().push(request);
+    fn starve(&self, bounced: Bounced) {
+        self.starved.borrow_mut().push(bounced);
         if !self.waiting_for_buffers.replace(true) {
             let (reactor, id) = (self.reactor.clone(), self.id);
             self.reactor.buffers().on_free(Box::new(move || reactor.wake(id)));
@@ -237,7 +248,7 @@ impl Inner {
         match (bounced.step, completion.payload) {
             (Step::ReadAll, Payload::Memory(memory)) => {
                 hand_out(&mut bounced.request, &memory, bounced.start);
-                bounced.request.complete(Ok(()));
+                self.bounce_chunk(bounced);
             }
             (Step::ReadForWrite, Payload::Memory(mut memory)) => {
                 lay_over(&bounced.request, &mut memory, bounced.start);
@@ -261,7 +272,7 @@ impl Inner {
                 bounced.request.complete_with(Ok(()), Payload::Extents(extents));
             }
             (Step::Middle, _) => self.next_edge(bounced),
-            (_, _) => bounced.request.complete(Ok(())),
+            (_, _) => self.bounce_chunk(bounced),
         }
     }
 }
@@ -274,34 +285,34 @@ impl Handler for Inner {
             self.done(completion);
         }
         if self.waiting_for_buffers.replace(false) {
-            for request in std::mem::take(&mut *self.starved.borrow_mut()) {
-                self.submit(request);
+            for bounced in std::mem::take(&mut *self.starved.borrow_mut()) {
+                self.bounce_chunk(bounced);
             }
         }
     }
 }
 
-/// Copies the write's bytes to their place in the span that begins at `start`.
+/// Copies those bytes of the write that lie in the span that begins at `start` to their place there.
 fn lay_over(request: &Request, span: &mut Memory, start: u64) {
-    let Some(source) = request.payload.memory() else { return };
-    let mut at = (request.offset - start) as usize;
-    for segment in source.segments() {
-        // SAFETY: the segment belongs to the request's memory, which lives; `copy_raw` makes no reference to it.
-        unsafe { span.copy_raw(at, segment.iov_base.cast(), segment.iov_len) };
-        at += segment.iov_len;
+    let (in_request, in_span, len) = overlap(request, span, start);
+    if let Some(source) = request.payload.memory() {
+        span.copy_memory(in_span, source, in_request, len);
     }
 }
 
 /// Copies what the read asked for out of the span that begins at `start`.
 fn hand_out(request: &mut Request, span: &Memory, start: u64) {
-    let skip = (request.offset - start) as usize;
-    let Payload::Memory(target) = &mut request.payload else { return };
-    let mut at = 0;
-    for part in span.slice(skip, target.len()) {
-        // SAFETY: `part` lies in the span's buffer, which lives.
-        unsafe { target.copy_raw(at, part.iov_base.cast(), part.iov_len) };
-        at += part.iov_len;
+    let (in_request, in_span, len) = overlap(request, span, start);
+    if let Some(target) = request.payload.memory_mut() {
+        target.copy_memory(in_request, span, in_span, len);
     }
+}
+
+/// Where request and span share bytes: offset in the request, offset in the span, length.
+fn overlap(request: &Request, span: &Memory, start: u64) -> (usize, usize, usize) {
+    let from = request.offset.max(start);
+    let to = request.end().min(start + span.len() as u64);
+    ((from - request.offset) as usize, (from - start) as usize, (to - from) as usize)
 }
 
 fn trim_extents(extents: Vec<Extent>, mut skip: u64, mut len: u64) -> Vec<Extent> {

@@ -100,13 +100,13 @@ impl BlockDevice for Faulty {
 
     fn open_queue(&self, reactor: &Rc<Reactor>) -> Result<Box<dyn IoQueue>, DeviceError> {
         let below = self.below.open_queue(reactor)?;
-        let mut made = None;
-        reactor.register_cyclic(|id| {
-            let inner = Rc::new(Inner { below, plan: self.plan.clone(), reactor: reactor.clone(), id, held: RefCell::default() });
-            made = Some(inner.clone());
-            inner
-        });
-        Ok(Box::new(FaultyQueue(made.expect("register_cyclic calls its argument"))))
+        Ok(Box::new(FaultyQueue(reactor.install(|id| Inner {
+            below,
+            plan: self.plan.clone(),
+            reactor: reactor.clone(),
+            id,
+            held: RefCell::default(),
+        }))))
     }
 
     fn resize(&self, size: u64) -> Result<(), DeviceError> {
@@ -115,6 +115,10 @@ impl BlockDevice for Faulty {
 
     fn refresh_size(&self) -> Result<u64, DeviceError> {
         self.below.refresh_size()
+    }
+
+    fn on_size_changed_elsewhere(&self, hear: Box<dyn Fn() + Send + Sync>) {
+        self.below.on_size_changed_elsewhere(hear);
     }
 
     fn health(&self) -> Option<String> {

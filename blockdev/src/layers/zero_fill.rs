@@ -41,20 +41,14 @@ impl BlockDevice for ZeroFill {
     fn open_queue(&self, reactor: &Rc<Reactor>) -> Result<Box<dyn IoQueue>, DeviceError> {
         let below = self.below.open_queue(reactor)?;
         let native = self.below.capabilities().write_zeroes;
-        let mut made = None;
-        reactor.register_cyclic(|id| {
-            let inner = Rc::new(Inner {
-                below,
-                native,
-                reactor: reactor.clone(),
-                id,
-                completions: CompletionQueue::new(reactor, id, 16),
-                running: RefCell::new(Slab::new()),
-            });
-            made = Some(inner.clone());
-            inner
-        });
-        Ok(Box::new(ZeroFillQueue(made.expect("register_cyclic calls its argument"))))
+        Ok(Box::new(ZeroFillQueue(reactor.install(|id| Inner {
+            below,
+            native,
+            reactor: reactor.clone(),
+            id,
+            completions: CompletionQueue::new(reactor, id, 16),
+            running: RefCell::new(Slab::new()),
+        }))))
     }
 
     fn resize(&self, size: u64) -> Result<(), DeviceError> {
@@ -63,6 +57,10 @@ impl BlockDevice for ZeroFill {
 
     fn refresh_size(&self) -> Result<u64, DeviceError> {
         self.below.refresh_size()
+    }
+
+    fn on_size_changed_elsewhere(&self, hear: Box<dyn Fn() + Send + Sync>) {
+        self.below.on_size_changed_elsewhere(hear);
     }
 
     fn health(&self) -> Option<String> {

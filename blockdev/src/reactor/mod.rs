@@ -39,7 +39,12 @@ pub use thread::{DataPlane, DataPlaneOptions};
 
 const SUBMISSION_ENTRIES: u32 = 512;
 const COMPLETION_ENTRIES: u32 = 4096;
-const COMPLETION_BATCH: usize = 256;
+/// Handed to the kernel together. It passes none of them on before it has prepared all: more would keep devices waiting.
+const SUBMISSION_BATCH: usize = 4;
+/// Dispatched in one turn: more would keep clients waiting for the first.
+const COMPLETION_BATCH: usize = 16;
+/// Bytes that drivers copy by themselves in one turn.
+const COPIED_MAX: u64 = 4 << 20;
 const WAKE_TOKEN: u64 = u64::MAX;
 const IGNORED_TOKEN: u64 = u64::MAX - 1;
 const BUFFER_BUDGET: usize = 512 << 20;
@@ -99,6 +104,8 @@ pub struct Reactor {
     pollers: RefCell<Vec<HandlerId>>,
     timers: RefCell<BinaryHeap<Reverse<(Instant, HandlerId, u32)>>>,
     now: Cell<Instant>,
+    /// Bytes that may still be copied in this turn.
+    copying_left: Cell<u64>,
     stopping: Cell<bool>,
     buffers: Rc<BufferPool>,
     shared: Arc<Shared>,
@@ -123,6 +130,7 @@ impl Reactor {
             pollers: RefCell::new(Vec::new()),
             timers: RefCell::new(BinaryHeap::new()),
             now: Cell::new(clock::monotonic()),
+            copying_left: Cell::new(COPIED_MAX),
             stopping: Cell::new(false),
             buffers: BufferPool::new(BUFFER_BUDGET, BUFFER_RETAIN),
             shared: Arc::new(Shared::new()?),
@@ -149,20 +157,26 @@ impl Reactor {
     }
 
     pub fn register(&self, handler: Rc<dyn Handler>) -> HandlerId {
-        self.register_cyclic(|_| handler)
+        let id = self.reserve();
+        self.slots.borrow_mut()[id.index()].handler = Some(handler);
+        id
     }
 
-    /// Registers a handler that needs to know its id while it is made.
-    pub fn register_cyclic(&self, make: impl FnOnce(HandlerId) -> Rc<dyn Handler>) -> HandlerId {
+    /// Makes a handler that needs to know its id, and registers it.
+    pub fn install<H: Handler + 'static>(&self, make: impl FnOnce(HandlerId) -> H) -> Rc<H> {
+        let id = self.reserve();
+        let handler = Rc::new(make(id));
+        self.slots.borrow_mut()[id.index()].handler = Some(handler.clone());
+        handler
+    }
+
+    fn reserve(&self) -> HandlerId {
         let index = self.free.borrow_mut().pop().unwrap_or_else(|| {
             let mut slots = self.slots.borrow_mut();
             slots.push(Slot { handler: None, generation: 0, in_flight: 0, woken: false, polling: false, closing: false });
             slots.len() - 1
         });
-        let id = HandlerId::new(index, self.slots.borrow()[index].generation);
-        let handler = make(id);
-        self.slots.borrow_mut()[index].handler = Some(handler);
-        id
+        HandlerId::new(index, self.slots.borrow()[index].generation)
     }
 
     /// Forgets a handler: it gets no more calls but `completed` for kernel operations still in flight, which keep it alive.
@@ -205,6 +219,24 @@ impl Reactor {
         self.push(entry.user_data(u64::from(id.0) << 32 | u64::from(token)));
     }
 
+    /// Operations not yet handed to the kernel.
+    pub fn queued(&self) -> usize {
+        self.ring.borrow_mut().submission().len()
+    }
+
+    /// True if a driver may copy so many bytes itself. No for the rest of a turn in which much was copied: then the kernel's
+    /// workers do it, and the thread comes to its other work.
+    pub fn may_copy(&self, bytes: u64) -> bool {
+        let left = self.copying_left.get().checked_sub(bytes);
+        self.copying_left.set(left.unwrap_or(self.copying_left.get()));
+        left.is_some()
+    }
+
+    /// Hands what is queued to the kernel now rather than at the end of this turn.
+    pub fn hand_over(&self) {
+        hand_over(&self.ring.borrow());
+    }
+
     /// Asks the kernel to cancel `id`'s operation `token`; it then completes with -ECANCELED, or as it would have.
     pub fn cancel(&self, id: HandlerId, token: u32) {
         let target = u64::from(id.0) << 32 | u64::from(token);
@@ -215,11 +247,12 @@ impl Reactor {
         let mut ring = self.ring.borrow_mut();
         loop {
             // SAFETY: entries come from `submit`, whose caller vouches for what they point to, or point to nothing.
-            if unsafe { ring.submission().push(&entry) }.is_ok() {
-                return;
+            let pushed = unsafe { ring.submission().push(&entry) }.is_ok();
+            if !pushed || ring.submission().len() >= SUBMISSION_BATCH {
+                hand_over(&ring);
             }
-            if let Err(error) = ring.submit() {
-                assert!(retryable(&error), "io_uring refuses submissions: {error}");
+            if pushed {
+                return;
             }
         }
     }
@@ -267,6 +300,7 @@ impl Reactor {
     }
 
     fn turn(self: &Rc<Self>) {
+        self.copying_left.set(COPIED_MAX);
         let worked = self.run_events();
         if worked {
             self.spin.borrow_mut().worked(self.now.get());
@@ -277,7 +311,7 @@ impl Reactor {
         self.now.set(now);
         if self.spin.borrow().keeps_on(now) {
             self.enter(false);
-            std::hint::spin_loop();
+            std::thread::yield_now();
             return;
         }
         if self.pollers_before_sleep() {
@@ -472,6 +506,12 @@ impl Reactor {
         let target = self.wake_value.as_ptr().cast::<u8>();
         let entry = opcode::Read::new(types::Fd(self.shared.event.as_raw_fd()), target, 8).build();
         self.push(entry.user_data(WAKE_TOKEN));
+    }
+}
+
+fn hand_over(ring: &IoUring) {
+    if let Err(error) = ring.submit() {
+        assert!(retryable(&error), "io_uring refuses submissions: {error}");
     }
 }
 

@@ -10,13 +10,14 @@
 
 mod flush_gate;
 mod later;
+mod pieces;
 mod queue;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::{Rc, Weak};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{self, Arc};
 
 use parking_lot::Mutex;
 
@@ -68,8 +69,14 @@ pub struct Volume {
     failure: Mutex<Option<String>>,
     last_error: Mutex<Option<String>>,
     watchers: Mutex<Vec<(u64, Watcher)>>,
-    stats: Mutex<Vec<Arc<OpStats>>>,
+    stats: Arc<Counters>,
 }
+
+/// One set for each thread that serves a volume, or did.
+type Counters = Mutex<Vec<Arc<OpStats>>>;
+
+/// Those of all volumes of this process.
+static ALL_COUNTERS: Mutex<Vec<sync::Weak<Counters>>> = Mutex::new(Vec::new());
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
@@ -83,6 +90,8 @@ impl Volume {
     pub fn new(device: Arc<dyn BlockDevice>, options: VolumeOptions) -> Arc<Volume> {
         let Geometry { size, block_size: lock_unit, .. } = device.geometry();
         let device = Arc::new(Aligned::new(ZeroFill::wrap(device)));
+        let stats = Arc::new(Counters::default());
+        ALL_COUNTERS.lock().push(Arc::downgrade(&stats));
         Arc::new(Volume {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             options,
@@ -95,7 +104,7 @@ impl Volume {
             failure: Mutex::new(None),
             last_error: Mutex::new(None),
             watchers: Mutex::new(Vec::new()),
-            stats: Mutex::new(Vec::new()),
+            stats,
         })
     }
 
@@ -214,7 +223,12 @@ impl Volume {
 
     /// `Some(why)` while the volume cannot serve everything it should.
     pub fn health(&self) -> Option<String> {
-        self.failure.lock().clone().or_else(|| self.device.health())
+        // A device may ask a data-plane thread, which may want the lock.
+        let failure = self.failure.lock().clone();
+        match (self.device.health(), failure) {
+            (Some(cause), Some(failure)) => Some(format!("{cause}; {failure}")),
+            (cause, failure) => cause.or(failure),
+        }
     }
 
     /// The last failed request, in words.
@@ -222,9 +236,12 @@ impl Volume {
         self.last_error.lock().clone()
     }
 
-    /// Reads and writes completed so far, on all threads.
-    fn transfers(&self) -> u64 {
-        self.stats.lock().iter().map(|stats| stats.transfers()).sum()
+    /// Reads and writes completed so far, on all threads, of this volume and of those beside it: they may share a disk.
+    fn transfers_everywhere() -> u64 {
+        let mut all = ALL_COUNTERS.lock();
+        all.retain(|counters| counters.strong_count() > 0);
+        let live = all.iter().filter_map(sync::Weak::upgrade);
+        live.map(|counters| counters.lock().iter().map(|stats| stats.transfers()).sum::<u64>()).sum()
     }
 
     /// Counters for one queue. Those of a queue that has gone are used again, so that clients who come and go cost no memory.

@@ -5,19 +5,18 @@
 //!                          └─ waits: granted by a posted completion
 //! ```
 //!
-//! A long discard or zeroing is carried out piece by piece, each locked on its own and sized to take about [`PIECE_TIME`], so
-//! that it delays no other request by more. Discards also give way: while others use the volume they take about a hundredth of
-//! the time, and one not done after [`ANSWER_AFTER`] is answered and goes on by itself (see [`super::later`]).
+//! Long discards and zeroings are carried out in pieces (see [`super::pieces`]).
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use slab::Slab;
 
 use super::Volume;
+use super::pieces::{self, PieceSize, Pieces};
 use crate::clock;
 use crate::device::{DeviceError, IoQueue};
 use crate::errno::Errno;
@@ -27,13 +26,6 @@ use crate::request::{Completer, Completion, CompletionQueue, Extent, ExtentKind,
 use crate::stats::{OpClass, OpStats, Stage};
 
 const SLOTS: usize = 64;
-const PIECE_MIN: u64 = 1 << 20;
-const PIECE_FIRST: u64 = 64 << 20;
-const PIECE_MAX: u64 = 1 << 30;
-const PIECE_TIME: Duration = Duration::from_millis(2);
-const ANSWER_AFTER: Duration = Duration::from_millis(250);
-/// While others use the volume, a discard rests this many times as long as its last piece took.
-const GIVE_WAY: u32 = 100;
 
 /// A volume as one data-plane thread sees it.
 pub struct VolumeQueue {
@@ -57,7 +49,7 @@ struct Inner {
     device_zeroes_fast: bool,
     read_only: bool,
     failed_flush_is_fatal: bool,
-    piece: Cell<u64>,
+    piece_size: PieceSize,
     closing: Cell<bool>,
 }
 
@@ -78,31 +70,13 @@ struct Slot {
     pieces: Option<Box<Pieces>>,
 }
 
-/// How far a discard or zeroing has come.
-struct Pieces {
-    /// Where the next piece starts.
-    cursor: u64,
-    end: u64,
-    started: Instant,
-    /// Others' reads and writes when the last piece ended.
-    transfers_seen: u64,
-    /// Resting between two pieces of a discard.
-    resting: bool,
-}
-
 impl Slot {
     fn answered(&self) -> bool {
         self.completer.is_none()
     }
 
     fn rest(&self) -> Option<(u64, u64)> {
-        self.pieces.as_ref().map(|pieces| (pieces.cursor, pieces.end)).filter(|(cursor, end)| cursor < end)
-    }
-}
-
-impl Pieces {
-    fn of(request: &Request, now: Instant) -> Pieces {
-        Pieces { cursor: request.offset, end: request.end(), started: now, transfers_seen: u64::MAX, resting: false }
+        self.pieces.as_ref().and_then(|pieces| pieces.rest())
     }
 }
 
@@ -111,31 +85,25 @@ impl VolumeQueue {
         let device = volume.device.open_queue(reactor)?;
         let stats = volume.idle_stats();
         let capabilities = volume.device.capabilities();
-        let mut made = None;
-        reactor.register_cyclic(|id| {
-            let inner = Rc::new(Inner {
-                volume: volume.clone(),
-                device,
-                reactor: reactor.clone(),
-                id,
-                completions: CompletionQueue::new(reactor, id, SLOTS),
-                slots: RefCell::new(Slab::with_capacity(SLOTS)),
-                waiting: RefCell::new(HashMap::new()),
-                stats,
-                lock_unit: u64::from(volume.lock_unit()),
-                device_fua: capabilities.fua,
-                device_discards: capabilities.discard,
-                device_block_status: capabilities.block_status,
-                device_zeroes_fast: capabilities.fast_zero,
-                read_only: volume.is_read_only(),
-                failed_flush_is_fatal: capabilities.flush_failure_loses_writes,
-                piece: Cell::new(PIECE_FIRST),
-                closing: Cell::new(false),
-            });
-            made = Some(inner.clone());
-            inner
+        let inner = reactor.install(|id| Inner {
+            volume: volume.clone(),
+            device,
+            reactor: reactor.clone(),
+            id,
+            completions: CompletionQueue::new(reactor, id, SLOTS),
+            slots: RefCell::new(Slab::with_capacity(SLOTS)),
+            waiting: RefCell::new(HashMap::new()),
+            stats,
+            lock_unit: u64::from(volume.lock_unit()),
+            device_fua: capabilities.fua,
+            device_discards: capabilities.discard,
+            device_block_status: capabilities.block_status,
+            device_zeroes_fast: capabilities.fast_zero,
+            read_only: volume.is_read_only(),
+            failed_flush_is_fatal: capabilities.flush_failure_loses_writes,
+            piece_size: PieceSize::new(),
+            closing: Cell::new(false),
         });
-        let inner = made.expect("register_cyclic calls its argument");
         Ok(VolumeQueue { inner })
     }
 
@@ -158,7 +126,7 @@ impl Drop for VolumeQueue {
     fn drop(&mut self) {
         self.inner.closing.set(true);
         self.inner.slots.borrow_mut().retain(|_, slot| {
-            let resting = slot.answered() && slot.pieces.as_ref().is_some_and(|pieces| pieces.resting);
+            let resting = slot.answered() && slot.pieces.as_ref().is_some_and(|pieces| pieces.is_resting());
             if resting {
                 self.inner.forget_rest(slot);
             }
@@ -311,9 +279,8 @@ impl Inner {
         let mut slots = self.slots.borrow_mut();
         let slot = &mut slots[token as usize];
         if let Some(pieces) = &mut slot.pieces {
-            let limit = self.piece.get();
-            piece.len = piece.end().min((piece.offset + limit) / limit * limit) - piece.offset;
-            pieces.cursor = piece.end();
+            piece.len = self.piece_size.end(piece.offset, piece.end()) - piece.offset;
+            pieces.goes_to(piece.end());
         }
         let start = piece.offset / self.lock_unit * self.lock_unit;
         let end = piece.end().next_multiple_of(self.lock_unit);
@@ -349,8 +316,7 @@ impl Inner {
             self.volume.later.keep(piece.offset, piece.end());
         }
         if let Some(pieces) = &mut slot.pieces {
-            pieces.started = clock::monotonic();
-            pieces.cursor = piece.end();
+            pieces.starts(piece.end());
         }
         drop(slots);
         self.device.submit(piece);
@@ -366,9 +332,13 @@ impl Inner {
         }
         if slot.flushing {
             completion.result = self.flush_done(completion.result);
-        } else if matches!(slot.op, Op::Write { fua: true }) && completion.result == Err(Errno::EIO) && self.failed_flush_is_fatal
+        } else if let Err(errno) = completion.result
+            && matches!(slot.op, Op::Write { fua: true })
+            && self.device_fua
+            && self.failed_flush_is_fatal
+            && errno.may_lose_earlier_writes()
         {
-            self.volume.fail_closed(Errno::EIO);
+            self.volume.fail_closed(errno);
         } else if completion.result.is_ok() && slot.rest().is_some() && !(slot.answered() && self.closing.get()) {
             drop(slots);
             return self.after_piece(token);
@@ -413,14 +383,11 @@ impl Inner {
         let Some((cursor, end)) = slot.rest() else { return };
         let Some(pieces) = &mut slot.pieces else { return };
         let now = clock::monotonic();
-        let took = now - pieces.started;
-        self.adapt_piece(took);
-        let mut answer = None;
+        self.piece_size.adapt(pieces.took(now));
+        let (mut rest_until, mut answer) = (None, None);
         if slot.op == Op::Discard {
-            let transfers = self.volume.transfers();
-            pieces.resting = transfers > pieces.transfers_seen;
-            pieces.transfers_seen = transfers;
-            if now.saturating_duration_since(slot.arrived) > ANSWER_AFTER
+            rest_until = pieces.rest_until(now, Volume::transfers_everywhere());
+            if pieces::is_long(slot.arrived, now)
                 && let Some(completer) = slot.completer.take()
             {
                 self.volume.later.add(cursor, end);
@@ -428,25 +395,14 @@ impl Inner {
                 answer = Some(completer);
             }
         }
-        let resting = slot.pieces.as_ref().is_some_and(|pieces| pieces.resting);
         drop(slots);
-        if resting {
-            self.reactor.set_timer(self.id, now + took * GIVE_WAY, token);
-        } else {
-            self.next_piece(token);
+        match rest_until {
+            Some(deadline) => self.reactor.set_timer(self.id, deadline, token),
+            None => self.next_piece(token),
         }
         if let Some(completer) = answer {
             completer.complete(Ok(()), Payload::None);
         }
-    }
-
-    fn adapt_piece(&self, took: Duration) {
-        let piece = self.piece.get();
-        self.piece.set(match took {
-            slow if slow > PIECE_TIME => (piece / 2).max(PIECE_MIN),
-            quick if quick < PIECE_TIME / 4 => (piece * 2).min(PIECE_MAX),
-            _ => piece,
-        });
     }
 
     fn next_piece(&self, token: u32) {
@@ -497,7 +453,7 @@ impl Handler for Inner {
         let rested = {
             let mut slots = self.slots.borrow_mut();
             let pieces = slots.get_mut(token as usize).and_then(|slot| slot.pieces.as_mut());
-            pieces.is_some_and(|pieces| std::mem::take(&mut pieces.resting))
+            pieces.is_some_and(|pieces| pieces.wake())
         };
         if rested {
             self.next_piece(token);

@@ -14,6 +14,12 @@ use crate::negotiation::{Description, Directory, Refusal};
 use crate::protocol::{PAYLOAD_MAX, STRING_MAX, transmission_flag};
 
 /// How a volume is exported.
+///
+/// `NBD_CMD_CACHE` reads its range in pieces, one at a time for each client, and throws the bytes away: a page cache or a cache of
+/// Ceph's storage daemons below is warm afterwards, and a range that cannot be read is answered with an error. It ends early, as
+/// done, when its client is disconnected. It is offered only where reading warms something
+/// ([`blockdev::Capabilities::caches_reads`]): not on files and block devices opened past the page cache (`O_DIRECT`), as they are
+/// where their file system allows it. A client that asks all the same is served.
 pub struct Export {
     name: String,
     /// Another name that clients may ask for; lists do not show it.
@@ -117,7 +123,10 @@ impl Export {
 
     fn describe(&self) -> Description {
         let capabilities = self.volume.capabilities();
-        let mut flags = transmission_flag::SEND_FLUSH | transmission_flag::CAN_MULTI_CONN | transmission_flag::SEND_CACHE;
+        let mut flags = transmission_flag::SEND_FLUSH | transmission_flag::CAN_MULTI_CONN;
+        if capabilities.caches_reads {
+            flags |= transmission_flag::SEND_CACHE;
+        }
         if self.is_read_only() {
             flags |= transmission_flag::READ_ONLY;
         } else {

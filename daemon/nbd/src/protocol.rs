@@ -122,6 +122,7 @@ pub mod command_flag {
 pub mod chunk {
     pub const NONE: u16 = 0;
     pub const OFFSET_DATA: u16 = 1;
+    pub const OFFSET_HOLE: u16 = 2;
     pub const BLOCK_STATUS: u16 = 5;
     pub const BLOCK_STATUS_EXT: u16 = 6;
     pub const ERROR: u16 = (1 << 15) + 1;
@@ -236,6 +237,8 @@ pub enum Reply {
     Error(u32),
     /// This many bytes read at the request's offset follow.
     Data(u64),
+    /// This many bytes read at the request's offset are all zero; none follow. Simple replies have no such thing.
+    Zeroes(u32),
     /// This many extents follow, each 8 bytes long, or 16 with extended headers.
     Extents(u32),
 }
@@ -262,6 +265,7 @@ impl Reply {
             Reply::Done | Reply::Data(0) => (chunk::NONE, 0),
             Reply::Error(_) => (chunk::ERROR, 6),
             Reply::Data(len) => (chunk::OFFSET_DATA, 8 + len),
+            Reply::Zeroes(_) => (chunk::OFFSET_HOLE, 12),
             Reply::Extents(count) if extended => (chunk::BLOCK_STATUS_EXT, 8 + 16 * u64::from(count)),
             Reply::Extents(count) => (chunk::BLOCK_STATUS, 4 + 8 * u64::from(count)),
         };
@@ -282,6 +286,10 @@ impl Reply {
                 writer.put(&0u16.to_be_bytes());
             }
             Reply::Data(len) if len > 0 => writer.put(&offset.to_be_bytes()),
+            Reply::Zeroes(len) => {
+                writer.put(&offset.to_be_bytes());
+                writer.put(&len.to_be_bytes());
+            }
             Reply::Extents(count) => {
                 writer.put(&ALLOCATION_CONTEXT_ID.to_be_bytes());
                 if extended {
@@ -341,6 +349,8 @@ mod tests {
         assert_eq!(encode(Reply::Error(5), Headers::Structured), 20 + 6);
         assert_eq!(encode(Reply::Data(4096), Headers::Structured), 20 + 8);
         assert_eq!(encode(Reply::Data(0), Headers::Structured), 20);
+        assert_eq!(encode(Reply::Zeroes(4096), Headers::Structured), 20 + 12);
+        assert_eq!(encode(Reply::Zeroes(4096), Headers::Extended), 32 + 12);
         assert_eq!(encode(Reply::Extents(3), Headers::Structured), 20 + 4);
         assert_eq!(encode(Reply::Done, Headers::Extended), 32);
         assert_eq!(encode(Reply::Error(5), Headers::Extended), 32 + 6);

@@ -220,6 +220,11 @@ impl Server {
         found.is_some()
     }
 
+    /// Closes the listeners that serve every export: who comes from now on does not meet exports that are about to go.
+    pub async fn close_shared(&self) {
+        self.close_listeners(|listener| matches!(listener.serves, Serves::Shared)).await;
+    }
+
     /// Closes all listeners, has every request taken in answered, and closes all connections.
     pub async fn shutdown(&self) {
         self.shared.stopping.store(true, Ordering::SeqCst);

@@ -6,7 +6,10 @@ use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::process::Command;
+use std::rc::Rc;
+use std::sync::Arc;
 
+use blockdev::{BlockDevice, Capabilities, DeviceError, Geometry, IoQueue, Reactor};
 use common::{Rig, memory};
 use nbd::protocol::PAYLOAD_MAX;
 
@@ -44,7 +47,7 @@ fn nbdinfo_sees_what_is_offered() {
         "base:allocation",
         "description: for tests",
         "is_read_only: false",
-        "can_cache: true",
+        "can_cache: false",
         "can_df: true",
         "can_fast_zero: true",
         "can_flush: true",
@@ -61,6 +64,30 @@ fn nbdinfo_sees_what_is_offered() {
     assert!(list.contains("export=\"disk\""), "{list}");
     let map = run("nbdinfo", &["--map", &rig.uri()]);
     assert!(map.split_whitespace().eq(["0", "67108864", "3", "hole,zero"]), "{map}");
+}
+
+/// A disk whose reads warm a cache, as those through a page cache do.
+struct Cached(Arc<dyn BlockDevice>);
+
+impl BlockDevice for Cached {
+    fn geometry(&self) -> Geometry {
+        self.0.geometry()
+    }
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { caches_reads: true, ..self.0.capabilities() }
+    }
+    fn open_queue(&self, reactor: &Rc<Reactor>) -> Result<Box<dyn IoQueue>, DeviceError> {
+        self.0.open_queue(reactor)
+    }
+    fn resize(&self, size: u64) -> Result<(), DeviceError> {
+        self.0.resize(size)
+    }
+}
+
+#[test]
+fn caching_is_offered_where_reads_are_cached() {
+    let rig = Rig::new(Arc::new(Cached(memory(SIZE))));
+    assert!(run("nbdinfo", &[&rig.uri()]).contains("can_cache: true"));
 }
 
 #[test]

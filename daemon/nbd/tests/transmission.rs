@@ -3,9 +3,13 @@
 mod common;
 
 use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use blockdev::stats::OpClass;
+use blockdev::{BlockDevice, Capabilities, DeviceError, Errno, Geometry, IoQueue, Op, Reactor, Request};
 use common::{Answer, Rig, memory, slow};
 use nbd::ServerOptions;
 use nbd::protocol::{Headers, PAYLOAD_MAX, allocation, command, command_flag, error};
@@ -173,6 +177,109 @@ fn errors_of_the_device_reach_the_client_and_nobody_else() {
         plan.set(vec![]);
         assert_eq!(wire.read(0, 512), Answer::Data(vec![1; 512]));
     }
+}
+
+/// Reads that fail from the first byte of this range on.
+struct Bad {
+    below: Arc<dyn BlockDevice>,
+    from: u64,
+    read: Arc<AtomicU64>,
+}
+
+struct BadQueue {
+    below: Box<dyn IoQueue>,
+    from: u64,
+    read: Arc<AtomicU64>,
+}
+
+impl BlockDevice for Bad {
+    fn geometry(&self) -> Geometry {
+        self.below.geometry()
+    }
+    fn capabilities(&self) -> Capabilities {
+        self.below.capabilities()
+    }
+    fn open_queue(&self, reactor: &Rc<Reactor>) -> Result<Box<dyn IoQueue>, DeviceError> {
+        Ok(Box::new(BadQueue { below: self.below.open_queue(reactor)?, from: self.from, read: self.read.clone() }))
+    }
+    fn resize(&self, size: u64) -> Result<(), DeviceError> {
+        self.below.resize(size)
+    }
+}
+
+impl IoQueue for BadQueue {
+    fn submit(&self, request: Request) {
+        if request.op == Op::Read && request.end() > self.from {
+            return request.complete(Err(Errno::EIO));
+        }
+        self.read.fetch_add(request.len, Ordering::Relaxed);
+        self.below.submit(request);
+    }
+}
+
+#[test]
+fn a_cache_request_reads_its_range_and_tells_what_it_cannot_read() {
+    let read = Arc::new(AtomicU64::new(0));
+    let rig = Rig::new(Arc::new(Bad { below: memory(64 * MIB), from: 48 * MIB, read: read.clone() }));
+    for headers in ALL {
+        let mut wire = rig.attach(headers);
+        let mut cache = |offset, len| {
+            read.store(0, Ordering::Relaxed);
+            (wire.ask(command::CACHE, 0, offset, len), read.load(Ordering::Relaxed))
+        };
+        assert_eq!(cache(1000, 10 * MIB), (Answer::Done, 10 * MIB));
+        assert_eq!(cache(48 * MIB, 0), (Answer::Done, 0));
+        assert_eq!(cache(0, 48 * MIB), (Answer::Done, 48 * MIB));
+        assert_eq!(cache(40 * MIB, 24 * MIB), (Answer::Error(error::EIO), 8 * MIB), "it ends where it fails");
+        assert_eq!(cache(0, 64 * MIB + 1), (Answer::Error(error::EINVAL), 0), "nothing is read of what is not all there");
+        assert_eq!(cache(u64::MAX - 1, 2), (Answer::Error(error::EINVAL), 0));
+        assert_eq!(cache(65 * MIB, 0), (Answer::Error(error::EINVAL), 0));
+        assert_eq!(wire.read(0, 2), Answer::Data(vec![0; 2]));
+        wire.disconnect();
+    }
+    assert_eq!(rig.export.stats().class(OpClass::Read).bytes, 6, "clients were sent no more");
+}
+
+#[test]
+fn cache_requests_of_any_length_take_one_buffer_and_let_others_work() {
+    const SIZE: u64 = 16 << 40;
+    let rig = Rig::with(memory(SIZE), 1, ServerOptions::default(), |export| export);
+    let mut greedy = rig.attach(Headers::Extended);
+    let cookies: Vec<u64> = (0..100).map(|_| greedy.request(command::CACHE, 0, 0, SIZE)).collect();
+    let mut other = rig.attach(Headers::Structured);
+    let mut most = 0;
+    for n in 0..50 {
+        assert_eq!(other.write_all(n * 4096, &[7; 4096]), Answer::Done);
+        assert_eq!(other.read(n * 4096, 4096), Answer::Data(vec![7; 4096]));
+        most = most.max(rig.buffers_used());
+    }
+    assert!(most <= 2 << 20, "{most} bytes of buffers are in use");
+    assert_eq!(greedy.read(0, 1), Answer::Data(vec![7]), "the same client's other requests overtake them");
+    let first = rig.server.clients()[0].id;
+    assert!(rig.server.disconnect(first), "years before the last of them could be done");
+    let mut answered: Vec<u64> = cookies.iter().map(|_| greedy.answer()).map(|(cookie, _)| cookie).collect();
+    answered.sort_unstable();
+    assert_eq!(answered, cookies);
+    assert!(greedy.is_closed());
+    rig.wait_for_clients(1);
+}
+
+#[test]
+fn a_client_that_vanishes_ends_its_cache_requests() {
+    let (device, _) = slow(64 * MIB, Duration::from_millis(20), &[OpClass::Read]);
+    let rig = Rig::new(device);
+    for _ in 0..3 {
+        let mut wire = rig.attach(Headers::Simple);
+        for _ in 0..3 {
+            wire.request(command::CACHE, 0, 0, 64 * MIB);
+        }
+        wire.send(b"this is no request header at all");
+        assert!(wire.is_closed());
+        let mut wire = rig.attach(Headers::Simple);
+        wire.request(command::CACHE, 0, 0, 64 * MIB);
+        drop(wire);
+    }
+    rig.wait_for_clients(0);
 }
 
 #[test]

@@ -31,7 +31,7 @@ pub async fn wait(State(daemon): State<Arc<Daemon>>, Name(id): Name<String>) -> 
     Ok(Json(job.info()))
 }
 
-/// Asks a job to stop at its next step.
+/// Asks a job to stop at its next step. Refused where it cannot: only image copies and comparisons stop halfway.
 #[utoipa::path(post, path = "/v1/jobs/{id}/cancel", operation_id = "cancel_job", params(("id" = String, Path)),
     responses((status = 200, body = JobInfo), (status = "4XX", body = ErrorBody)))]
 pub async fn cancel(State(daemon): State<Arc<Daemon>>, Name(id): Name<String>) -> Reply<JobInfo> {

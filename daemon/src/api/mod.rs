@@ -36,7 +36,7 @@ pub fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/pools/{pool}", get(pools::show))
         .route("/v1/pools/{pool}/check", post(pools::check))
         .route("/v1/volumes", get(volumes::list).post(volumes::create))
-        .route("/v1/volumes/adopt", post(volumes::adopt))
+        .route("/v1/adoptions", post(volumes::adopt))
         .route("/v1/volumes/{volume}", get(volumes::show).delete(volumes::remove))
         .route("/v1/volumes/{volume}/resize", post(volumes::resize))
         .route("/v1/volumes/{volume}/rename", post(volumes::rename))

@@ -92,13 +92,31 @@ where
     }
 }
 
-/// The same as a job: listed while it runs, and cancellable where it looks for that.
+/// The same as a job: listed while it runs.
 pub async fn as_job<T, F>(daemon: Arc<Daemon>, kind: &str, subject: &str, work: F) -> Reply<T>
 where
     T: Send + 'static,
     F: FnOnce(&Arc<Daemon>, &Job) -> Result<T> + Send + 'static,
 {
     let job = daemon.jobs().begin(kind, subject);
+    run_job(daemon, job, work).await
+}
+
+/// The same; `work` looks between its steps whether it was cancelled.
+pub async fn as_cancellable_job<T, F>(daemon: Arc<Daemon>, kind: &str, subject: &str, work: F) -> Reply<T>
+where
+    T: Send + 'static,
+    F: FnOnce(&Arc<Daemon>, &Job) -> Result<T> + Send + 'static,
+{
+    let job = daemon.jobs().begin_cancellable(kind, subject);
+    run_job(daemon, job, work).await
+}
+
+async fn run_job<T, F>(daemon: Arc<Daemon>, job: Arc<Job>, work: F) -> Reply<T>
+where
+    T: Send + 'static,
+    F: FnOnce(&Arc<Daemon>, &Job) -> Result<T> + Send + 'static,
+{
     blocking(daemon, move |daemon| {
         let _guard = EndOnPanic { daemon, job: &job };
         let result = work(daemon, &job);

@@ -2,7 +2,6 @@
 //! listener of their own.
 
 use std::convert::Infallible;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,10 +21,10 @@ use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
 
-use crate::config::{Address, Config, admin_token, tls_key};
+use crate::config::{Address, Config, address, admin_token, tls_key};
 use crate::daemon::Daemon;
-use crate::daemon::sockets::{SocketRules, listen_tcp, listen_unix};
-use crate::daemon::systemd::PassedSockets;
+use crate::daemon::listeners::Hold;
+use crate::daemon::sockets::SocketRules;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Connections at once, per listener; more wait to be accepted.
@@ -37,56 +36,51 @@ const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(100);
 /// The running listeners.
 pub struct Servers {
     tasks: Vec<JoinHandle<()>>,
-    socket: Option<PathBuf>,
+    holds: Vec<Hold>,
 }
 
 impl Servers {
     /// Takes no more requests.
     pub async fn stop(self) {
+        drop(self.holds);
         for task in self.tasks {
             task.abort();
             let _ = task.await;
-        }
-        if let Some(socket) = self.socket {
-            let _ = std::fs::remove_file(socket);
         }
     }
 }
 
 /// Opens the admin listener, and that of the metrics.
-pub fn start(daemon: &Arc<Daemon>, passed: &mut PassedSockets) -> Result<Servers> {
+pub fn start(daemon: &Arc<Daemon>) -> Result<Servers> {
     let config = daemon.config();
-    let mut servers = Servers { tasks: Vec::new(), socket: None };
+    let mut servers = Servers { tasks: Vec::new(), holds: Vec::new() };
     let address = config.daemon.admin_address().map_err(Error::invalid)?;
-    let claimed = passed.claim(&address);
     let router = super::router(daemon.clone());
     match &address {
         Address::Unix(path) => {
             let path = std::path::absolute(path).map_err(|error| Error::io(path.display(), &error))?;
             let rules = SocketRules { mode: 0o600, group: None, ..SocketRules::from_config(&config) };
-            let listener = match claimed {
-                Some(socket) => socket.into(),
-                None => {
-                    servers.socket = Some(path.clone());
-                    listen_unix(&path, &rules)?
-                }
-            };
+            let (listener, hold) = daemon.listeners().open_unix(&path, &rules)?;
+            servers.holds.push(hold);
+            tracing::info!("admin API: listening on {address}");
             servers.tasks.push(tokio::spawn(accept_unix(nonblocking_unix(listener)?, router)));
         }
         Address::Tcp { .. } => {
             let token = admin_token(&config).map_err(Error::invalid)?;
             let token = token.ok_or_else(|| Error::invalid("the admin API on TCP needs [daemon].admin_token_file"))?;
             let router = guarded(router, token);
-            let host_port = address.host_port().unwrap_or_default();
-            let listener = claimed.map_or_else(|| listen_tcp(&host_port), |socket| Ok(socket.into()))?;
             let tls = tls_acceptor(&config)?;
+            let (listener, hold) = daemon.listeners().open_tcp(&address)?;
+            servers.holds.push(hold);
+            let scheme = if tls.is_some() { "https" } else { "http" };
+            let local = listener.local_addr().map_err(|error| Error::io(&address, &error))?;
+            tracing::info!("admin API: listening on {scheme}://{local}");
             servers.tasks.push(tokio::spawn(accept_tcp(nonblocking_tcp(listener)?, router, tls)));
         }
     }
-    tracing::info!("admin API: listening on {address}");
     if let Some(metrics) = &config.daemon.metrics {
-        let claimed = passed.claim(&format!("tcp:{metrics}").parse().map_err(Error::invalid)?);
-        let listener = claimed.map_or_else(|| listen_tcp(metrics), |socket| Ok(socket.into()))?;
+        let (listener, hold) = daemon.listeners().open_tcp(&address::tcp(metrics).map_err(Error::invalid)?)?;
+        servers.holds.push(hold);
         if let Ok(local) = listener.local_addr() {
             tracing::info!("metrics: listening on {local}");
             daemon.note_metrics_address(local.to_string());
@@ -137,7 +131,10 @@ fn guarded(router: Router, token: String) -> Router {
             if given.is_some_and(|given| same_secret(given, expected.as_bytes())) {
                 return next.run(request).await;
             }
-            let refusal = Error::new(ErrorKind::Unauthorized, "the admin API asks for its token: Authorization: Bearer TOKEN");
+            let what = if given.is_some() { "this is not the admin API's token" } else { "the admin API asks for its token" };
+            let how = "what the daemon's admin_token_file holds; `novastor` reads it from --token-file FILE, others send \
+                       Authorization: Bearer TOKEN";
+            let refusal = Error::new(ErrorKind::Unauthorized, format!("{what}: {how}"));
             let mut response = refusal.into_response();
             response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
             response

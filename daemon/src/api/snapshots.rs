@@ -6,7 +6,7 @@ use axum::extract::State;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::reply::{Asked, Body, Done, ErrorBody, Name, Reply, as_job, blocking};
+use super::reply::{Asked, Body, Done, ErrorBody, Name, Reply, as_cancellable_job, as_job, blocking};
 use super::types::{SnapshotCreate, SnapshotDiff, SnapshotInfo};
 use crate::daemon::Daemon;
 
@@ -45,7 +45,7 @@ pub async fn create(State(daemon): State<Arc<Daemon>>, Body(request): Body<Snaps
     responses((status = 200, body = SnapshotDiff), (status = "4XX", body = ErrorBody)))]
 pub async fn diff(State(daemon): State<Arc<Daemon>>, Asked(query): Asked<DiffQuery>) -> Reply<SnapshotDiff> {
     let subject = format!("{} {}", query.from, query.to);
-    as_job(daemon, "snapshot diff", &subject, move |daemon, job| daemon.diff(&query.from, &query.to, job)).await
+    as_cancellable_job(daemon, "snapshot diff", &subject, move |daemon, job| daemon.diff(&query.from, &query.to, job)).await
 }
 
 /// Deletes a snapshot. Runs as a job; answers when it has ended.

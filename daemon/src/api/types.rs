@@ -51,6 +51,7 @@ pub struct VolumeInfo {
     pub object: Option<String>,
     /// `VOL@SNAP` or `VOL` it was cloned from.
     pub origin: Option<String>,
+    pub encrypted: bool,
     pub snapshots: Vec<SnapshotInfo>,
     /// Ids of its exports, and of its snapshots' exports.
     pub exports: Vec<String>,
@@ -81,7 +82,7 @@ pub struct VolumeCreate {
     /// Bytes.
     pub size: u64,
     pub pool: Option<String>,
-    /// "raw".
+    /// "raw" or "mapped"; by default mapped in pools that can hold it.
     pub layout: Option<String>,
     /// 512 or 4096.
     pub block_size: Option<u32>,
@@ -123,14 +124,31 @@ pub struct VolumeClone {
     pub name: String,
 }
 
+/// What flattening a volume came to.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct VolumeFlattened {
+    pub volume: String,
+    /// False if it had no parent, so that there was nothing to do.
+    pub flattened: bool,
+}
+
 /// Space of a volume, in bytes.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct VolumeUsage {
     pub volume: String,
     pub logical: u64,
-    /// Taken on the backend, snapshots not counted.
+    /// Taken on the backend; of a raw volume, snapshots not counted.
     pub allocated: u64,
+    /// Taken by the snapshots of a raw volume.
     pub snapshots: u64,
+    /// Of a mapped volume: its own blocks in the pool, each content once, before compression.
+    pub unique: Option<u64>,
+    /// Of a mapped volume: what those take, compressed.
+    pub compressed: Option<u64>,
+    /// Of a mapped volume: what its map takes.
+    pub map: Option<u64>,
+    /// Of a mapped volume that is open: what its local log holds for the pool.
+    pub log: Option<u64>,
 }
 
 /// Outcome of a check.
@@ -197,6 +215,10 @@ pub struct ExportCreate {
     /// Subjects of client certificates that may attach.
     #[serde(default)]
     pub tls_allow: Vec<String>,
+    /// Open a mapped volume whose local log is lost, or cannot be read: what only that log had is given up for good. Counts for this opening
+    /// alone. An export that is there and waits for its volume is started.
+    #[serde(default)]
+    pub accept_loss: bool,
 }
 
 /// An export.

@@ -7,7 +7,9 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 
 use super::reply::{Asked, Body, Done, ErrorBody, Name, Reply, as_job, blocking};
-use super::types::{CheckReport, VolumeAdopt, VolumeClone, VolumeCreate, VolumeInfo, VolumeRename, VolumeResize, VolumeUsage};
+use super::types::{
+    CheckReport, VolumeAdopt, VolumeClone, VolumeCreate, VolumeFlattened, VolumeInfo, VolumeRename, VolumeResize, VolumeUsage,
+};
 use crate::daemon::Daemon;
 
 #[derive(Deserialize, IntoParams)]
@@ -32,7 +34,7 @@ pub async fn create(State(daemon): State<Arc<Daemon>>, Body(request): Body<Volum
 }
 
 /// Takes over an existing file, device or image, unchanged.
-#[utoipa::path(post, path = "/v1/volumes/adopt", operation_id = "adopt_volume", request_body = VolumeAdopt,
+#[utoipa::path(post, path = "/v1/adoptions", operation_id = "adopt_volume", request_body = VolumeAdopt,
     responses((status = 200, body = VolumeInfo), (status = "4XX", body = ErrorBody)))]
 pub async fn adopt(State(daemon): State<Arc<Daemon>>, Body(request): Body<VolumeAdopt>) -> Reply<VolumeInfo> {
     blocking(daemon, move |daemon| daemon.adopt_volume(&request)).await
@@ -86,12 +88,11 @@ pub async fn clone(
     as_job(daemon, "volume clone", &volume.clone(), move |daemon, _| daemon.clone_volume(&volume, &request.name)).await
 }
 
-/// Makes a clone independent of its origin.
+/// Makes a clone independent of its origin. Runs as a job, which cannot be cancelled; answers when it has ended.
 #[utoipa::path(post, path = "/v1/volumes/{volume}/flatten", operation_id = "flatten_volume", params(("volume" = String, Path)),
-    responses((status = 200, body = Done), (status = "4XX", body = ErrorBody)))]
-pub async fn flatten(State(daemon): State<Arc<Daemon>>, Name(volume): Name<String>) -> Reply<Done> {
-    let work = move |daemon: &Arc<Daemon>, volume: &str| daemon.flatten_volume(volume).map(|()| Done { done: true });
-    as_job(daemon, "volume flatten", &volume.clone(), move |daemon, _| work(daemon, &volume)).await
+    responses((status = 200, body = VolumeFlattened), (status = "4XX", body = ErrorBody)))]
+pub async fn flatten(State(daemon): State<Arc<Daemon>>, Name(volume): Name<String>) -> Reply<VolumeFlattened> {
+    as_job(daemon, "volume flatten", &volume.clone(), move |daemon, job| daemon.flatten_volume(&volume, job)).await
 }
 
 /// Space taken.
@@ -105,5 +106,5 @@ pub async fn usage(State(daemon): State<Arc<Daemon>>, Name(volume): Name<String>
 #[utoipa::path(post, path = "/v1/volumes/{volume}/check", operation_id = "check_volume", params(("volume" = String, Path)),
     responses((status = 200, body = CheckReport), (status = "4XX", body = ErrorBody)))]
 pub async fn check(State(daemon): State<Arc<Daemon>>, Name(volume): Name<String>) -> Reply<CheckReport> {
-    as_job(daemon, "volume check", &volume.clone(), move |daemon, job| daemon.check_volume(&volume, job)).await
+    as_job(daemon, "volume check", &volume.clone(), move |daemon, _| daemon.check_volume(&volume)).await
 }

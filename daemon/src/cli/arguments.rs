@@ -130,6 +130,7 @@ pub enum Volume {
         size: u64,
         #[arg(long)]
         pool: Option<String>,
+        /// [default: mapped in pools that can hold it]
         #[arg(long, value_parser = ["raw", "mapped"])]
         layout: Option<String>,
         /// The logical block size that clients see
@@ -262,6 +263,11 @@ pub enum Export {
         /// Subject of client certificates that may attach; may be given several times
         #[arg(long, value_name = "SUBJECT")]
         tls_allow: Vec<String>,
+        /// Open a mapped volume, this once, though its local log is lost: what only the log had is given up for good
+        #[arg(long, conflicts_with = "read_only")]
+        accept_loss: bool,
+        #[command(flatten)]
+        consent: Consent,
     },
     List,
     /// One export: who is attached, since when, and the lines to paste

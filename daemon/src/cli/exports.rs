@@ -13,12 +13,17 @@ pub fn run(context: &Context, command: Export) -> anyhow::Result<()> {
     let output = context.output;
     let path = |id: &str| format!("/v1/exports/{}", encode(id));
     match command {
-        Export::Add { volume, nbd, vhost_user, queues, read_only, mode, group, tls_allow } => {
+        Export::Add { volume, nbd, vhost_user, queues, read_only, mode, group, tls_allow, accept_loss, consent } => {
+            if accept_loss {
+                let what =
+                    format!("Opening volume {volume} without its log loses what only the log had, acknowledged writes among it.");
+                output.confirm(consent.yes, &what)?;
+            }
             let (protocol, address) = match vhost_user {
                 Some(path) => (Protocol::VhostUser, Some(format!("unix:{}", std::path::absolute(path)?.display()))),
                 None => (Protocol::Nbd, nbd.filter(|address| !address.is_empty()).map(own_listener).transpose()?),
             };
-            let request = ExportCreate { volume, protocol, address, queues, read_only, mode, group, tls_allow };
+            let request = ExportCreate { volume, protocol, address, queues, read_only, mode, group, tls_allow, accept_loss };
             let export: ExportInfo = context.client()?.post("/v1/exports", &request)?;
             let id = export.id.clone();
             output.print_id(&paste::WithLines::new(export), &id, |export| {

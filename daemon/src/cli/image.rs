@@ -18,6 +18,8 @@ use crate::units::{format_size, now_unix};
 
 /// The size of a new volume is a multiple of this.
 const SECTOR: u64 = 512;
+/// The size of a new volume is a multiple of it, whatever its layout.
+const BLOCK: u64 = 4096;
 /// One step of looking for data in a volume.
 const SCAN: u64 = 1 << 20;
 
@@ -164,7 +166,7 @@ impl Import<'_> {
             Err(error) if error.kind == ErrorKind::NotFound => {
                 let request = VolumeCreate {
                     name: self.volume.clone(),
-                    size,
+                    size: size.next_multiple_of(BLOCK),
                     pool: self.pool.clone(),
                     layout: None,
                     block_size: None,

@@ -25,8 +25,8 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::client::Client;
+use crate::daemon::listeners::Listeners;
 use crate::daemon::serve;
-use crate::daemon::systemd::PassedSockets;
 use arguments::{Arguments, Command};
 use output::Output;
 
@@ -67,7 +67,7 @@ fn run(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Quickstart(command) => quickstart::run(context, &command),
         Command::Serve { config } => {
             let (config, file) = serve::load_config(config.as_deref())?;
-            serve::serve(config, Some(file), PassedSockets::take(), |_| output::ready())
+            serve::serve(config, Some(file), Listeners::take_passed(), |_| output::ready())
         }
         Command::Doctor { config } => doctor::run(context, config.as_deref()),
         Command::Config(command) => config::run(context, command),

@@ -12,7 +12,7 @@ use crate::api::types::{ExportCreate, ExportInfo, Protocol, VolumeCreate};
 use crate::config::address::{Address, SOCKET_PATH_MAX};
 use crate::config::{self, Config};
 use crate::daemon::data_dir::replace_file;
-use crate::daemon::systemd::PassedSockets;
+use crate::daemon::listeners::Listeners;
 use crate::daemon::{Daemon, serve};
 use crate::error::ErrorKind;
 
@@ -34,9 +34,9 @@ pub fn run(context: &Context, command: &Quickstart) -> anyhow::Result<()> {
     let config: Config = config::load(Some(&file))?;
     let vhost_user = sockets.join("demo.sock");
     let (size, quiet) = (command.size, context.output.quiet);
-    let mut passed = PassedSockets::default();
-    passed.add(Address::Tcp { host: "127.0.0.1".to_owned(), port }, listener.into());
-    serve::serve(config, Some(file.clone()), passed, move |daemon| {
+    let listeners = Listeners::default();
+    listeners.add(&Address::Tcp { host: "127.0.0.1".to_owned(), port }, listener.into());
+    serve::serve(config, Some(file.clone()), listeners, move |daemon| {
         let exports = prepare(daemon, size, &vhost_user)?;
         if !quiet {
             output::line(&welcome(daemon, &file, exports))?;
@@ -104,6 +104,7 @@ fn prepare(daemon: &Arc<Daemon>, size: u64, vhost_user: &Path) -> anyhow::Result
         mode: None,
         group: None,
         tls_allow: Vec::new(),
+        accept_loss: false,
     };
     let wanted = [export(Protocol::Nbd, None), export(Protocol::VhostUser, Some(format!("unix:{}", vhost_user.display())))];
     // Control work blocks, and this is called from the runtime.

@@ -43,7 +43,7 @@ fn frame(report: &StatsReport) -> String {
     format!("{head}\n\n{volumes}\n\n{pools}")
 }
 
-const VOLUME_HEAD: [&str; 13] = [
+const VOLUME_HEAD: [&str; 14] = [
     "VOLUME",
     "READ/s",
     "WRITE/s",
@@ -55,13 +55,14 @@ const VOLUME_HEAD: [&str; 13] = [
     "WRITE p50",
     "p99",
     "IN FLIGHT",
+    "LOG",
     "CLIENTS",
     "HEALTH",
 ];
 
 const POOL_HEAD: [&str; 7] = ["POOL", "DRIVER", "OPS/s", "BYTES", "IN FLIGHT", "ERRORS", "HEALTH"];
 
-fn volume_row(volume: &VolumeStats, clients: usize) -> [String; 13] {
+fn volume_row(volume: &VolumeStats, clients: usize) -> [String; 14] {
     let nothing = OpStats::default();
     let of = |kind: &str| volume.operations.get(kind).unwrap_or(&nothing);
     let (read, write) = (of("read"), of("write"));
@@ -81,9 +82,16 @@ fn volume_row(volume: &VolumeStats, clients: usize) -> [String; 13] {
         latency(write.p50_us),
         latency(write.p99_us),
         in_flight.to_string(),
+        log(volume),
         clients.to_string(),
         health(volume),
     ]
+}
+
+/// How full the local log of a mapped volume is.
+fn log(volume: &VolumeStats) -> String {
+    let share = |(used, size): (u64, u64)| format!("{}%", (used * 100).checked_div(size).unwrap_or_default());
+    volume.log_used.zip(volume.log_size).map(share).unwrap_or_default()
 }
 
 fn clients(report: &StatsReport, volume: &str) -> usize {
@@ -135,6 +143,8 @@ mod tests {
             ok: problem.is_none(),
             problem: problem.map(str::to_owned),
             last_error: (errors > 0).then(|| "read at 0: EIO".to_owned()),
+            log_used: Some(30),
+            log_size: Some(120),
             operations: BTreeMap::from([("read".to_owned(), read), ("flush".to_owned(), flush)]),
         }
     }
@@ -142,7 +152,7 @@ mod tests {
     #[test]
     fn a_row_sums_what_it_should() {
         let row = volume_row(&volume(0, None), 2);
-        let expected = ["p/v", "1234", "0", "2", "2.0 KiB/s", "0.0 B/s", "80.0µs", "", "", "", "4", "2", "ok"];
+        let expected = ["p/v", "1234", "0", "2", "2.0 KiB/s", "0.0 B/s", "80.0µs", "", "", "", "4", "25%", "2", "ok"];
         assert_eq!(row, expected.map(str::to_owned));
     }
 

@@ -7,7 +7,7 @@ use super::arguments::{Usage, Volume};
 use super::output::{facts, table};
 use crate::api::reply::Done;
 use crate::api::types::{
-    CheckReport, VolumeAdopt, VolumeClone, VolumeCreate, VolumeInfo, VolumeRename, VolumeResize, VolumeUsage,
+    CheckReport, VolumeAdopt, VolumeClone, VolumeCreate, VolumeFlattened, VolumeInfo, VolumeRename, VolumeResize, VolumeUsage,
 };
 use crate::client::encode;
 use crate::units::format_size;
@@ -22,11 +22,14 @@ pub fn run(context: &Context, command: Volume) -> anyhow::Result<()> {
             output.print(&volume, |volume| format!("volume {} created: {}", full(volume), format_size(volume.size)))
         }
         Volume::Adopt { object, name } => {
-            let Some((pool, object)) = object.split_once('/') else {
-                return Err(Usage(format!("{object:?}: write POOL/OBJECT")).into());
+            let Some((pool, object)) = object.split_once('/').filter(|(pool, _)| !pool.is_empty()) else {
+                return Err(Usage(format!(
+                    "{object:?}: write POOL/OBJECT; of a file, POOL and its path from / on: local//srv/disk.raw"
+                ))
+                .into());
             };
             let request = VolumeAdopt { pool: pool.to_owned(), object: object.to_owned(), name };
-            let volume: VolumeInfo = context.client()?.post("/v1/volumes/adopt", &request)?;
+            let volume: VolumeInfo = context.client()?.post("/v1/adoptions", &request)?;
             output.print(&volume, |volume| format!("volume {} adopted: {}", full(volume), format_size(volume.size)))
         }
         Volume::List { pool } => {
@@ -70,8 +73,11 @@ pub fn run(context: &Context, command: Volume) -> anyhow::Result<()> {
             output.print(&volume, |volume| format!("volume {} cloned from {source}", full(volume)))
         }
         Volume::Flatten { volume } => {
-            let done: Done = context.client()?.post(&format!("{}/flatten", path(&volume)), &json!({}))?;
-            output.print(&done, |_| format!("volume {volume} stands alone now"))
+            let outcome: VolumeFlattened = context.client()?.post(&format!("{}/flatten", path(&volume)), &json!({}))?;
+            output.print(&outcome, |outcome| match outcome.flattened {
+                true => format!("volume {} depends on no other now", outcome.volume),
+                false => format!("volume {} has no parent: nothing to flatten", outcome.volume),
+            })
         }
     }
 }
@@ -88,9 +94,10 @@ fn list(volumes: &[VolumeInfo]) -> String {
             (None, false) => String::new(),
         };
         let (snapshots, exports) = (volume.snapshots.len().to_string(), volume.exports.join(","));
-        [full(volume), format_size(volume.size), volume.block_size.to_string(), snapshots, exports, state]
+        let (size, block) = (format_size(volume.size), volume.block_size.to_string());
+        [full(volume), size, volume.layout.clone(), block, snapshots, exports, state]
     };
-    table(["VOLUME", "SIZE", "BLOCK", "SNAPSHOTS", "EXPORTS", "STATE"], volumes.iter().map(row))
+    table(["VOLUME", "SIZE", "LAYOUT", "BLOCK", "SNAPSHOTS", "EXPORTS", "STATE"], volumes.iter().map(row))
 }
 
 fn show(volume: &VolumeInfo) -> String {
@@ -118,6 +125,10 @@ fn usage_text(usage: &VolumeUsage) -> String {
         ("logical", format_size(usage.logical)),
         ("allocated", format_size(usage.allocated)),
         ("snapshots", format_size(usage.snapshots)),
+        ("unique", usage.unique.map(format_size).unwrap_or_default()),
+        ("compressed", usage.compressed.map(format_size).unwrap_or_default()),
+        ("map", usage.map.map(format_size).unwrap_or_default()),
+        ("log", usage.log.map(format_size).unwrap_or_default()),
     ])
 }
 

@@ -1,5 +1,6 @@
 //! The command line's way to the admin API: over a unix socket, TCP, or TLS.
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -80,7 +81,9 @@ impl Client {
         }
         match serde_json::from_slice::<ErrorBody>(&bytes) {
             Ok(body) => Err(body.error),
-            Err(_) => Err(Error::internal(format!("the daemon answered {status}: {}", String::from_utf8_lossy(&bytes)))),
+            Err(_) => Err(Error::internal(format!(
+                "the answer, {status}, is not a novastor's: check --admin and NOVASTOR_ADMIN, and that both are of one version"
+            ))),
         }
     }
 
@@ -92,6 +95,10 @@ impl Client {
             }
             Target::Plain(host) => {
                 let stream = connect_tcp(host).await?;
+                if self.token.is_some() {
+                    let peer = stream.peer_addr().map_err(|error| Error::io(format!("the daemon at {host}"), &error))?;
+                    check_unencrypted(host, peer.ip())?;
+                }
                 self.converse(stream, host, method, path, body).await
             }
             Target::Tls(host) => {
@@ -111,6 +118,9 @@ impl Client {
             let certificate = certificate.map_err(|error| bad(error.to_string()))?;
             roots.add(certificate).map_err(|error| bad(error.to_string()))?;
         }
+        if roots.is_empty() {
+            return Err(bad(format!("there is no certificate in {}", ca.display())));
+        }
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let config = rustls::ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
@@ -118,10 +128,11 @@ impl Client {
             .with_root_certificates(roots)
             .with_no_client_auth();
         let name = host.rsplit_once(':').map_or(host, |(name, _)| name).trim_matches(['[', ']']).to_owned();
-        let name = ServerName::try_from(name).map_err(|error| bad(error.to_string()))?;
+        let server = ServerName::try_from(name.clone()).map_err(|error| bad(error.to_string()))?;
         let stream = connect_tcp(host).await?;
         let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
-        connector.connect(name, stream).await.map_err(|error| bad(error.to_string()))
+        let advice = format!("the daemon's certificate must be for {name}, and signed by a CA in {}", ca.display());
+        connector.connect(server, stream).await.map_err(|error| bad(format!("{error}; {advice}")))
     }
 
     async fn converse(
@@ -156,6 +167,16 @@ impl Client {
 
 async fn connect_tcp(host: &str) -> Result<TcpStream> {
     TcpStream::connect(host).await.map_err(|error| Error::io(format!("the daemon at {host} does not answer"), &error))
+}
+
+/// A token is not sent where others can read it.
+fn check_unencrypted(host: &str, peer: IpAddr) -> Result<()> {
+    if peer.to_canonical().is_loopback() {
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "--admin http://{host} refused: the token would cross the network unencrypted; write https://{host}, or an address on 127.0.0.1"
+    )))
 }
 
 fn unreachable_socket(socket: &Path, error: &std::io::Error) -> Error {
@@ -201,6 +222,15 @@ mod tests {
         assert_eq!(parse("http://[::1]:80").unwrap(), Target::Plain("[::1]:80".into()));
         assert_eq!(parse("https://h").unwrap(), Target::Tls("h:443".into()));
         assert!(parse("h:1").is_err() && parse("unix:").is_err());
+    }
+
+    #[test]
+    fn a_token_goes_unencrypted_to_this_host_only() {
+        for (peer, allowed) in
+            [("127.0.0.1", true), ("::1", true), ("::ffff:127.0.0.2", true), ("192.0.2.1", false), ("2001:db8::1", false)]
+        {
+            assert_eq!(check_unencrypted("h:1", peer.parse().unwrap()).is_ok(), allowed, "{peer}");
+        }
     }
 
     #[test]

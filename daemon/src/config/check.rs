@@ -2,21 +2,23 @@
 
 use std::path::Path;
 
-use toml::Table;
 use toml::de::{DeTable, DeValue};
+use toml::{Table, Value};
 
 use super::address::{self, Address};
+use super::check_pool::DRIVERS;
 use super::load::{Places, Problem, line_of};
-use super::model::{Config, ExportConfig, NbdTarget, PoolConfig};
-use super::schema::nearest;
+use super::model::{Config, DaemonConfig, ExportConfig, NbdTarget, PolicyConfig};
 use super::secret;
+use crate::units::parse_size;
 
-/// The drivers that work.
-const DRIVERS: [&str; 4] = ["file", "rbd", "memory", "null"];
-const RBD_KEYS: [&str; 8] =
-    ["pool", "conf", "user", "namespace", "cluster", "keyring", "connect_timeout_seconds", "request_timeout_seconds"];
-const DRIVERS_LATER: [&str; 6] = ["nfs", "smb", "s3", "gcs", "azure", "swift"];
-const POLICY_LATER: [&str; 7] = ["iops", "bandwidth", "burst_iops", "burst_seconds", "compression", "dedup", "encryption"];
+const DRIVERS_LATER: [&str; 5] = ["nfs", "smb", "gcs", "azure", "swift"];
+const POLICY_LATER: [&str; 4] = ["iops", "bandwidth", "burst_iops", "burst_seconds"];
+const DURABILITIES: [&str; 2] = ["local", "remote"];
+const COMPRESSIONS: [&str; 4] = ["auto", "none", "lz4", "zstd"];
+const DEDUPS: [&str; 3] = ["none", "volume", "tenant"];
+const LOG_SIZE_MIN: u64 = 1 << 20;
+const LOG_SIZE_UNIT: u64 = 4096;
 
 /// Refuses, with a reason, what the design foresees and this version cannot do.
 pub(super) fn not_yet(table: &DeTable<'_>, file: &str, text: &str) -> Vec<Problem> {
@@ -39,7 +41,7 @@ pub(super) fn not_yet(table: &DeTable<'_>, file: &str, text: &str) -> Vec<Proble
     for (name, entries) in named_tables(table, "policy") {
         for (key, _) in entries.iter().filter(|(key, _)| POLICY_LATER.contains(&key.get_ref().as_ref())) {
             let message = format!(
-                "policy {name}: `{}` is not in this version and would not be honoured: remove it; `durability` works",
+                "policy {name}: `{}` is not in this version and would not be honoured: remove it; `durability` and `encryption` work",
                 key.get_ref()
             );
             refuse(key.span().start, message);
@@ -59,14 +61,26 @@ fn named_tables<'a>(table: &'a DeTable<'a>, section: &str) -> Vec<(String, &'a D
 
 /// Secrets do not belong into the file.
 pub(super) fn secrets_in_file(table: &Table, places: &Places) -> Vec<Problem> {
-    let secrets = [("daemon", "admin_token", "admin_token_file"), ("tls", "key", "key_file")];
-    let found =
-        secrets.into_iter().filter(|(section, key, _)| table.get(*section).and_then(|entries| entries.get(*key)).is_some());
-    let problem = |(section, key, file_key): (&str, &str, &str)| Problem {
+    let own = [
+        ("daemon", "admin_token", "admin_token_file"),
+        ("tls", "key", "key_file"),
+        ("keys", "key", "file"),
+        ("keys", "previous_key", "previous_file"),
+    ];
+    let mut secrets: Vec<(String, &str, &str)> = own.map(|(section, key, file_key)| (section.to_owned(), key, file_key)).into();
+    let pools = table.get("pool").and_then(Value::as_table).into_iter().flat_map(Table::keys);
+    let of_pools = [("access_key_id", "access_key_id_file"), ("secret_key", "secret_key_file")];
+    secrets.extend(pools.flat_map(|pool| of_pools.map(|(key, file_key)| (format!("pool.{pool}"), key, file_key))));
+    let is_there = |section: &str, key: &str| {
+        let entries = section.split('.').try_fold(table, |table, name| table.get(name)?.as_table());
+        entries.is_some_and(|entries| entries.contains_key(key))
+    };
+    let found = secrets.into_iter().filter(|(section, key, _)| is_there(section, key));
+    let problem = |(section, key, file_key): (String, &str, &str)| Problem {
         place: places.of(&format!("{section}.{key}")),
         message: format!(
             "{section}.{key} is a secret and has no place in this file: use `{file_key}`, or the environment NOVASTOR_{}__{}",
-            section.to_uppercase(),
+            section.to_uppercase().replace('.', "__").replace('-', "_"),
             key.to_uppercase()
         ),
     };
@@ -78,17 +92,12 @@ pub(super) fn check(config: &Config, places: &Places) -> Vec<Problem> {
     let mut checker = Checker { config, places, problems: Vec::new() };
     checker.daemon();
     checker.tls();
+    checker.keys();
     for (name, pool) in &config.pool {
         checker.pool(name, pool);
     }
     for (name, policy) in &config.policy {
-        checker.name("policy", name, &format!("policy.{name}"));
-        if let Some(durability) = policy.durability.as_deref().filter(|durability| *durability != "remote") {
-            checker.refuse(
-                &format!("policy.{name}.durability"),
-                format!("durability \"{durability}\" is not in this version: \"remote\" works, and is what volumes have anyway"),
-            );
-        }
+        checker.policy(name, policy);
     }
     for (index, export) in config.export.iter().enumerate() {
         checker.export(index, export);
@@ -96,20 +105,52 @@ pub(super) fn check(config: &Config, places: &Places) -> Vec<Problem> {
     checker.problems
 }
 
-struct Checker<'a> {
+pub(super) struct Checker<'a> {
     config: &'a Config,
     places: &'a Places,
     problems: Vec<Problem>,
 }
 
 impl Checker<'_> {
-    fn refuse(&mut self, path: &str, message: impl Into<String>) {
+    pub(super) fn refuse(&mut self, path: &str, message: impl Into<String>) {
         self.problems.push(Problem { place: self.places.of(path), message: format!("{path}: {}", message.into()) });
     }
 
-    fn name(&mut self, what: &str, name: &str, path: &str) {
+    pub(super) fn name(&mut self, what: &str, name: &str, path: &str) {
         if let Err(error) = backends::check_name(what, name) {
             self.refuse(path, error.to_string());
+        }
+    }
+
+    /// Refuses what is none of `known`.
+    fn one_of(&mut self, path: &str, value: Option<&String>, known: &[&str]) {
+        if let Some(value) = value.filter(|value| !known.contains(&value.as_str())) {
+            self.refuse(path, format!("there is no \"{value}\": choose one of {}", known.join(", ")));
+        }
+    }
+
+    pub(super) fn durability(&mut self, path: &str, durability: Option<&String>) {
+        self.one_of(&format!("{path}.durability"), durability, &DURABILITIES);
+    }
+
+    fn policy(&mut self, name: &str, policy: &PolicyConfig) {
+        let path = format!("policy.{name}");
+        self.name("policy", name, &path);
+        self.durability(&path, policy.durability.as_ref());
+        self.one_of(&format!("{path}.compression"), policy.compression.as_ref(), &COMPRESSIONS);
+        self.one_of(&format!("{path}.dedup"), policy.dedup.as_ref(), &DEDUPS);
+        if policy.encryption && self.config.keys.is_none() {
+            self.refuse(&format!("{path}.encryption"), "needs [keys]: the key-encryption key, such as `file`");
+        }
+    }
+
+    fn log_size(&mut self, daemon: &DaemonConfig) {
+        match parse_size(&daemon.log_size) {
+            Err(error) => self.refuse("daemon.log_size", error),
+            Ok(size) if size < LOG_SIZE_MIN || !size.is_multiple_of(LOG_SIZE_UNIT) => {
+                self.refuse("daemon.log_size", format!("{size} bytes: choose at least 1MiB, and a multiple of {LOG_SIZE_UNIT}"));
+            }
+            Ok(_) => {}
         }
     }
 
@@ -132,6 +173,7 @@ impl Checker<'_> {
             self.refuse("daemon.metrics", error);
         }
         self.mode("daemon.socket_mode", &daemon.socket_mode);
+        self.log_size(daemon);
         if !(1..=256).contains(&daemon.threads) {
             self.refuse("daemon.threads", format!("{} data-plane threads: choose 1 to 256", daemon.threads));
         }
@@ -186,51 +228,16 @@ impl Checker<'_> {
         }
     }
 
-    fn pool(&mut self, name: &str, pool: &PoolConfig) {
-        let path = format!("pool.{name}");
-        self.name("pool", name, &path);
-        let driver_path = format!("{path}.driver");
-        let allowed: &[&str] = match pool.driver.as_str() {
-            "file" => &["path"],
-            "rbd" => &RBD_KEYS,
-            "memory" | "null" => &[],
-            "" => return self.refuse(&path, format!("needs a driver: one of {}", DRIVERS.join(", "))),
-            other => {
-                let advice = nearest(other, &DRIVERS).map(|near| format!("; did you mean \"{near}\"?"));
-                let known = DRIVERS.join(", ");
-                return self
-                    .refuse(&driver_path, format!("no driver {other:?}: there are {known}{}", advice.unwrap_or_default()));
-            }
-        };
-        let given = [
-            ("path", pool.path.is_some()),
-            ("pool", pool.pool.is_some()),
-            ("conf", pool.conf.is_some()),
-            ("user", pool.user.is_some()),
-            ("namespace", pool.namespace.is_some()),
-            ("cluster", pool.cluster.is_some()),
-            ("keyring", pool.keyring.is_some()),
-            ("connect_timeout_seconds", pool.connect_timeout_seconds.is_some()),
-            ("request_timeout_seconds", pool.request_timeout_seconds.is_some()),
-        ];
-        for (key, _) in given.iter().filter(|(key, given)| *given && !allowed.contains(key)) {
-            self.refuse(&format!("{path}.{key}"), format!("driver \"{}\" has no key `{key}`", pool.driver));
-        }
-        if pool.connect_timeout_seconds.is_some_and(|seconds| !(1..=3600).contains(&seconds)) {
-            self.refuse(&format!("{path}.connect_timeout_seconds"), "choose 1 to 3600 seconds");
-        }
-        if pool.request_timeout_seconds.is_some_and(|seconds| seconds > 86_400) {
-            self.refuse(&format!("{path}.request_timeout_seconds"), "choose at most 86400 seconds; 0 waits for ever");
-        }
-        let needed = if pool.driver == "file" {
-            "path"
-        } else if pool.driver == "rbd" {
-            "pool"
-        } else {
-            return;
-        };
-        if !given.iter().any(|(key, given)| *key == needed && *given) {
-            self.refuse(&path, format!("driver \"{}\" needs the key `{needed}`", pool.driver));
+    /// A credential can be read by the unit alone.
+    fn keys(&mut self) {
+        let Some(keys) = &self.config.keys else { return };
+        let is_out_of_reach = std::env::var_os("CREDENTIALS_DIRECTORY").is_none()
+            && (keys.credential.is_some() || keys.previous_credential.is_some());
+        match secret::key_encryption_keys(keys) {
+            Err(_) if is_out_of_reach => {}
+            Err(error) => self.refuse("keys", error.to_string()),
+            Ok(found) if found.current.is_none() => self.refuse("keys", "needs `file`, or `credential`: where the key is"),
+            Ok(_) => {}
         }
     }
 

@@ -9,6 +9,7 @@
 
 pub mod address;
 mod check;
+mod check_pool;
 mod environment;
 mod load;
 mod model;
@@ -18,9 +19,11 @@ mod secret;
 pub use address::Address;
 pub use check::parse_mode;
 pub use load::{ConfigError, Problem, load, load_text};
-pub use model::{Config, DaemonConfig, ExportConfig, LogConfig, LogFormat, NbdTarget, PolicyConfig, PoolConfig, TlsConfig};
+pub use model::{
+    Config, DaemonConfig, ExportConfig, KeysConfig, LogConfig, LogFormat, NbdTarget, PolicyConfig, PoolConfig, TlsConfig,
+};
 pub use schema::json_schema;
-pub use secret::{admin_token, read_secret, tls_key};
+pub use secret::{admin_token, key_encryption_keys, read_secret, s3_access_key, tls_key};
 
 /// A configuration to start from, with every key explained.
 pub const EXAMPLE: &str = include_str!("example.toml");

@@ -16,6 +16,8 @@ pub struct Config {
     /// Places where volumes live, by name.
     pub pool: BTreeMap<String, PoolConfig>,
     pub tls: Option<TlsConfig>,
+    /// What encrypts the keys of encrypted volumes.
+    pub keys: Option<KeysConfig>,
     pub log: LogConfig,
     /// Exports that exist as long as they stand here.
     pub export: Vec<ExportConfig>,
@@ -27,8 +29,11 @@ pub struct Config {
 #[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct DaemonConfig {
-    /// Keeps this host's exports.
+    /// Keeps this host's exports, and the logs of mapped volumes. Losing it loses the exports, and of volumes with durability "local" the latest
+    /// writes, acknowledged flushes among them; with "remote" no flush.
     pub data_dir: PathBuf,
+    /// The size of the log that a mapped volume gets when this host first opens it, such as "1GiB"; the file is sparse.
+    pub log_size: String,
     /// Where the admin API listens: "unix:PATH", or "tcp:HOST:PORT" on loopback or with [tls].
     pub admin: String,
     /// A file holding the bearer token that the admin API on TCP asks for.
@@ -61,6 +66,7 @@ impl Default for DaemonConfig {
     fn default() -> Self {
         DaemonConfig {
             data_dir: "/var/lib/novastor".into(),
+            log_size: "1GiB".to_owned(),
             admin: "unix:/run/novastor/admin.sock".to_owned(),
             admin_token_file: None,
             admin_token: None,
@@ -81,8 +87,11 @@ impl Default for DaemonConfig {
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PoolConfig {
-    /// "file", "rbd", "memory" or "null".
+    /// "file", "rbd", "s3", "memory" or "null".
     pub driver: String,
+    /// file, s3: what a flush of a mapped volume without a policy waits for. "local": the log in data_dir, the default for file; "remote": the
+    /// pool itself, the default for s3.
+    pub durability: Option<String>,
     /// file: the folder that holds the volumes.
     pub path: Option<PathBuf>,
     /// rbd: the name of the Ceph pool.
@@ -103,6 +112,24 @@ pub struct PoolConfig {
     /// rbd: requests that Ceph does not answer in this time fail; 0, the default: they wait until it does.
     #[schemars(range(max = 86400))]
     pub request_timeout_seconds: Option<u64>,
+    /// s3: the bucket.
+    pub bucket: Option<String>,
+    /// s3: the server's URL, Amazon's by default.
+    pub endpoint: Option<String>,
+    /// s3: "us-east-1" by default.
+    pub region: Option<String>,
+    /// s3: what all keys begin with, so that pools can share a bucket: parts joined by "/".
+    pub prefix: Option<String>,
+    /// s3: a file holding the id of the access key.
+    pub access_key_id_file: Option<PathBuf>,
+    /// The id itself; from the environment only.
+    pub access_key_id: Option<String>,
+    /// s3: a file holding the secret of the access key; the file must be readable by its owner only.
+    pub secret_key_file: Option<PathBuf>,
+    /// The secret itself; from the environment only.
+    pub secret_key: Option<String>,
+    /// s3: whether an endpoint without TLS will do, for tests on a trusted network.
+    pub allow_http: Option<bool>,
 }
 
 /// Certificates for NBD and the admin API on TCP.
@@ -117,6 +144,24 @@ pub struct TlsConfig {
     pub key: Option<String>,
     /// Certificates that sign clients' certificates, PEM; with it clients must show one.
     pub client_ca: Option<PathBuf>,
+}
+
+/// The key-encryption key, and the one before it as long as it is being replaced: each 64 hexadecimal digits (`openssl rand -hex 32`), from one place.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct KeysConfig {
+    /// The file that holds the key; it must be readable by its owner only.
+    pub file: Option<PathBuf>,
+    /// The name of the systemd credential that holds the key.
+    pub credential: Option<String>,
+    /// The key itself; from the environment only.
+    pub key: Option<String>,
+    /// The file that holds the key before.
+    pub previous_file: Option<PathBuf>,
+    /// The name of the systemd credential that holds the key before.
+    pub previous_credential: Option<String>,
+    /// The key before; from the environment only.
+    pub previous_key: Option<String>,
 }
 
 /// What the daemon says on its error output.
@@ -176,8 +221,15 @@ pub enum NbdTarget {
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PolicyConfig {
-    /// "remote": a flush returns when the backend has the data.
+    /// What a flush waits for. "remote": the backend has the data, as always with raw volumes; "local": the log in data_dir has it. The
+    /// pool's by default.
     pub durability: Option<String>,
+    /// "auto": mapped volumes are compressed as hard as time allows, which is the default. Others are not in this version: volumes are refused.
+    pub compression: Option<String>,
+    /// Not in this version: volumes are refused.
+    pub dedup: Option<String>,
+    /// Volumes are encrypted; needs [keys].
+    pub encryption: bool,
 }
 
 impl DaemonConfig {

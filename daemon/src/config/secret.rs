@@ -3,9 +3,11 @@
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::model::{Config, TlsConfig};
+use volume::keys::{Credential, Kek, Keks, KeyError, KeyFile, KeySource};
+
+use super::model::{Config, KeysConfig, PoolConfig, TlsConfig};
 
 const SECRET_MAX: u64 = 1 << 20;
 
@@ -37,11 +39,55 @@ pub fn admin_token(config: &Config) -> Result<Option<String>, String> {
     Ok(Some(token.to_owned()))
 }
 
+/// The access key of an S3 pool: its id and its secret.
+pub fn s3_access_key(pool: &PoolConfig) -> Result<(String, String), String> {
+    let part = |name: &str, value: &Option<String>, file: &Option<PathBuf>| {
+        let text = match (value, file) {
+            (Some(value), _) => value.clone(),
+            (None, Some(path)) => read_secret(path)?,
+            (None, None) => String::new(),
+        };
+        match text.trim() {
+            "" => Err(format!("driver \"s3\" needs `{name}_file`: a file of mode 0600, or `{name}` from the environment")),
+            text => Ok(text.to_owned()),
+        }
+    };
+    let id = part("access_key_id", &pool.access_key_id, &pool.access_key_id_file)?;
+    Ok((id, part("secret_key", &pool.secret_key, &pool.secret_key_file)?))
+}
+
 /// The private key, PEM.
 pub fn tls_key(tls: &TlsConfig) -> Result<String, String> {
     match (&tls.key, &tls.key_file) {
         (Some(key), _) => Ok(key.clone()),
         (None, Some(path)) => read_secret(path),
         (None, None) => Err("[tls] needs key_file: the file that holds the private key".to_owned()),
+    }
+}
+
+/// The key-encryption keys that are configured.
+pub fn key_encryption_keys(keys: &KeysConfig) -> Result<Keks, KeyError> {
+    let current = key_encryption_key("", &keys.file, &keys.credential, &keys.key)?;
+    let previous = key_encryption_key("previous_", &keys.previous_file, &keys.previous_credential, &keys.previous_key)?;
+    Ok(Keks { current, previous })
+}
+
+fn key_encryption_key(
+    prefix: &str,
+    file: &Option<PathBuf>,
+    credential: &Option<String>,
+    key: &Option<String>,
+) -> Result<Option<Kek>, KeyError> {
+    match (file, credential, key) {
+        (None, None, None) => Ok(None),
+        (Some(path), None, None) => KeyFile(path.clone()).fetch().map(Some),
+        (None, Some(name), None) => Credential { name: name.clone() }.fetch().map(Some),
+        (None, None, Some(text)) => {
+            Kek::parse(&format!("environment NOVASTOR_KEYS__{}KEY", prefix.to_uppercase()), text).map(Some)
+        }
+        _ => Err(KeyError::Source {
+            origin: "[keys]".to_owned(),
+            why: format!("{prefix}file, {prefix}credential and {prefix}key are different places: name one"),
+        }),
     }
 }

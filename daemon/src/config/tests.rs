@@ -22,10 +22,16 @@ fn the_example_is_valid_with_and_without_its_comments() {
         })
         .collect();
     let everything = everything.join("\n").replace("/etc/novastor/token", &key.path().display().to_string());
-    let everything = everything.replace("/etc/novastor/tls.key", &key.path().display().to_string());
+    let everything = ["tls.key", "s3.id", "s3.key"]
+        .iter()
+        .fold(everything, |text, name| text.replace(&format!("/etc/novastor/{name}"), &key.path().display().to_string()));
+    let kek_file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(kek_file.path(), "ab".repeat(32)).unwrap();
+    let kek = kek_file.path().display().to_string();
+    let everything = everything.replace("/etc/novastor/kek.old", &kek).replace("/etc/novastor/kek", &kek);
     let config = load_text("example", &everything, Vec::new()).unwrap();
     assert_eq!(config.export.len(), 1);
-    assert_eq!(config.pool.len(), 3);
+    assert_eq!(config.pool.len(), 4);
 }
 
 #[test]
@@ -56,16 +62,38 @@ fn wrong_types_name_the_line() {
 
 #[test]
 fn what_cannot_be_honoured_is_refused() {
-    assert!(problems("[pool.n]\ndriver = \"nfs\"\nurl = \"nfs://a/b\"\n").contains("file, rbd, memory, null"));
+    assert!(problems("[pool.n]\ndriver = \"nfs\"\nurl = \"nfs://a/b\"\n").contains("file, rbd, s3, memory, null"));
     assert!(problems("[pool.n]\ndriver = \"fiel\"\n").contains("did you mean \"file\"?"));
     assert!(problems("[pool.n]\npath = \"/a\"\n").contains("needs a driver"));
     assert!(problems("[pool.n]\ndriver = \"null\"\npath = \"/a\"\n").contains("has no key `path`"));
     assert!(problems("[pool.n]\ndriver = \"rbd\"\n").contains("needs the key `pool`"));
     assert!(problems("[pool.Bad]\ndriver = \"null\"\n").contains("pool name"));
     assert!(problems("[policy.gold]\niops = 5\n").contains("`iops` is not in this version"));
-    assert!(problems("[policy.gold]\ndurability = \"local\"\n").contains("\"remote\" works"));
+    assert!(problems("[policy.gold]\ndurability = \"none\"\n").contains("local, remote"));
+    assert!(problems("[policy.gold]\ncompression = \"gzip\"\n").contains("auto, none, lz4, zstd"));
+    assert!(problems("[policy.gold]\ndedup = \"host\"\n").contains("none, volume, tenant"));
+    load_text("t", "[policy.gold]\ndurability = \"local\"\ndedup = \"tenant\"\n", Vec::new()).unwrap();
+    for size in ["512K", "1048577", "much"] {
+        assert!(problems(&format!("[daemon]\nlog_size = \"{size}\"\n")).starts_with("t.toml:2: daemon.log_size"), "{size}");
+    }
     let faults = load_text("t", "[daemon]\nfaults = \"read errno=5\"\n", Vec::new());
     assert_eq!(faults.is_ok(), cfg!(feature = "fault-injection"));
+}
+
+#[test]
+fn a_bucket_needs_its_keys_and_no_secret_stands_in_the_file() {
+    let variables = [("NOVASTOR_POOL__C_1__ACCESS_KEY_ID", "id"), ("NOVASTOR_POOL__C_1__SECRET_KEY", "secret")];
+    let with_keys = |rest: &str| with(&format!("[pool.c-1]\ndriver = \"s3\"\n{rest}"), &variables);
+    let config = with_keys("bucket = \"b\"\nendpoint = \"https://x\"\n").unwrap();
+    assert_eq!(s3_access_key(&config.pool["c-1"]).unwrap(), ("id".to_owned(), "secret".to_owned()));
+    let refused = |rest: &str| with_keys(rest).unwrap_err().to_string();
+    assert!(refused("").contains("needs the key `bucket`"));
+    assert!(refused("bucket = \"b\"\nendpoint = \"http://x\"\n").contains("allow_http"));
+    assert!(with_keys("bucket = \"b\"\nendpoint = \"http://x\"\nallow_http = true\n").is_ok());
+    assert!(refused("bucket = \"b\"\npath = \"/a\"\n").contains("has no key `path`"));
+    let text = refused("bucket = \"b\"\nsecret_key = \"x\"\n");
+    assert!(text.contains("t.toml:4: ") && text.contains("NOVASTOR_POOL__C_1__SECRET_KEY"), "{text}");
+    assert!(problems("[pool.c]\ndriver = \"s3\"\nbucket = \"b\"\n").contains("access_key_id_file"));
 }
 
 #[test]
@@ -101,6 +129,24 @@ fn secrets_stay_out_of_the_file_and_out_of_readable_files() {
     assert!(problems(&text).contains("chmod 0600"));
     let config = with("", &[("NOVASTOR_DAEMON__ADMIN_TOKEN", "0123456789abcdef")]).unwrap();
     assert_eq!(admin_token(&config).unwrap().as_deref(), Some("0123456789abcdef"));
+}
+
+#[test]
+fn key_encryption_keys_come_from_one_place_each_and_stay_out_of_the_file() {
+    assert!(problems("[policy.a]\nencryption = true\n").contains("needs [keys]"));
+    assert!(problems("[keys]\n").contains("needs `file`"));
+    assert!(problems("[keys]\nkey = \"ab\"\n").contains("NOVASTOR_KEYS__KEY"));
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let text = format!("[keys]\nfile = {:?}\n[policy.a]\nencryption = true\n", file.path());
+    assert!(problems(&text).contains("64 hexadecimal digits"));
+    let [key, previous] = ["ab", "cd"].map(|pair| pair.repeat(32));
+    std::fs::write(file.path(), &key).unwrap();
+    let config = with(&text, &[("NOVASTOR_KEYS__PREVIOUS_KEY", &previous)]).unwrap();
+    let keks = key_encryption_keys(config.keys.as_ref().unwrap()).ok().unwrap();
+    assert!(keks.current.is_some() && keks.previous.is_some());
+    assert!(with(&text, &[("NOVASTOR_KEYS__KEY", &key)]).unwrap_err().to_string().contains("name one"));
+    std::fs::set_permissions(file.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+    assert!(problems(&text).contains("chmod 0600"));
 }
 
 #[test]

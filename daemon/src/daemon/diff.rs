@@ -1,4 +1,6 @@
-//! What differs between two states of a volume: both are read, but for what neither holds.
+//! What differs between two states of a volume: both are read, but for what neither holds, and what their pool knows to be the same.
+
+use std::ops::Range;
 
 use blockdev::ExtentKind;
 use blockdev::client::Client;
@@ -23,29 +25,29 @@ impl Daemon {
         let (left, right) = (self.side(&from)?, self.side(&to)?);
         let (short, long) = (left.size.min(right.size), left.size.max(right.size));
         let mut changed = Ranges::default();
-        let mut offset = 0;
-        while offset < short {
-            job.check_cancelled()?;
-            job.progress(offset, Some(short));
-            let hole = left.hole(offset, short - offset)?.min(right.hole(offset, short - offset)?);
-            if hole > 0 {
-                offset += hole;
-                continue;
+        for range in self.candidates(&from, &to)?.unwrap_or_else(|| std::iter::once(0..short).collect()) {
+            let mut offset = range.start;
+            while offset < range.end.min(short) {
+                job.check_cancelled()?;
+                job.progress(offset, Some(short));
+                offset += compare(&left, &right, offset, range.end.min(short) - offset, &mut changed)?;
             }
-            let len = STEP.min(short - offset);
-            let (old, new) = (left.read(offset, len)?, right.read(offset, len)?);
-            for (index, (old, new)) in old.chunks(GRAIN).zip(new.chunks(GRAIN)).enumerate() {
-                if old != new {
-                    changed.add(offset + (index * GRAIN) as u64, old.len() as u64);
-                }
-            }
-            offset += len;
         }
         if long > short {
             changed.add(short, long - short);
         }
         let changed_bytes = changed.0.iter().map(|range| range.length).sum();
         Ok(SnapshotDiff { from: from.to_string(), to: to.to_string(), changed: changed.0, changed_bytes })
+    }
+
+    /// Where they may differ at all, if their pool can tell.
+    fn candidates(&self, from: &VolumeId, to: &VolumeId) -> Result<Option<Vec<Range<u64>>>> {
+        match &from.snapshot {
+            Some(before) if from.volume() == to.volume() => {
+                Ok(self.pools.get(&from.pool)?.changed(&from.name, before, to.snapshot.as_deref())?)
+            }
+            _ => Ok(None),
+        }
     }
 
     fn side(&self, id: &VolumeId) -> Result<Side> {
@@ -57,6 +59,22 @@ impl Daemon {
         let client = Client::open(lease.volume(), reactor)?;
         Ok(Side { size: lease.volume().size(), client, lease })
     }
+}
+
+/// Compares up to `len` bytes from `offset` on, and says how many it was.
+fn compare(left: &Side, right: &Side, offset: u64, len: u64, changed: &mut Ranges) -> Result<u64> {
+    let hole = left.hole(offset, len)?.min(right.hole(offset, len)?);
+    if hole > 0 {
+        return Ok(hole);
+    }
+    let len = STEP.min(len);
+    let (old, new) = (left.read(offset, len)?, right.read(offset, len)?);
+    for (index, (old, new)) in old.chunks(GRAIN).zip(new.chunks(GRAIN)).enumerate() {
+        if old != new {
+            changed.add(offset + (index * GRAIN) as u64, old.len() as u64);
+        }
+    }
+    Ok(len)
 }
 
 struct Side {

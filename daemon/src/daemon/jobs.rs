@@ -1,4 +1,4 @@
-//! Long work: listed, with progress, cancellable; it goes on when whoever asked for it has gone.
+//! Long work: listed, with progress, cancellable where it can stop halfway; it goes on when whoever asked for it has gone.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -33,6 +33,8 @@ pub struct Job {
     started: u64,
     done: AtomicU64,
     total: AtomicU64,
+    /// It looks, between steps, whether it was cancelled.
+    stops_halfway: bool,
     cancelled: AtomicBool,
     outcome: Mutex<Option<Outcome>>,
     ended: tokio::sync::Notify,
@@ -55,15 +57,26 @@ impl Jobs {
         Ok(Jobs { data_dir, next: AtomicU64::new(next), jobs: Mutex::new(jobs), saving: Mutex::default() })
     }
 
+    /// Begins a job that runs to its end.
     pub fn begin(&self, kind: &str, subject: impl Into<String>) -> Arc<Job> {
+        self.begin_job(kind, subject.into(), false)
+    }
+
+    /// Begins a job that calls [`Job::check_cancelled`] or [`Job::is_cancelled`] again and again.
+    pub fn begin_cancellable(&self, kind: &str, subject: impl Into<String>) -> Arc<Job> {
+        self.begin_job(kind, subject.into(), true)
+    }
+
+    fn begin_job(&self, kind: &str, subject: String, stops_halfway: bool) -> Arc<Job> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let job = Arc::new(Job {
             number,
             kind: kind.to_owned(),
-            subject: subject.into(),
+            subject,
             started: now_unix(),
             done: AtomicU64::new(0),
             total: AtomicU64::new(NO_TOTAL),
+            stops_halfway,
             cancelled: AtomicBool::new(false),
             outcome: Mutex::new(None),
             ended: tokio::sync::Notify::new(),
@@ -121,7 +134,10 @@ impl Jobs {
 
 impl Job {
     fn from_info(info: JobInfo) -> Option<Job> {
-        let state = if info.state == JobState::Running { JobState::Interrupted } else { info.state };
+        let (state, error) = match info.state {
+            JobState::Running => (JobState::Interrupted, Some(next_step(&info.kind))),
+            ended => (ended, info.error),
+        };
         Some(Job {
             number: info.id.parse().ok()?,
             kind: info.kind,
@@ -129,8 +145,9 @@ impl Job {
             started: info.started,
             done: AtomicU64::new(info.done),
             total: AtomicU64::new(info.total.unwrap_or(NO_TOTAL)),
+            stops_halfway: false,
             cancelled: AtomicBool::new(false),
-            outcome: Mutex::new(Some(Outcome { state, error: info.error, ended: info.ended.unwrap_or(info.started) })),
+            outcome: Mutex::new(Some(Outcome { state, error, ended: info.ended.unwrap_or(info.started) })),
             ended: tokio::sync::Notify::new(),
         })
     }
@@ -156,10 +173,17 @@ impl Job {
         self.cancelled.load(Ordering::Relaxed)
     }
 
-    /// Asks the job to stop at its next step.
+    /// Asks the job to stop at its next step; refused where there is no such step.
     pub fn cancel(&self) -> Result<()> {
         if self.has_ended() {
             return Err(Error::invalid(format!("job {} has ended already", self.number)));
+        }
+        if !self.stops_halfway {
+            let (number, kind, subject) = (self.number, &self.kind, &self.subject);
+            return Err(Error::invalid(format!(
+                "job {number} ({kind} of {subject}) cannot be cancelled: it does not stop halfway; wait for it: \
+                 `novastor job wait {number}`"
+            )));
         }
         self.cancelled.store(true, Ordering::Relaxed);
         Ok(())
@@ -198,6 +222,13 @@ impl Job {
     }
 }
 
+/// What is to be done about a job of this kind that ended with an earlier daemon.
+fn next_step(kind: &str) -> String {
+    let next =
+        if kind.starts_with("image") { "the same command resumes it" } else { "nothing is half done: give the command again" };
+    format!("the daemon ended meanwhile; {next}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -207,7 +238,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let data_dir = Arc::new(DataDir::open(folder.path()).unwrap());
         let jobs = Jobs::restore(data_dir.clone()).unwrap();
-        let (first, second, third) = (jobs.begin("check", "a"), jobs.begin("check", "b"), jobs.begin("check", "c"));
+        let (first, second, third) = (jobs.begin("check", "a"), jobs.begin_cancellable("diff", "b"), jobs.begin("check", "c"));
         first.progress(5, Some(10));
         jobs.end(&first, &Ok(()));
         jobs.end(&first, &Err::<(), _>(Error::internal("late")));
@@ -221,8 +252,22 @@ mod tests {
         let states: Vec<_> = jobs.list().into_iter().map(|job| (job.id, job.state)).collect();
         let expected = [("1", JobState::Done), ("2", JobState::Cancelled), ("3", JobState::Interrupted)];
         assert_eq!(states, expected.map(|(id, state)| (id.to_owned(), state)));
+        let told = jobs.get("3").unwrap().info().error.unwrap();
+        assert!(told.contains("give the command again"), "{told}");
         assert_eq!(jobs.begin("check", "d").id(), "4");
         assert!(jobs.get("9").is_err() && jobs.get("x").is_err());
+    }
+
+    #[test]
+    fn a_job_that_cannot_stop_halfway_refuses_to_be_cancelled() {
+        let folder = tempfile::tempdir().unwrap();
+        let jobs = Jobs::restore(Arc::new(DataDir::open(folder.path()).unwrap())).unwrap();
+        let job = jobs.begin("volume delete", "local/v");
+        let refused = job.cancel().unwrap_err().message;
+        for part in ["job 1", "volume delete", "local/v", "novastor job wait 1"] {
+            assert!(refused.contains(part), "{refused}");
+        }
+        assert!(!job.is_cancelled());
     }
 
     #[test]

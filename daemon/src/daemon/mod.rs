@@ -13,16 +13,20 @@
 
 pub mod data_dir;
 mod diff;
+mod encryption;
 #[cfg(feature = "fault-injection")]
 pub mod faults;
 pub mod jobs;
+pub mod listeners;
 mod locks;
 mod log;
+pub mod mapped;
 pub mod open;
 pub mod pools;
-mod process;
+pub mod process;
 mod reload;
 pub mod serve;
+mod sizes;
 mod snapshots;
 pub mod sockets;
 pub mod systemd;
@@ -30,11 +34,10 @@ mod transfers;
 mod volumes;
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
-use backends::VolumeRecord;
+use backends::{Layout, PoolError, VolumeRecord};
 use blockdev::{BlockDevice, DataPlane, Volume, VolumeOptions};
-use parking_lot::RwLock;
 
 use crate::api::types::Status;
 use crate::config::Config;
@@ -43,13 +46,16 @@ use crate::exports::Exports;
 use crate::names::{VolumeId, VolumeRef};
 use data_dir::DataDir;
 use jobs::Jobs;
+use listeners::Listeners;
 use locks::NameLocks;
 use open::{Lease, OpenVolumes};
 use pools::Pools;
 
 /// Everything the control plane works on.
 pub struct Daemon {
-    config: RwLock<Arc<Config>>,
+    /// For what goes on by itself later.
+    this: Weak<Daemon>,
+    config: mapped::LiveConfig,
     config_file: Option<PathBuf>,
     data_dir: Arc<DataDir>,
     pools: Arc<Pools>,
@@ -57,6 +63,7 @@ pub struct Daemon {
     locks: NameLocks,
     jobs: Jobs,
     exports: Exports,
+    listeners: Arc<Listeners>,
     transfers: transfers::Transfers,
     metrics_address: parking_lot::Mutex<Option<String>>,
     started: u64,
@@ -80,6 +87,10 @@ impl Daemon {
 
     pub fn exports(&self) -> &Exports {
         &self.exports
+    }
+
+    pub fn listeners(&self) -> &Arc<Listeners> {
+        &self.listeners
     }
 
     pub fn data_dir(&self) -> &Arc<DataDir> {
@@ -165,20 +176,34 @@ impl Daemon {
         if write && id.snapshot.is_some() {
             return Err(Error::invalid(format!("snapshot {id} can only be used read-only: add --read-only")));
         }
-        self.open.lease(id, write, || self.open_volume(id, write))
+        self.open.lease(id, write, || self.open_volume(id, write, false))
     }
 
-    fn open_volume(&self, id: &VolumeId, write: bool) -> Result<Arc<Volume>> {
+    /// Opens a volume even if that loses what was acknowledged; refused if it is open, as nothing is missing then. The caller holds its name
+    /// lock.
+    pub fn lease_accepting_loss(&self, id: &VolumeId) -> Result<Lease> {
+        if self.open.get(id).is_some() {
+            return Err(Error::invalid(format!("volume {id}: it is open, so nothing of it is missing: leave out --accept-loss")));
+        }
+        self.open.lease(id, true, || self.open_volume(id, true, true))
+    }
+
+    fn open_volume(&self, id: &VolumeId, write: bool, accept_loss: bool) -> Result<Arc<Volume>> {
         let pool = self.pools.get(&id.pool)?;
         let record = pool.get(&id.name)?;
         let (device, read_only) = match &id.snapshot {
             Some(snapshot) => (pool.open_snapshot(&id.name, snapshot)?, true),
+            None if accept_loss => (pool.open_accepting_loss(&id.name)?, false),
             None => match pool.open(&id.name, false) {
                 Ok(device) => (device, false),
-                Err(error) if write || matches!(error, backends::PoolError::NotFound(_)) => return Err(error.into()),
+                Err(error) if write || record.layout == Layout::Mapped || matches!(error, PoolError::NotFound(_)) => {
+                    return Err(error.into());
+                }
                 Err(_) => (pool.open(&id.name, true)?, true),
             },
         };
+        let device = self.decrypted(&*pool, &record, device)?;
+        device.on_size_changed_elsewhere(self.hears_of_size(id));
         let device = self.with_faults(id, device)?;
         let options = VolumeOptions { name: id.to_string(), read_only, block_size: record.block_size };
         Ok(Volume::new(device, options))

@@ -2,18 +2,17 @@
 //! until it opens.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
 use backends::Pool;
-use backends::file::{FilePool, FilePoolConfig};
 use backends::rbd::{RbdPool, RbdPoolConfig};
 use backends::simple::{SimpleKind, SimplePool};
 use parking_lot::{Condvar, Mutex};
 
+use super::mapped::Host;
 use crate::config::PoolConfig;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -26,8 +25,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 const UNANSWERED_MAX: usize = 4;
 
 /// The pools, by name.
-#[derive(Default)]
 pub struct Pools {
+    host: Host,
     slots: Mutex<BTreeMap<String, Slot>>,
     settled: Condvar,
 }
@@ -62,23 +61,28 @@ pub struct PoolState {
 }
 
 impl Pools {
+    /// None yet.
+    pub fn new(host: Host) -> Pools {
+        Pools { host, slots: Mutex::default(), settled: Condvar::new() }
+    }
+
     /// Begins to open a pool.
-    pub fn add(self: &Arc<Self>, name: &str, config: &PoolConfig, data_dir: &Path) {
+    pub fn add(self: &Arc<Self>, name: &str, config: &PoolConfig) {
         let slot = Slot { config: config.clone(), state: State::Opening, unanswered: Arc::default() };
         self.slots.lock().insert(name.to_owned(), slot);
-        let (pools, name, config, data_dir) = (self.clone(), name.to_owned(), config.clone(), data_dir.to_owned());
+        let (pools, name, config) = (self.clone(), name.to_owned(), config.clone());
         let spawned = std::thread::Builder::new().name(format!("pool-{name}"));
         let thread_name = name.clone();
-        let spawned = spawned.spawn(move || pools.open_until_it_works(&thread_name, &config, &data_dir));
+        let spawned = spawned.spawn(move || pools.open_until_it_works(&thread_name, &config));
         if let Err(error) = spawned {
             self.set(&name, State::Failed(format!("no thread to open it: {error}")));
         }
     }
 
-    fn open_until_it_works(&self, name: &str, config: &PoolConfig, data_dir: &Path) {
+    fn open_until_it_works(&self, name: &str, config: &PoolConfig) {
         let mut reported = false;
         loop {
-            match open(name, config, data_dir) {
+            match open(name, config, &self.host) {
                 Ok(pool) => {
                     tracing::info!("pool {name}: open ({} at {})", pool.driver(), pool.location());
                     return self.set(name, State::Open(pool));
@@ -206,14 +210,15 @@ impl Drop for Answered {
     }
 }
 
-fn open(name: &str, config: &PoolConfig, data_dir: &Path) -> Result<Arc<dyn Pool>> {
-    let folder = data_dir.join("pools").join(name);
+fn open(name: &str, config: &PoolConfig, host: &Host) -> Result<Arc<dyn Pool>> {
+    let folder = host.data_dir.join("pools").join(name);
     let missing = |key: &str| Error::invalid(format!("driver \"{}\" needs the key `{key}`", config.driver));
     Ok(match config.driver.as_str() {
         "file" => {
-            let path = config.path.clone().ok_or_else(|| missing("path"))?;
-            Arc::new(FilePool::open(name, FilePoolConfig { path })?)
+            let path = config.path.as_ref().ok_or_else(|| missing("path"))?;
+            host.file_pool(name, config, path)?
         }
+        "s3" => host.s3_pool(name, config)?,
         "null" => Arc::new(SimplePool::open(name, SimpleKind::Null, &folder)?),
         "memory" => Arc::new(SimplePool::open(name, SimpleKind::Memory, &folder)?),
         "rbd" => {

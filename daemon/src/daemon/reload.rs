@@ -44,7 +44,7 @@ impl Daemon {
         for (name, pool) in &new.pool {
             match self.pools.config(name) {
                 None => {
-                    self.pools.add(name, pool, self.data_dir.path());
+                    self.pools.add(name, pool);
                     report.changed.push(format!("pool {name} added"));
                 }
                 Some(known) if known != *pool => report.needs_restart.push(format!("pool.{name}")),
@@ -64,6 +64,7 @@ fn needing_restart(old: &Config, new: &Config) -> Vec<String> {
     let (a, b) = (&old.daemon, &new.daemon);
     let changed = [
         ("daemon.data_dir", a.data_dir != b.data_dir),
+        ("daemon.log_size", a.log_size != b.log_size),
         ("daemon.admin", a.admin != b.admin),
         ("daemon.admin_token_file", (&a.admin_token_file, &a.admin_token) != (&b.admin_token_file, &b.admin_token)),
         ("daemon.metrics", a.metrics != b.metrics),

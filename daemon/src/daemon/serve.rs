@@ -14,12 +14,14 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::data_dir::DataDir;
 use super::jobs::Jobs;
+use super::listeners::Listeners;
 use super::log::LogControl;
+use super::mapped::Host;
 use super::pools::Pools;
-use super::systemd::{self, PassedSockets};
+use super::systemd;
 use super::{Daemon, process};
 use crate::api;
-use crate::config::{self, Config};
+use crate::config::{self, Address, Config};
 use crate::exports::{Exports, NbdFrontEnd};
 use crate::units::now_unix;
 
@@ -35,13 +37,22 @@ impl Daemon {
     pub fn is_stopping(&self) -> bool {
         STOPPING.load(Ordering::SeqCst)
     }
+
+    /// Everything that this daemon listens on, or will when what is served there can be opened.
+    fn listening_addresses(&self) -> Vec<Address> {
+        let config = self.config();
+        let daemon = &config.daemon;
+        let metrics = daemon.metrics.iter().filter_map(|metrics| config::address::tcp(metrics).ok());
+        let named = daemon.nbd_addresses().unwrap_or_default().into_iter().chain(daemon.admin_address());
+        named.chain(metrics).chain(self.exports.addresses()).collect()
+    }
 }
 
-/// Runs the daemon until SIGTERM or SIGINT, on sockets `passed` to it where there are some. `announce` is called when exports accept.
+/// Runs the daemon until SIGTERM or SIGINT, on what was passed to it with `listeners`. `announce` is called when exports accept.
 pub fn serve(
     config: Config,
     config_file: Option<PathBuf>,
-    passed: PassedSockets,
+    listeners: Listeners,
     announce: impl FnOnce(&Arc<Daemon>) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let log = LogControl::start(&config.log)?;
@@ -52,11 +63,13 @@ pub fn serve(
         .enable_all()
         .build()
         .context("starting the control plane")?;
-    let daemon = runtime.block_on(async { build(config, config_file, log) })?;
-    let outcome = runtime.block_on(run(daemon.clone(), passed, announce));
+    let daemon = runtime.block_on(async { build(config, config_file, log, listeners) })?;
+    let outcome = runtime.block_on(run(daemon.clone(), announce));
     STOPPING.store(true, Ordering::SeqCst);
+    daemon.listeners.end();
     systemd::notify(&[NotifyState::Stopping]);
     tracing::info!("stopping: requests in flight are finished first");
+    daemon.exports.nbd().stop_accepting();
     daemon.stop_transfers();
     daemon.exports.stop_all();
     daemon.exports.nbd().stop();
@@ -69,22 +82,34 @@ pub fn serve(
     outcome
 }
 
-fn build(config: Config, config_file: Option<PathBuf>, log: LogControl) -> anyhow::Result<Arc<Daemon>> {
+fn build(config: Config, config_file: Option<PathBuf>, log: LogControl, listeners: Listeners) -> anyhow::Result<Arc<Daemon>> {
+    let listeners = Arc::new(listeners);
     let data_dir = Arc::new(DataDir::open(&config.daemon.data_dir)?);
     let options = DataPlaneOptions { threads: config.daemon.threads, spin_max: Duration::from_micros(config.daemon.spin_us) };
     let plane = DataPlane::start(options)
         .map_err(|error| anyhow!("io_uring is not available ({error}): `novastor doctor` says why and what to do"))?;
-    let pools = Arc::new(Pools::default());
+    let live = Arc::new(RwLock::new(Arc::new(config)));
+    let config = live.read().clone();
+    let pools = Arc::new(Pools::new(Host {
+        data_dir: data_dir.path().to_owned(),
+        config: live.clone(),
+        reactors: plane.handles().to_vec(),
+        runtime: tokio::runtime::Handle::current(),
+    }));
     for (name, pool) in &config.pool {
-        pools.add(name, pool, data_dir.path());
+        pools.add(name, pool);
     }
-    let nbd = NbdFrontEnd::new(&config, plane.handles())?;
-    Ok(Arc::new(Daemon {
-        jobs: Jobs::restore(data_dir.clone())?,
-        exports: Exports::load(data_dir.clone(), nbd)?,
-        config: RwLock::new(Arc::new(config)),
+    let nbd = NbdFrontEnd::new(&config, plane.handles(), listeners.clone())?;
+    let jobs = Jobs::restore(data_dir.clone())?;
+    let exports = Exports::load(data_dir.clone(), nbd)?;
+    Ok(Arc::new_cyclic(|this| Daemon {
+        this: this.clone(),
+        jobs,
+        exports,
+        config: live,
         config_file,
         data_dir,
+        listeners,
         pools,
         open: Arc::default(),
         transfers: Default::default(),
@@ -96,17 +121,14 @@ fn build(config: Config, config_file: Option<PathBuf>, log: LogControl) -> anyho
     }))
 }
 
-async fn run(
-    daemon: Arc<Daemon>,
-    mut passed: PassedSockets,
-    announce: impl FnOnce(&Arc<Daemon>) -> anyhow::Result<()>,
-) -> anyhow::Result<()> {
+async fn run(daemon: Arc<Daemon>, announce: impl FnOnce(&Arc<Daemon>) -> anyhow::Result<()>) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
     let restoring = daemon.clone();
     let restored = tokio::task::spawn_blocking(move || {
         restoring.exports.declare(&restoring.config())?;
+        restoring.listeners.keep_only(&restoring.listening_addresses());
         let deadline = blockdev::clock::monotonic() + START_PATIENCE;
         Exports::start_missing(&restoring, START_PATIENCE);
         restoring.pools.wait_settled(deadline.saturating_duration_since(blockdev::clock::monotonic()));
@@ -117,12 +139,15 @@ async fn run(
         _ = terminate.recv() => return Ok(()),
         _ = interrupt.recv() => return Ok(()),
     }
-    daemon.exports.nbd().listen(&daemon.config(), &mut passed)?;
-    let servers = api::server::start(&daemon, &mut passed)?;
-    passed.report_unclaimed();
+    daemon.exports.nbd().listen(&daemon.config())?;
+    let servers = api::server::start(&daemon)?;
+    daemon.listeners.close_unused();
     announce(&daemon)?;
     systemd::notify(&[NotifyState::Ready]);
-    let background = [tokio::spawn(Exports::keep_trying(daemon.clone())), tokio::spawn(systemd::feed_watchdog())];
+    let background = [
+        tokio::spawn(Exports::keep_trying(daemon.clone())),
+        tokio::spawn(systemd::feed_watchdog(daemon.plane.handles().to_vec())),
+    ];
     loop {
         tokio::select! {
             _ = terminate.recv() => break,
@@ -130,6 +155,7 @@ async fn run(
             _ = hangup.recv() => reload(&daemon).await,
         }
     }
+    daemon.listeners.end();
     background.iter().for_each(|task| task.abort());
     servers.stop().await;
     std::thread::spawn(|| end_on_second_signal(terminate, interrupt));
@@ -151,7 +177,7 @@ fn end_on_second_signal(mut terminate: tokio::signal::unix::Signal, mut interrup
 }
 
 async fn reload(daemon: &Arc<Daemon>) {
-    systemd::notify(&[NotifyState::Reloading]);
+    systemd::notify_reloading();
     let reloading = daemon.clone();
     match tokio::task::spawn_blocking(move || reloading.reload()).await {
         Ok(Ok(report)) => {

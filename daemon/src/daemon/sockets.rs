@@ -1,12 +1,16 @@
 //! Listening sockets: made only where the configuration allows, with the configured mode and group; a stale socket is replaced,
-//! a live one never.
+//! a live one never; a file that is no longer ours is left alone.
 
 use std::fs;
+use std::io;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt, chown};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use crate::config::Config;
 use crate::config::address::{Address, check_socket_path};
@@ -67,22 +71,69 @@ impl SocketRules {
     }
 }
 
+/// The file of a listening socket, told apart from any that comes to stand in its place: as long as the socket is open, no other
+/// file has its inode.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SocketFile {
+    pub path: PathBuf,
+    pub device: u64,
+    pub inode: u64,
+}
+
+impl SocketFile {
+    /// The socket at `path` now.
+    pub fn at(path: &Path) -> io::Result<SocketFile> {
+        let metadata = fs::symlink_metadata(path)?;
+        if !metadata.file_type().is_socket() {
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "something that is no socket is there; move it away"));
+        }
+        Ok(SocketFile { path: path.to_owned(), device: metadata.dev(), inode: metadata.ino() })
+    }
+
+    /// True while its name leads to it.
+    pub fn is_there(&self) -> bool {
+        SocketFile::at(&self.path).is_ok_and(|now| now == *self)
+    }
+
+    /// Removes it, if its name still leads to it.
+    pub fn remove(&self) -> io::Result<()> {
+        if self.is_there() { fs::remove_file(&self.path) } else { Ok(()) }
+    }
+
+    /// Sets its mode and group.
+    pub fn dress(&self, rules: &SocketRules) -> Result<()> {
+        let what = || format!("socket {}: setting its mode and group", self.path.display());
+        if let Some(group) = rules.group.as_deref().map(group_id).transpose()? {
+            chown(&self.path, None, Some(group)).map_err(|error| Error::io(what(), &error))?;
+        }
+        fs::set_permissions(&self.path, fs::Permissions::from_mode(rules.mode)).map_err(|error| Error::io(what(), &error))
+    }
+}
+
 /// Listens on a unix socket at `path`.
-pub fn listen_unix(path: &Path, rules: &SocketRules) -> Result<UnixListener> {
-    let shown = path.display();
+pub fn listen_unix(path: &Path, rules: &SocketRules) -> Result<(UnixListener, SocketFile)> {
+    let failed = |error: io::Error| Error::io(format!("socket {}", path.display()), &error);
     check_socket_path(&path.to_string_lossy()).map_err(Error::invalid)?;
     rules.check_folder(path)?;
-    let group = rules.group.as_deref().map(group_id).transpose()?;
     remove_stale(path)?;
-    let listener = UnixListener::bind(path).map_err(|error| Error::io(format!("socket {shown}"), &error))?;
-    let dressed = group
-        .map_or(Ok(()), |group| chown(path, None, Some(group)))
-        .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(rules.mode)));
-    if let Err(error) = dressed {
-        let _ = fs::remove_file(path);
-        return Err(Error::io(format!("socket {shown}: setting its mode and group"), &error));
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    let file = SocketFile::at(path).map_err(failed)?;
+    if let Err(error) = file.dress(rules) {
+        let _ = file.remove();
+        return Err(error);
     }
-    Ok(listener)
+    Ok((listener, file))
+}
+
+/// Whether somebody listens on the socket at `path`. Never waits: a full queue is answered like an empty one.
+pub fn is_listened_on(path: &Path) -> io::Result<bool> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    match connect(&socket, &SocketAddrUnix::new(path)?) {
+        Ok(()) | Err(Errno::AGAIN) => Ok(true),
+        Err(Errno::CONNREFUSED) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Makes a configured folder that is missing, such as one under /run; others may pass through it to their sockets.
@@ -99,24 +150,20 @@ fn remove_stale(path: &Path) -> Result<()> {
     let shown = path.display();
     let deadline = blockdev::clock::monotonic() + PREDECESSOR_WAIT;
     loop {
-        let metadata = match fs::symlink_metadata(path) {
-            Ok(metadata) => metadata,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(Error::io(format!("socket {shown}"), &error)),
-        };
-        if !metadata.file_type().is_socket() {
-            return Err(Error::exists(format!("socket {shown} refused: something that is no socket is there; move it away")));
-        }
-        match UnixStream::connect(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-                return fs::remove_file(path).map_err(|error| Error::io(format!("socket {shown}: replacing it"), &error));
+        let found = SocketFile::at(path).and_then(|file| Ok((is_listened_on(path)?, file)));
+        match found {
+            Ok((false, file)) => {
+                return file.remove().map_err(|error| Error::io(format!("socket {shown}: replacing it"), &error));
             }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(Error::io(format!("socket {shown}"), &error)),
-            Ok(_) if blockdev::clock::monotonic() > deadline => {
+            Ok((true, _)) if blockdev::clock::monotonic() > deadline => {
                 return Err(Error::in_use(format!("socket {shown} refused: another process listens there")));
             }
-            Ok(_) => std::thread::sleep(Duration::from_millis(10)),
+            Ok((true, _)) => std::thread::sleep(Duration::from_millis(10)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(Error::exists(format!("socket {shown} refused: {error}")));
+            }
+            Err(error) => return Err(Error::io(format!("socket {shown}"), &error)),
         }
     }
 }
@@ -155,8 +202,6 @@ pub fn group_id(group: &str) -> Result<u32> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
-
     use super::*;
     use crate::error::ErrorKind;
 
@@ -171,11 +216,43 @@ mod tests {
         let group = rustix::process::getgid().as_raw();
         let rules = SocketRules { group: Some(group.to_string()), ..rules(folder.path()) };
         drop(listen_unix(&path, &rules).unwrap());
-        let listener = listen_unix(&path, &rules).unwrap();
+        let (listener, _) = listen_unix(&path, &rules).unwrap();
         let metadata = fs::metadata(&path).unwrap();
         assert_eq!((metadata.mode() & 0o777, metadata.gid()), (0o640, group));
         assert_eq!(listen_unix(&path, &rules).unwrap_err().kind, ErrorKind::InUse);
         drop(listener);
+    }
+
+    #[test]
+    fn a_listener_that_accepts_nobody_is_a_live_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.sock");
+        let listener = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+        rustix::net::bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        // Its queue takes one; whoever comes next would wait.
+        let _first = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let rules = rules(folder.path());
+        std::thread::spawn(move || sender.send(listen_unix(&path, &rules).map(|_| ())));
+        let answer = receiver.recv_timeout(Duration::from_secs(60)).expect("it hangs");
+        assert_eq!(answer.unwrap_err().kind, ErrorKind::InUse);
+    }
+
+    #[test]
+    fn only_the_file_of_its_own_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.sock");
+        let (_listener, file) = listen_unix(&path, &rules(folder.path())).unwrap();
+        assert!(file.is_there());
+        fs::remove_file(&path).unwrap();
+        file.remove().unwrap();
+        let _other = UnixListener::bind(&path).unwrap();
+        assert!(!file.is_there());
+        file.remove().unwrap();
+        assert!(path.exists());
+        SocketFile::at(&path).unwrap().remove().unwrap();
+        assert!(!path.exists());
     }
 
     #[test]

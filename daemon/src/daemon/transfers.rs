@@ -1,6 +1,9 @@
 //! Images copied in and out: the client moves the bytes, over NBD on a socket of its own; here are the job and the open volume.
 //!
 //! A transfer whose client has gone for [`SILENCE_MAX`] is given up: its job counts as interrupted, the volume is released.
+//!
+//! Invariant: a job ends after its export has stopped. Nothing is written for a job that has ended, and no other transfer of the
+//! volume begins while something may be.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -32,8 +35,8 @@ struct Transfer {
     volume: VolumeId,
     import: bool,
     job: Arc<Job>,
-    /// Held until the end; dropping it closes the socket and releases the volume.
-    _export: PrivateExport,
+    /// Dropping it closes the socket, waits for requests in flight, and releases the volume; gone once that has begun.
+    export: Option<PrivateExport>,
     heard: Instant,
 }
 
@@ -75,7 +78,7 @@ impl Daemon {
         let lease = self.lease(&id, import)?;
         let size = lease.volume().size();
         let subject = if import { format!("{} to {id}", request.file) } else { format!("{id} to {}", request.file) };
-        let job = self.jobs.begin(&format!("image {}", request.direction), subject);
+        let job = self.jobs.begin_cancellable(&format!("image {}", request.direction), subject);
         job.progress(0, Some(request.total));
         let socket = format!("transfer-{}", job.id());
         let export = self.exports.nbd().start_private(lease, !import, &self.private_folder(), &socket).inspect_err(|error| {
@@ -83,7 +86,8 @@ impl Daemon {
         })?;
         let info =
             TransferInfo { job: job.id(), socket: export.path().display().to_string(), export: export.name().to_owned(), size };
-        let transfer = Transfer { volume: id, import, job: job.clone(), _export: export, heard: blockdev::clock::monotonic() };
+        let heard = blockdev::clock::monotonic();
+        let transfer = Transfer { volume: id, import, job: job.clone(), export: Some(export), heard };
         self.transfers.running.lock().insert(job.id(), transfer);
         let (daemon, id) = (Arc::downgrade(self), job.id());
         std::thread::spawn(move || {
@@ -111,43 +115,53 @@ impl Daemon {
 
     pub fn report_transfer(&self, id: &str, progress: TransferProgress) -> Result<JobInfo> {
         let mut running = self.transfers.running.lock();
-        let transfer = running.get_mut(id).ok_or_else(|| Error::not_found(format!("transfer {id} does not run")))?;
+        let going_on = running.get_mut(id).filter(|transfer| transfer.export.is_some());
+        let transfer = going_on.ok_or_else(|| Error::not_found(format!("transfer {id} does not run")))?;
         transfer.heard = blockdev::clock::monotonic();
         let job = transfer.job.clone();
         let total = job.info().total;
         job.progress(progress.done, total);
         let cancelled = job.is_cancelled().then_some(JobState::Cancelled);
+        drop(running);
         if let Some(state) = progress.state.filter(|state| *state != JobState::Running).or(cancelled) {
-            let ended = running.remove(id);
-            drop(running);
-            drop(ended);
-            self.jobs.conclude(&job, state, progress.error);
+            self.end_transfer(id, state, progress.error);
         }
         Ok(job.info())
     }
 
+    /// Waits until nothing more is read or written, then ends the job. Does nothing if somebody else is at that already.
+    fn end_transfer(&self, id: &str, state: JobState, error: Option<String>) {
+        let export = self.transfers.running.lock().get_mut(id).and_then(|transfer| transfer.export.take());
+        let Some(export) = export else { return };
+        drop(export);
+        let ended = self.transfers.running.lock().remove(id);
+        if let Some(transfer) = ended {
+            self.jobs.conclude(&transfer.job, state, error);
+        }
+    }
+
     /// True while the transfer runs and is heard of.
     fn give_up_silent(&self, id: &str) -> bool {
-        let mut running = self.transfers.running.lock();
+        let running = self.transfers.running.lock();
         let Some(transfer) = running.get(id) else { return false };
         let cancelled = transfer.job.is_cancelled();
         let limit = if cancelled { SILENCE_MAX_CANCELLED } else { SILENCE_MAX };
         let silent = blockdev::clock::monotonic().saturating_duration_since(transfer.heard) > limit;
-        if silent && let Some(transfer) = running.remove(id) {
-            drop(running);
+        drop(running);
+        if silent {
             let error = "the client went away; the same command resumes it".to_owned();
             let state = if cancelled { JobState::Cancelled } else { JobState::Interrupted };
-            self.jobs.conclude(&transfer.job, state, Some(error));
+            self.end_transfer(id, state, Some(error));
         }
         !silent
     }
 
     /// Ends all of them, as the daemon ends.
     pub(super) fn stop_transfers(&self) {
-        let running: Vec<Transfer> = self.transfers.running.lock().drain().map(|(_, transfer)| transfer).collect();
-        for transfer in running {
+        let running: Vec<String> = self.transfers.running.lock().keys().cloned().collect();
+        for id in running {
             let error = "the daemon ended; the same command resumes it".to_owned();
-            self.jobs.conclude(&transfer.job, JobState::Interrupted, Some(error));
+            self.end_transfer(&id, JobState::Interrupted, Some(error));
         }
     }
 }

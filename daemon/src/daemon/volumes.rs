@@ -2,12 +2,15 @@
 
 use std::sync::Arc;
 
-use backends::{Pool, PoolHealth, VolumeRecord, VolumeSpec};
+use backends::{Flattened, Layout, Pool, PoolHealth, VolumeRecord, VolumeSpec};
 
 use super::Daemon;
 use super::jobs::Job;
+use super::mapped;
 use super::pools::Answer;
-use crate::api::types::{CheckReport, PoolInfo, SnapshotInfo, VolumeAdopt, VolumeCreate, VolumeInfo, VolumeResize, VolumeUsage};
+use crate::api::types::{
+    CheckReport, PoolInfo, SnapshotInfo, VolumeAdopt, VolumeCreate, VolumeFlattened, VolumeInfo, VolumeResize, VolumeUsage,
+};
 use crate::error::{Error, Result};
 use crate::names::{VolumeId, VolumeRef};
 use crate::units::format_size;
@@ -64,11 +67,12 @@ impl Daemon {
             uuid: record.uuid.to_string(),
             size: open.as_ref().map_or(record.size, |volume| volume.size()),
             block_size: record.block_size,
-            layout: "raw".to_owned(),
+            layout: record.layout.name().to_owned(),
             policy: record.policy,
             tenant: record.tenant,
             object: record.object,
             origin: record.origin,
+            encrypted: record.encrypted,
             snapshots: snapshots.collect(),
             exports: self.exports.ids_of(&id),
             open: open.is_some(),
@@ -99,29 +103,37 @@ impl Daemon {
         {
             return Err(Error::invalid(format!("volume {name}: the name says pool {left}, --pool says {right}")));
         }
-        match request.layout.as_deref() {
-            None | Some("raw") => {}
-            Some("mapped") => {
-                let message =
-                    format!("volume {name}: layout mapped is not in this version; --layout raw works, and is the default");
-                return Err(Error::unsupported(message));
-            }
-            Some(other) => return Err(Error::invalid(format!("volume {name}: no layout {other:?}; raw works"))),
-        }
-        if let Some(policy) = request.policy.as_ref().filter(|policy| !self.config().policy.contains_key(*policy)) {
-            return Err(Error::not_found(format!("policy {policy} is not configured: add [policy.{policy}]")));
-        }
         let block_size = request.block_size.unwrap_or(512);
         if ![512, 4096].contains(&block_size) {
             return Err(Error::invalid(format!("volume {name}: block size {block_size}: choose 512 or 4096")));
         }
         check_size(&name.name, request.size, block_size)?;
         let (pool_name, pool) = self.pool_for(name.pool.as_deref().or(request.pool.as_deref()))?;
+        let layout = layout_for(&name.name, request.layout.as_deref(), &*pool)?;
+        self.check_policy(&name.name, request.policy.as_deref(), layout)?;
         let id = VolumeId::new(&pool_name, &name.name);
         let _held = self.hold([&id]);
-        let spec = VolumeSpec { size: request.size, block_size, policy: request.policy.clone(), tenant: request.tenant.clone() };
+        let wrapped_key = match layout {
+            Layout::Raw => self.key_for_new(&name.name, request.size, request.policy.as_deref())?,
+            Layout::Mapped => None,
+        };
+        let (policy, tenant) = (request.policy.clone(), request.tenant.clone());
+        let spec = VolumeSpec { size: request.size, block_size, layout, policy, tenant, wrapped_key };
         let record = pool.create(&name.name, &spec).map_err(|error| Error::from(error).of(format!("volume {}", name.name)))?;
         Ok(self.volume_info(&pool_name, record))
+    }
+
+    /// Refuses a policy that does not exist, or asks for what a volume cannot be.
+    fn check_policy(&self, volume: &str, name: Option<&str>, layout: Layout) -> Result<()> {
+        let Some(name) = name else { return Ok(()) };
+        let config = self.config();
+        let Some(policy) = config.policy.get(name) else {
+            return Err(Error::not_found(format!("policy {name} is not configured: add [policy.{name}]")));
+        };
+        match mapped::refusal(name, policy, layout) {
+            Some(why) => Err(Error::unsupported(format!("volume {volume}: {why}"))),
+            None => Ok(()),
+        }
     }
 
     pub fn adopt_volume(&self, request: &VolumeAdopt) -> Result<VolumeInfo> {
@@ -151,10 +163,16 @@ impl Daemon {
                 id.name
             )));
         }
-        if request.size != now {
-            lease.volume().resize(request.size)?;
+        let pool = self.pools.get(&id.pool)?;
+        if request.size < now {
+            // An object shorter than its record counts as truncated.
+            pool.resized(&id.name, request.size)?;
         }
-        self.pools.get(&id.pool)?.resized(&id.name, request.size)?;
+        if request.size != now {
+            let resized = lease.volume().resize(request.size);
+            resized.map_err(|error| Error::from(error).of(format!("volume {}", id.name)))?;
+        }
+        pool.resized(&id.name, request.size)?;
         drop(lease);
         self.show_volume(&id.to_string())
     }
@@ -193,42 +211,44 @@ impl Daemon {
         let target = VolumeId::new(&source.pool, &to.name);
         let _held = self.hold([&source, &target]);
         let pool = self.pools.get(&source.pool)?;
-        let record = match &source.snapshot {
-            Some(snapshot) => pool.clone_volume(&source.name, Some(snapshot), &to.name)?,
-            None => {
-                self.with_writes_held(std::slice::from_ref(&source), || Ok(pool.clone_volume(&source.name, None, &to.name)?))?
-            }
-        };
+        let clone = || Ok(pool.clone_volume(&source.name, source.snapshot.as_deref(), &to.name)?);
+        // The log of a mapped volume says which writes are in a snapshot; none waits for it.
+        let needs_hold = source.snapshot.is_none() && self.record(&source)?.layout == Layout::Raw;
+        let record = if needs_hold { self.with_writes_held(std::slice::from_ref(&source), clone)? } else { clone()? };
         Ok(self.volume_info(&source.pool, record))
     }
 
-    /// A raw clone that shares nothing with its origin needs no flattening; what does is refused in words.
-    pub fn flatten_volume(&self, name: &str) -> Result<()> {
+    /// The volume counts as in use meanwhile, so that it stays, but is not held against other operations: this may take hours.
+    pub fn flatten_volume(&self, name: &str, job: &Job) -> Result<VolumeFlattened> {
         let id = self.resolve(&name.parse::<VolumeRef>()?.without_snapshot()?)?;
-        let record = self.record(&id)?;
-        let driver = self.pools.get(&id.pool)?.driver();
-        match (&record.origin, driver) {
-            (None, _) => Err(Error::invalid(format!("volume {id} is no clone: there is nothing to flatten"))),
-            (Some(origin), "rbd") => Err(Error::unsupported(format!(
-                "volume {id}: flattening a clone of {origin} is not in this version; use `rbd flatten` on its image"
-            ))),
-            (Some(origin), _) => Err(Error::unsupported(format!(
-                "volume {id} shares only blocks of the file system with {origin} and does not depend on it: nothing to flatten"
-            ))),
-        }
+        let _lease = {
+            let _held = self.hold([&id]);
+            self.lease(&id, false)?
+        };
+        let flattened = self.pools.get(&id.pool)?.flatten(&id.name, &|done, total| job.progress(done, Some(total)))?;
+        Ok(VolumeFlattened { volume: id.to_string(), flattened: flattened == Flattened::Copied })
     }
 
     pub fn volume_usage(&self, name: &str) -> Result<VolumeUsage> {
         let id = self.resolve(&name.parse::<VolumeRef>()?.without_snapshot()?)?;
-        let usage = self.pools.get(&id.pool)?.usage(&id.name)?;
-        Ok(VolumeUsage { volume: id.to_string(), logical: usage.logical, allocated: usage.allocated, snapshots: usage.snapshots })
+        let pool = self.pools.get(&id.pool)?;
+        let usage = pool.usage(&id.name)?;
+        Ok(VolumeUsage {
+            volume: id.to_string(),
+            logical: usage.logical,
+            allocated: usage.allocated,
+            snapshots: usage.snapshots,
+            unique: usage.reduced.map(|reduced| reduced.unique),
+            compressed: usage.reduced.map(|reduced| reduced.compressed),
+            map: usage.reduced.map(|reduced| reduced.map),
+            log: pool.engine_use(&id.name).map(|found| found.log.used),
+        })
     }
 
-    /// Whether the volume opens, has the size that the catalogue says, and is healthy.
-    pub fn check_volume(&self, name: &str, job: &Job) -> Result<CheckReport> {
+    /// Whether the volume opens, has the size that the catalogue says, and is healthy; of a mapped one, whether all of it can be read.
+    pub fn check_volume(&self, name: &str) -> Result<CheckReport> {
         let id = self.resolve(&name.parse::<VolumeRef>()?.without_snapshot()?)?;
         let _held = self.hold([&id]);
-        job.check_cancelled()?;
         let record = self.record(&id)?;
         let mut problems = Vec::new();
         match self.lease(&id, false) {
@@ -241,6 +261,7 @@ impl Daemon {
                         .push(format!("it is {real} ({size} bytes) large, the catalogue says {noted} ({} bytes)", record.size));
                 }
                 problems.extend(lease.volume().health());
+                problems.extend(self.pools.get(&id.pool)?.check_volume(&id.name)?);
             }
         }
         Ok(CheckReport { subject: id.to_string(), ok: problems.is_empty(), problems })
@@ -271,6 +292,24 @@ fn pool_info(answer: Answer<(String, PoolHealth)>) -> PoolInfo {
         total: health.total,
         free: health.free,
     }
+}
+
+/// The layout of a new volume: as asked for, or the pool's usual one.
+fn layout_for(volume: &str, asked: Option<&str>, pool: &dyn Pool) -> Result<Layout> {
+    let layouts = pool.layouts();
+    let Some(asked) = asked else { return Ok(layouts.first().copied().unwrap_or_default()) };
+    let wanted = [Layout::Raw, Layout::Mapped].into_iter().find(|layout| layout.name() == asked);
+    let wanted = wanted.ok_or_else(|| Error::invalid(format!("volume {volume}: no layout {asked:?}: choose raw or mapped")))?;
+    if layouts.contains(&wanted) {
+        return Ok(wanted);
+    }
+    let holds: Vec<&str> = layouts.iter().map(|layout| layout.name()).collect();
+    Err(Error::unsupported(format!(
+        "volume {volume}: layout {asked} refused: pool {} (driver \"{}\") holds {} volumes only; choose that, or another pool",
+        pool.name(),
+        pool.driver(),
+        holds.join(" and ")
+    )))
 }
 
 fn check_size(name: &str, size: u64, block_size: u32) -> Result<()> {

@@ -5,15 +5,15 @@ use std::fs;
 use std::io::ErrorKind;
 use std::net::{TcpListener, ToSocketAddrs};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Access, AtFlags, FlockOperation, accessat};
+use volume::keys::Keks;
 
 use super::Finding;
 use crate::config::address::check_socket_path;
-use crate::config::{Address, Config, NbdTarget};
-use crate::daemon::sockets::group_id;
+use crate::config::{Address, Config, KeysConfig, NbdTarget, key_encryption_keys};
+use crate::daemon::sockets::{group_id, is_listened_on};
 use crate::units::format_size;
 
 /// Less than this free in a pool or in data_dir is too little to go on.
@@ -32,9 +32,22 @@ pub fn examine(config: &Config) -> Vec<Finding> {
             Err(error) => Finding::fail("socket group", error, format!("groupadd {group}, or set [daemon].socket_group")),
         });
     }
+    findings.extend(config.keys.as_ref().map(key_encryption_key));
     let running = config.daemon.admin_address().ok().is_some_and(|address| answers(&address));
     findings.extend(addresses(config).iter().map(|(what, address)| listener(what, address, running)));
     findings
+}
+
+fn key_encryption_key(keys: &KeysConfig) -> Finding {
+    match key_encryption_keys(keys) {
+        Ok(Keks { current: Some(kek), previous }) => {
+            let previous = previous.map(|kek| format!(", the previous one {}", kek.id())).unwrap_or_default();
+            Finding::ok("keys", format!("the key-encryption key is {}{previous}", kek.id()))
+        }
+        Ok(_) => Finding::fail("keys", "no key-encryption key", "set [keys].file"),
+        Err(error) if keys.credential.is_some() => Finding::warn("keys", error.to_string(), "run it within the unit to see"),
+        Err(error) => Finding::fail("keys", error.to_string(), "see docs/keys.md"),
+    }
 }
 
 /// Every address the daemon would listen on, with what for.
@@ -57,7 +70,7 @@ fn addresses(config: &Config) -> Vec<(String, Address)> {
 /// Whether somebody listens there.
 fn answers(address: &Address) -> bool {
     match address {
-        Address::Unix(path) => UnixStream::connect(path).is_ok(),
+        Address::Unix(path) => is_listened_on(path).unwrap_or(false),
         Address::Tcp { .. } => {
             let host_port = address.host_port().unwrap_or_default();
             std::net::TcpStream::connect(host_port).is_ok()
@@ -88,8 +101,10 @@ fn socket(what: &str, path: &Path, daemon_runs: bool) -> Finding {
     };
     match is_socket {
         Some(false) => Finding::fail(what, format!("{shown} is no socket"), "move it away, or choose another path"),
-        Some(true) if UnixStream::connect(path).is_ok() && daemon_runs => Finding::ok(what, format!("{shown}: a daemon listens")),
-        Some(true) if UnixStream::connect(path).is_ok() => {
+        Some(true) if daemon_runs && is_listened_on(path).unwrap_or(false) => {
+            Finding::ok(what, format!("{shown}: a daemon listens"))
+        }
+        Some(true) if is_listened_on(path).unwrap_or(false) => {
             Finding::fail(what, format!("{shown}: another process listens"), "stop it, or choose another path")
         }
         _ if !may_write(folder) => {

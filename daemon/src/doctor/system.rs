@@ -19,7 +19,7 @@ const MEMLOCK_GOOD: u64 = 8 << 20;
 const SHM_GOOD: u64 = 64 << 20;
 
 pub fn examine() -> Vec<Finding> {
-    vec![kernel(), io_uring(), nofile(), memlock(), shm()]
+    vec![kernel(), io_uring(), nofile(), memlock(), io_flusher(), shm()]
 }
 
 fn kernel() -> Finding {
@@ -111,6 +111,19 @@ fn memlock() -> Finding {
             "LimitMEMLOCK=infinity in the unit, or ulimit -l",
         ),
         _ => Finding::ok("memlock", finding),
+    }
+}
+
+/// Does what the daemon does at its start.
+fn io_flusher() -> Finding {
+    let what = "memory reclaim";
+    match crate::daemon::process::become_io_flusher() {
+        Ok(()) => Finding::ok(what, "does not wait for the daemon's own disks (PR_SET_IO_FLUSHER)"),
+        Err(error) => Finding::warn(
+            what,
+            format!("PR_SET_IO_FLUSHER: {error}: a disk served to this very host may hang it when memory is short"),
+            "if this host itself attaches disks: run as root, or with AmbientCapabilities=CAP_SYS_RESOURCE in the unit",
+        ),
     }
 }
 

@@ -19,6 +19,7 @@ use blockdev::stats::Snapshot;
 use parking_lot::Mutex;
 
 use crate::api::types::{ClientInfo, ExportCreate, ExportInfo, Protocol};
+use crate::config::Address;
 use crate::daemon::Daemon;
 use crate::daemon::data_dir::DataDir;
 use crate::daemon::open::Lease;
@@ -62,6 +63,14 @@ impl Table {
         let taken = |entry: &Entry| entry.record.spec.volume != full && entry.record.name.as_deref() == Some(&short);
         if self.entries.values().any(taken) { full } else { short }
     }
+
+    /// The export that is where `spec` would be.
+    fn clash(&self, spec: &ExportSpec) -> Option<&Entry> {
+        self.entries.values().find(|entry| {
+            let shared_twice = entry.record.spec.address.is_none() && spec.address.is_none();
+            same_listener(&entry.record.spec, spec) || (shared_twice && entry.record.spec.volume == spec.volume)
+        })
+    }
 }
 
 struct Entry {
@@ -96,8 +105,30 @@ impl Exports {
 
     /// Exports a volume.
     pub fn add(&self, daemon: &Daemon, request: ExportCreate) -> Result<ExportInfo> {
+        let accept_loss = request.accept_loss;
         let spec = ExportSpec::from_request(request, daemon.config().tls.is_some())?;
+        if accept_loss {
+            return self.add_accepting_loss(daemon, spec);
+        }
         self.add_spec(daemon, spec, false)
+    }
+
+    /// Opens the volume before anything else does; from then on nothing of it is missing.
+    fn add_accepting_loss(&self, daemon: &Daemon, mut spec: ExportSpec) -> Result<ExportInfo> {
+        let volume = daemon.resolve_text(&spec.volume)?;
+        spec.volume = volume.to_string();
+        let _lease = {
+            let _held = daemon.hold([&volume]);
+            daemon.lease_accepting_loss(&volume)?
+        };
+        let waiting = self.table.lock().clash(&spec).map(|entry| entry.record.id.clone());
+        match waiting {
+            Some(id) => {
+                self.start_again(daemon, &id);
+                self.get(&id)
+            }
+            None => self.add_spec(daemon, spec, false),
+        }
     }
 
     fn add_spec(&self, daemon: &Daemon, mut spec: ExportSpec, declared: bool) -> Result<ExportInfo> {
@@ -106,11 +137,7 @@ impl Exports {
         let _held = daemon.hold([&volume]);
         let (id, name) = {
             let mut table = self.table.lock();
-            let clash = |entry: &&Entry| {
-                let shared_twice = entry.record.spec.address.is_none() && spec.address.is_none();
-                same_listener(&entry.record.spec, &spec) || (shared_twice && entry.record.spec.volume == spec.volume)
-            };
-            if let Some(other) = table.entries.values().find(clash) {
+            if let Some(other) = table.clash(&spec) {
                 let (id, volume) = (&other.record.id, &other.record.spec.volume);
                 return Err(Error::exists(format!(
                     "export {id} serves {volume} there already: remove it first, or choose another address"
@@ -180,6 +207,11 @@ impl Exports {
         drop(table);
         entry.stop();
         Ok(())
+    }
+
+    /// Of those that listen for themselves.
+    pub fn addresses(&self) -> Vec<Address> {
+        self.table.lock().entries.values().filter_map(|entry| entry.record.spec.parsed_address()).collect()
     }
 
     pub fn list(&self) -> Vec<ExportInfo> {

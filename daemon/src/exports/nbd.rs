@@ -1,6 +1,5 @@
 //! Exports over NBD: one server for the shared listeners and for those of single exports.
 
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -15,8 +14,8 @@ use super::{FrontEnd, Lease};
 use crate::api::types::ClientInfo;
 use crate::config::{Address, Config, tls_key};
 use crate::daemon::Daemon;
-use crate::daemon::sockets::{SocketRules, listen_tcp, listen_unix};
-use crate::daemon::systemd::PassedSockets;
+use crate::daemon::listeners::{Hold, Listeners};
+use crate::daemon::sockets::SocketRules;
 use crate::error::{Error, Result};
 use crate::units::unix_seconds;
 
@@ -25,39 +24,52 @@ pub struct NbdFrontEnd {
     server: Server,
     tls: Option<TlsSettings>,
     runtime: Handle,
+    listeners: Arc<Listeners>,
     shared: Mutex<Vec<SharedListener>>,
 }
 
 struct SharedListener {
     address: Address,
-    /// To remove at the end; a socket that the service manager made is not ours to remove.
-    path: Option<PathBuf>,
+    _hold: Hold,
 }
 
 impl NbdFrontEnd {
     /// Must be called within the control plane's runtime.
-    pub fn new(config: &Config, reactors: &[ReactorHandle]) -> Result<NbdFrontEnd> {
+    pub fn new(config: &Config, reactors: &[ReactorHandle], listeners: Arc<Listeners>) -> Result<NbdFrontEnd> {
         Ok(NbdFrontEnd {
             server: Server::new(reactors, ServerOptions::default()),
             tls: load_tls(config)?,
             runtime: Handle::current(),
+            listeners,
             shared: Mutex::default(),
         })
     }
 
     /// Opens the shared listeners.
-    pub fn listen(&self, config: &Config, passed: &mut PassedSockets) -> Result<()> {
+    pub fn listen(&self, config: &Config) -> Result<()> {
         let rules = SocketRules::from_config(config);
         for address in config.daemon.nbd_addresses().map_err(Error::invalid)? {
             let address = absolute(address);
-            let claimed = passed.claim(&address);
-            let path = if claimed.is_some() { None } else { address.unix_path().cloned() };
-            let (socket, address) = open_socket(&address, claimed, &rules)?;
+            let (socket, address, hold) = self.open(&address, &rules)?;
             self.accept(socket, &address, Serves::Shared)?;
             tracing::info!("NBD: listening on {address}");
-            self.shared.lock().push(SharedListener { address, path });
+            self.shared.lock().push(SharedListener { address, _hold: hold });
         }
         Ok(())
+    }
+
+    fn open(&self, address: &Address, rules: &SocketRules) -> Result<(Socket, Address, Hold)> {
+        match address {
+            Address::Unix(path) => {
+                let (listener, hold) = self.listeners.open_unix(path, rules)?;
+                Ok((Socket::Unix(listener), address.clone(), hold))
+            }
+            Address::Tcp { host, .. } => {
+                let (listener, hold) = self.listeners.open_tcp(address)?;
+                let port = listener.local_addr().map_err(|error| Error::io(address, &error))?.port();
+                Ok((Socket::Tcp(listener), Address::Tcp { host: host.clone(), port }, hold))
+            }
+        }
     }
 
     fn accept(&self, socket: Socket, address: &Address, serves: Serves) -> Result<()> {
@@ -94,19 +106,19 @@ impl NbdFrontEnd {
             .read_only(spec.read_only)
             .tls_allow(spec.tls_allow.clone());
         let export = Arc::new(export);
-        let mut path = None;
+        let mut own = None;
         match spec.parsed_address() {
             None => self.server.publish(&export).map_err(|error| Error::exists(error.to_string()))?,
             Some(address) => {
                 let mut rules = SocketRules::from_config(&daemon.config());
                 rules.mode = spec.mode.as_deref().and_then(crate::config::parse_mode).unwrap_or(rules.mode);
                 rules.group = spec.group.clone().or(rules.group);
-                path = address.unix_path().cloned();
-                let (socket, address) = open_socket(&address, None, &rules)?;
+                let (socket, address, hold) = self.open(&address, &rules)?;
+                own = Some(hold);
                 self.accept(socket, &address, Serves::Only(export.clone()))?;
             }
         }
-        Ok(Box::new(NbdExport { server: self.server.clone(), runtime: self.runtime.clone(), export, path }))
+        Ok(Box::new(NbdExport { server: self.server.clone(), runtime: self.runtime.clone(), export, own }))
     }
 
     /// Serves one volume on a socket that only the daemon's own user can reach, for a transfer.
@@ -115,20 +127,21 @@ impl NbdFrontEnd {
         let rules = SocketRules { folders: vec![folder.to_owned()], mode: 0o600, group: None };
         let volume = short_name(&lease.id().to_string()).to_owned();
         let export = Arc::new(Export::new(&volume, lease.volume().clone()).read_only(read_only));
-        let address = Address::Unix(path.clone());
-        let (socket, _) = open_socket(&address, None, &rules)?;
-        self.accept(socket, &address, Serves::Only(export.clone()))?;
-        let front_end =
-            NbdExport { server: self.server.clone(), runtime: self.runtime.clone(), export, path: Some(path.clone()) };
+        let (socket, hold) = self.listeners.open_private(&path, &rules)?;
+        self.accept(Socket::Unix(socket), &Address::Unix(path.clone()), Serves::Only(export.clone()))?;
+        let front_end = NbdExport { server: self.server.clone(), runtime: self.runtime.clone(), export, own: Some(hold) };
         Ok(PrivateExport { front_end, lease: Some(lease), path, name: volume })
+    }
+
+    /// Takes no more clients on the shared listeners. Blocks.
+    pub fn stop_accepting(&self) {
+        self.runtime.block_on(self.server.close_shared());
     }
 
     /// Closes all listeners and connections, after the requests taken in. Blocks.
     pub fn stop(&self) {
+        self.shared.lock().clear();
         self.runtime.block_on(self.server.shutdown());
-        for listener in self.shared.lock().drain(..) {
-            listener.path.into_iter().for_each(|path| remove_socket(&path));
-        }
     }
 }
 
@@ -161,8 +174,8 @@ struct NbdExport {
     server: Server,
     runtime: Handle,
     export: Arc<Export>,
-    /// Of its own socket, to remove at the end.
-    path: Option<PathBuf>,
+    /// Its own socket, where it has one.
+    own: Option<Hold>,
 }
 
 impl FrontEnd for NbdExport {
@@ -189,37 +202,15 @@ impl FrontEnd for NbdExport {
     }
 
     fn stop(&mut self) {
+        // In this order: a listener that was shut down looks ready for ever to whoever still accepts from it.
         self.runtime.block_on(self.server.withdraw(&self.export));
-        self.path.take().into_iter().for_each(|path| remove_socket(&path));
+        self.own = None;
     }
 }
 
 /// The volume's name without its pool.
 fn short_name(volume: &str) -> &str {
     volume.split_once('/').map_or(volume, |(_, name)| name)
-}
-
-fn open_socket(address: &Address, claimed: Option<OwnedFd>, rules: &SocketRules) -> Result<(Socket, Address)> {
-    match address {
-        Address::Unix(path) => {
-            let listener = claimed.map_or_else(|| listen_unix(path, rules), |socket| Ok(socket.into()))?;
-            Ok((Socket::Unix(listener), address.clone()))
-        }
-        Address::Tcp { host, .. } => {
-            let host_port = address.host_port().unwrap_or_default();
-            let listener: std::net::TcpListener = claimed.map_or_else(|| listen_tcp(&host_port), |socket| Ok(socket.into()))?;
-            let port = listener.local_addr().map_err(|error| Error::io(&host_port, &error))?.port();
-            Ok((Socket::Tcp(listener), Address::Tcp { host: host.clone(), port }))
-        }
-    }
-}
-
-fn remove_socket(path: &Path) {
-    if let Err(error) = std::fs::remove_file(path)
-        && error.kind() != std::io::ErrorKind::NotFound
-    {
-        tracing::warn!("socket {} was left behind: {error}", path.display());
-    }
 }
 
 fn absolute(address: Address) -> Address {

@@ -11,6 +11,8 @@ use crate::error::Result;
 use crate::exports::spec::{ExportRecord, ExportSpec};
 
 const RETRY: Duration = Duration::from_secs(2);
+/// Threads that open the volumes of one pool, at most: a volume that takes long holds up few others.
+const STARTERS_MAX: usize = 8;
 
 impl Exports {
     /// Makes the declared exports those of `config`: new ones are noted, those gone are stopped and forgotten. Returns what
@@ -62,24 +64,26 @@ impl Exports {
             if !daemon.exports().trying.lock().insert(pool.clone()) {
                 continue;
             }
-            let (daemon, sender) = (daemon.clone(), sender.clone());
-            std::thread::spawn(move || {
-                let _trying = Trying { daemon: &daemon, pool: &pool };
-                match pool.as_str() {
-                    "" => daemon.pools().wait_settled(limit),
-                    pool => daemon.pools().wait_for(pool, limit),
-                }
-                for id in ids {
-                    daemon.exports().start_again(&daemon, &id);
-                }
-                drop(sender);
-            });
+            let trying = Arc::new(Trying { daemon: daemon.clone(), pool });
+            for starter in 0..ids.len().min(STARTERS_MAX) {
+                let share: Vec<String> = ids.iter().skip(starter).step_by(STARTERS_MAX).cloned().collect();
+                let (trying, sender) = (trying.clone(), sender.clone());
+                std::thread::spawn(move || {
+                    let daemon = &trying.daemon;
+                    match trying.pool.as_str() {
+                        "" => daemon.pools().wait_settled(limit),
+                        pool => daemon.pools().wait_for(pool, limit),
+                    }
+                    share.iter().for_each(|id| daemon.exports().start_again(daemon, id));
+                    drop(sender);
+                });
+            }
         }
         drop(sender);
         let _ = receiver.recv_timeout(limit);
     }
 
-    fn start_again(&self, daemon: &Daemon, id: &str) {
+    pub(super) fn start_again(&self, daemon: &Daemon, id: &str) {
         let Some(record) = self.table.lock().entries.get(id).map(|entry| entry.record.clone()) else { return };
         let outcome = self.start_record(daemon, &record);
         let mut table = self.table.lock();
@@ -147,15 +151,15 @@ impl Exports {
     }
 }
 
-/// A pool whose exports are being started, by one thread at a time.
-struct Trying<'a> {
-    daemon: &'a Daemon,
-    pool: &'a str,
+/// A pool whose exports are being started.
+struct Trying {
+    daemon: Arc<Daemon>,
+    pool: String,
 }
 
-impl Drop for Trying<'_> {
+impl Drop for Trying {
     fn drop(&mut self) {
-        self.daemon.exports().trying.lock().remove(self.pool);
+        self.daemon.exports().trying.lock().remove(&self.pool);
     }
 }
 
@@ -207,7 +211,7 @@ mod tests {
         let _entered = runtime.enter();
         let plane = DataPlane::start(DataPlaneOptions::default()).unwrap();
         let config = Config::default();
-        let exports = Exports::load(data_dir, NbdFrontEnd::new(&config, plane.handles()).unwrap()).unwrap();
+        let exports = Exports::load(data_dir, NbdFrontEnd::new(&config, plane.handles(), Arc::default()).unwrap()).unwrap();
         let open = || {
             let options = VolumeOptions { name: "p/v".into(), read_only: false, block_size: 512 };
             Ok(Volume::new(Arc::new(NullDisk::new(1 << 20)), options))

@@ -177,6 +177,7 @@ mod tests {
             mode: None,
             group: None,
             tls_allow: Vec::new(),
+            accept_loss: false,
         }
     }
 

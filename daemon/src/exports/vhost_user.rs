@@ -1,6 +1,5 @@
 //! Exports over vhost-user-blk: one socket each.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use blockdev::stats::Snapshot;
@@ -10,13 +9,14 @@ use super::spec::{ExportRecord, QUEUES_DEFAULT};
 use super::{FrontEnd, Lease};
 use crate::api::types::ClientInfo;
 use crate::daemon::Daemon;
-use crate::daemon::sockets::{SocketRules, listen_unix};
+use crate::daemon::listeners::Hold;
+use crate::daemon::sockets::SocketRules;
 use crate::error::{Error, Result};
 use crate::units::unix_seconds;
 
 struct VhostUserFrontEnd {
     export: Arc<VhostUserExport>,
-    path: PathBuf,
+    socket: Option<Hold>,
 }
 
 /// Serves one export.
@@ -31,11 +31,12 @@ pub fn start(daemon: &Daemon, record: &ExportRecord, lease: &Lease) -> Result<Bo
         read_only: spec.read_only,
         serial: daemon.record(lease.id())?.uuid.simple().to_string(),
     };
-    let listener = listen_unix(&path, &rules)?;
+    // Not kept while the daemon is down: a VMM that could connect would wait for an answer with all of its guest stopped.
+    let (listener, hold) = daemon.listeners().open_private(&path, &rules)?;
     let data_plane = daemon.plane().handles().to_vec();
     let export = VhostUserExport::start(listener, lease.volume().clone(), data_plane, options)
         .map_err(|error| Error::io(format!("vhost-user socket {}", path.display()), &error))?;
-    Ok(Box::new(VhostUserFrontEnd { export, path }))
+    Ok(Box::new(VhostUserFrontEnd { export, socket: Some(hold) }))
 }
 
 impl FrontEnd for VhostUserFrontEnd {
@@ -63,11 +64,7 @@ impl FrontEnd for VhostUserFrontEnd {
     }
 
     fn stop(&mut self) {
+        self.socket = None;
         self.export.stop();
-        if let Err(error) = std::fs::remove_file(&self.path)
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            tracing::warn!("socket {} was left behind: {error}", self.path.display());
-        }
     }
 }

@@ -17,6 +17,7 @@ use thiserror::Error;
 use super::disk::Disk;
 use super::imago_disk::Imago;
 use super::raw::Raw;
+use super::whole::Whole;
 
 /// A format that is read, and but for vmdk written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -129,14 +130,20 @@ fn probe(file: &File, name: &str) -> Result<Format, OpenError> {
     if let Some((_, unpack)) = PACKED.iter().find(|(magic, _)| begins(0, magic)) {
         return Err(OpenError::Refused(format!("it is packed: `{unpack} {name}` first, or say --format raw")));
     }
-    Ok(Format::Raw)
+    match Format::by_name(Path::new(name)) {
+        Format::Raw => Ok(Format::Raw),
+        named => Err(OpenError::Refused(format!(
+            "it is named like a {} image and does not begin like one: get a whole copy of it, or say --format raw",
+            named.name()
+        ))),
+    }
 }
 
 fn elsewhere(format: &'static str, why: impl Into<String>) -> OpenError {
     OpenError::Elsewhere { format, why: why.into() }
 }
 
-fn open_qcow2(file: File, name: &str) -> Result<Imago, OpenError> {
+fn open_qcow2(file: File, name: &str) -> Result<Imago<Whole>, OpenError> {
     let mut method = [0; 4];
     file.read_exact_at(&mut method, 32).map_err(|error| match error.kind() {
         ErrorKind::UnexpectedEof => OpenError::Refused("the file ends within its header".to_owned()),
@@ -146,7 +153,7 @@ fn open_qcow2(file: File, name: &str) -> Result<Imago, OpenError> {
         return Err(elsewhere("qcow2", "it is encrypted"));
     }
     let own = file.try_clone()?;
-    let opened = Qcow2::<ImagoFile>::open_image(ImagoFile::try_from(file)?, false);
+    let opened = Qcow2::<Whole>::open_image(Whole(ImagoFile::try_from(file)?), false);
     let mut image = opened.map_err(|error| elsewhere("qcow2", error.to_string()))?;
     if let Some(backing) = image.implicit_backing_file() {
         return Err(elsewhere(
@@ -157,26 +164,26 @@ fn open_qcow2(file: File, name: &str) -> Result<Imago, OpenError> {
     if image.requires_external_data_file() {
         return Err(elsewhere("qcow2", "its data is in another file, and no file is opened that was not named"));
     }
-    image.set_backing(None::<FormatAccess<ImagoFile>>);
+    image.set_backing(None::<FormatAccess<Whole>>);
     Ok(Imago::new(image, own, name))
 }
 
-fn open_vmdk(file: File, path: &Path, name: &str) -> Result<Imago, OpenError> {
+fn open_vmdk(file: File, path: &Path, name: &str) -> Result<Imago<Whole>, OpenError> {
     let own = file.try_clone()?;
-    let storage = ImagoFile::from_open_file(file, StorageOpenOptions::new().filename(path))?;
-    let opened = Vmdk::<ImagoFile>::builder(storage).open(SameFolder(path.parent().unwrap_or(Path::new("")).to_owned()));
+    let storage = Whole(ImagoFile::from_open_file(file, StorageOpenOptions::new().filename(path))?);
+    let opened = Vmdk::<Whole>::builder(storage).open(SameFolder(path.parent().unwrap_or(Path::new("")).to_owned()));
     Ok(Imago::new(opened.map_err(|error| elsewhere("vmdk", error.to_string()))?, own, name))
 }
 
 /// Opens the extents that a vmdk descriptor names, if they lie beside it.
 struct SameFolder(PathBuf);
 
-impl ImplicitOpenGate<ImagoFile> for SameFolder {
-    fn open_format<F: FormatDriverBuilder<ImagoFile>>(&mut self, builder: F) -> io::Result<FormatAccess<ImagoFile>> {
+impl ImplicitOpenGate<Whole> for SameFolder {
+    fn open_format<F: FormatDriverBuilder<Whole>>(&mut self, builder: F) -> io::Result<FormatAccess<Whole>> {
         DenyImplicitOpenGate::default().open_format(builder)
     }
 
-    fn open_storage(&mut self, options: StorageOpenOptions) -> io::Result<ImagoFile> {
+    fn open_storage(&mut self, options: StorageOpenOptions) -> io::Result<Whole> {
         let denied = |why: &str| io::Error::new(ErrorKind::PermissionDenied, why.to_owned());
         let path = options.get_filename().filter(|path| path.file_name().is_some() && path.parent() == Some(&self.0));
         let path = path.ok_or_else(|| denied("an extent outside the image's folder"))?;
@@ -184,7 +191,7 @@ impl ImplicitOpenGate<ImagoFile> for SameFolder {
         if !file.metadata()?.is_file() {
             return Err(denied("an extent that is no plain file"));
         }
-        ImagoFile::try_from(file)
+        Ok(Whole(ImagoFile::try_from(file)?))
     }
 }
 

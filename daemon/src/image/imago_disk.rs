@@ -3,9 +3,8 @@
 use std::fs;
 use std::io;
 
-use imago::file::File;
 use imago::format::drivers::FormatDriverInstance;
-use imago::{FormatAccess, Mapping};
+use imago::{FormatAccess, Mapping, Storage};
 use parking_lot::Mutex;
 
 use super::disk::{Disk, Run, one};
@@ -13,8 +12,8 @@ use super::disk::{Disk, Run, one};
 /// The most runs told at once.
 const RUNS_MAX: usize = 1024;
 
-pub struct Imago {
-    access: FormatAccess<File>,
+pub struct Imago<S: Storage + 'static> {
+    access: FormatAccess<S>,
     name: String,
     /// Kept beside imago's own descriptor, to make its writes durable.
     file: fs::File,
@@ -22,13 +21,13 @@ pub struct Imago {
     writing: Mutex<()>,
 }
 
-impl Imago {
-    pub fn new<D: FormatDriverInstance<Storage = File> + 'static>(driver: D, file: fs::File, name: &str) -> Imago {
+impl<S: Storage> Imago<S> {
+    pub fn new<D: FormatDriverInstance<Storage = S> + 'static>(driver: D, file: fs::File, name: &str) -> Imago<S> {
         Imago { access: FormatAccess::new(driver), name: name.to_owned(), file, writing: Mutex::new(()) }
     }
 }
 
-impl Disk for Imago {
+impl<S: Storage> Disk for Imago<S> {
     fn name(&self) -> &str {
         &self.name
     }

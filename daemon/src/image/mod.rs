@@ -18,6 +18,7 @@ mod imago_disk;
 mod raw;
 mod record;
 mod volume;
+mod whole;
 
 pub use copy::{Copy, Pass, is_zero};
 pub use disk::{Disk, Run};

@@ -53,10 +53,17 @@ impl Record {
         let folder = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
         fs::create_dir_all(folder)?;
         let next = path.with_extension("json-new");
-        let mut file = File::create(&next)?;
+        let saved = self.write(&next).and_then(|()| fs::rename(&next, path));
+        if saved.is_err() {
+            let _ = fs::remove_file(&next);
+        }
+        saved
+    }
+
+    fn write(&self, path: &Path) -> io::Result<()> {
+        let mut file = File::create(path)?;
         file.write_all(&serde_json::to_vec(self)?)?;
-        file.sync_data()?;
-        fs::rename(&next, path)
+        file.sync_data()
     }
 
     /// True if it is of a copy from `source` to a target of this size and format.

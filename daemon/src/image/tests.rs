@@ -322,6 +322,58 @@ fn damaged_qcow2_images_are_errors_and_no_more() {
 }
 
 #[test]
+fn what_a_truncated_image_lost_is_never_taken_for_zeroes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let mut content: Vec<u8> = (0..3u32 << 20).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8 | 1).collect();
+    content[1 << 20..2 << 20].fill(0);
+    std::fs::write(path("a.raw"), &content).unwrap();
+    for (kind, options, file) in [
+        ("qcow2", vec!["-o", "cluster_size=65536"], "a.qcow2"),
+        ("qcow2", vec!["-o", "compat=0.10,cluster_size=512"], "a.qcow2"),
+        ("qcow2", vec!["-c", "-o", "cluster_size=4096"], "a.qcow2"),
+        ("vmdk", vec!["-o", "subformat=monolithicFlat"], "a-flat.vmdk"),
+    ] {
+        let image = path(&format!("a.{kind}"));
+        let fixed = ["convert", "-f", "raw", "-O", kind];
+        qemu_img(&[&fixed[..], &options, &[path("a.raw").to_str().unwrap(), image.to_str().unwrap()]].concat());
+        let copy = || {
+            let opened = open(&image, None).ok()?;
+            let target = Memory::new(vec![0; opened.disk.size() as usize], 512);
+            let whole = Copy::new(&*opened.disk, &target, Pass::Write, 0).run().is_ok_and(|finished| finished);
+            whole.then(|| target.into_bytes())
+        };
+        assert!(copy().is_some_and(|bytes| bytes == content), "{options:?}: the whole image");
+        let bytes = std::fs::read(path(file)).unwrap();
+        let mut lost = 0;
+        for cut in (0..bytes.len()).step_by(bytes.len() / 60).chain([bytes.len() - 513]) {
+            std::fs::write(path(file), &bytes[..cut]).unwrap();
+            let copied = copy();
+            lost += usize::from(copied.is_none());
+            assert!(copied.is_none_or(|copied| copied == content), "{options:?}: cut at {cut} of {}", bytes.len());
+        }
+        assert!(lost > 40, "{options:?}: only {lost} of the damaged images were refused");
+    }
+}
+
+#[test]
+fn images_are_what_their_names_say() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("download.qcow2");
+    std::fs::write(&path, "<html>not found</html>").unwrap();
+    assert!(refusal(&path).to_string().contains("--format raw"));
+    assert!(open(&path, Some(Format::Raw)).is_ok());
+}
+
+#[test]
+fn a_daemon_that_hangs_up_is_named() {
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    drop(theirs);
+    let error = std::io::Read::read_exact(&mut &ours, &mut [0]).map_err(super::volume::hung_up).unwrap_err();
+    assert!(error.to_string().contains("the daemon closed the connection"), "{error}");
+}
+
+#[test]
 fn records_survive_and_know_their_copy() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("deep/import.json");

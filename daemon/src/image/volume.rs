@@ -47,7 +47,7 @@ impl Volume {
             Some(connection) => connection,
             None => Connection::open(&self.socket, &self.export)?.0,
         };
-        let result = work(&mut connection);
+        let result = work(&mut connection).map_err(hung_up);
         if !connection.broken {
             self.idle.lock().push(connection);
         }
@@ -98,6 +98,16 @@ impl Disk for Volume {
 
     fn flush(&self) -> io::Result<()> {
         self.with(|connection| connection.plain(command::FLUSH, 0, 0, 0, &[]))
+    }
+}
+
+/// Says who hung up, where the system's words do not.
+pub(in crate::image) fn hung_up(error: io::Error) -> io::Error {
+    match error.kind() {
+        kind @ (io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {
+            io::Error::new(kind, "the daemon closed the connection: it ended, or gave the copy up")
+        }
+        _ => error,
     }
 }
 
@@ -239,13 +249,21 @@ impl Connection {
     fn read(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         self.send(command::READ, command_flag::DF, offset, buffer.len() as u64, &[])?;
         let chunk = self.chunk()?;
-        if chunk.kind != chunk::OFFSET_DATA || !chunk.done || chunk.len != 8 + buffer.len() as u64 {
+        let hole = chunk.kind == chunk::OFFSET_HOLE;
+        let len = if hole { 12 } else { 8 + buffer.len() as u64 };
+        if !(hole || chunk.kind == chunk::OFFSET_DATA) || !chunk.done || chunk.len != len {
             return Err(confused("data of the wrong kind or length"));
         }
         if u64::from_be_bytes(self.take()?) != offset {
             return Err(confused("data of another place"));
         }
-        self.stream.read_exact(buffer)?;
+        if !hole {
+            self.stream.read_exact(buffer)?;
+        } else if u32::from_be_bytes(self.take()?) as usize == buffer.len() {
+            buffer.fill(0);
+        } else {
+            return Err(confused("a hole of another length"));
+        }
         self.broken = false;
         Ok(())
     }

@@ -13,6 +13,7 @@ mod report;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use backends::EngineUse;
 use blockdev::stats::Snapshot;
 
 use crate::api::types::{PoolInfo, Protocol};
@@ -41,6 +42,8 @@ pub struct VolumeSample {
     pub stats: Snapshot,
     pub problem: Option<String>,
     pub last_error: Option<String>,
+    /// Of a mapped volume.
+    pub engine: Option<EngineUse>,
 }
 
 pub struct ExportSample {
@@ -56,11 +59,12 @@ impl Sample {
     pub fn take(daemon: &Daemon) -> Sample {
         let volumes = daemon.open_volumes().list().into_iter().map(|(id, volume)| VolumeSample {
             name: id.to_string(),
-            pool: id.pool,
             size: volume.size(),
             stats: volume.stats(),
             problem: volume.health(),
             last_error: volume.last_error(),
+            engine: daemon.pools().get(&id.pool).ok().and_then(|pool| pool.engine_use(&id.name)),
+            pool: id.pool,
         });
         let exports = daemon.exports().stats().into_iter().map(|(record, clients, stats)| ExportSample {
             id: record.id,

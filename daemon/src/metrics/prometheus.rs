@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
+use backends::EngineUse;
 use blockdev::stats::{ClassSnapshot, OpClass, Snapshot, Stage};
 
 use super::{Sample, VolumeSample};
@@ -28,6 +29,7 @@ pub fn render(sample: &Sample) -> String {
 }
 
 type PoolBytes = fn(&PoolInfo) -> Option<u64>;
+type EngineBytes = fn(EngineUse) -> u64;
 type Count = fn(&ClassSnapshot) -> u64;
 type Labels<'a> = Vec<(&'a str, &'a str)>;
 
@@ -79,10 +81,30 @@ fn volumes(page: &mut Page, sample: &Sample) {
         "Present once a request has failed: how the last one did, without its numbers.",
     );
     page.texts("novastor_volume_last_error", sample, |volume| volume.last_error.as_ref());
+    engines(page, sample);
     let of_volume: Vec<(Labels<'_>, Vec<&Snapshot>)> =
         sample.volumes.iter().map(|volume| (vec![("volume", volume.name.as_str())], vec![&volume.stats])).collect();
     page.operations("novastor_volume", &of_volume);
     page.latencies("novastor_volume", &of_volume, &Stage::ALL);
+}
+
+fn engines(page: &mut Page, sample: &Sample) {
+    let families: [(&str, &str, EngineBytes); 6] = [
+        ("novastor_volume_log_used_bytes", "What the local log of a mapped volume holds for the pool.", |engine| engine.log.used),
+        ("novastor_volume_log_size_bytes", "Size of the local log of a mapped volume.", |engine| engine.log.size),
+        ("novastor_volume_unique_bytes", "Blocks of a mapped volume in the pool, before compression.", |engine| {
+            engine.reduced.unique
+        }),
+        ("novastor_volume_compressed_bytes", "What these blocks take.", |engine| engine.reduced.compressed),
+        ("novastor_volume_map_bytes", "What the map of a mapped volume takes in the pool.", |engine| engine.reduced.map),
+        ("novastor_volume_index_memory_bytes", "Memory of the index for deduplication.", |engine| engine.index),
+    ];
+    for (name, help, bytes) in families {
+        page.family(name, "gauge", help);
+        for (volume, engine) in sample.volumes.iter().filter_map(|volume| Some((volume, volume.engine?))) {
+            page.value(name, &[("volume", &volume.name)], bytes(engine) as f64);
+        }
+    }
 }
 
 fn exports(page: &mut Page, sample: &Sample) {
@@ -203,6 +225,8 @@ fn escape(value: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use backends::{LogUse, ReducedUsage};
+
     use super::*;
 
     #[test]
@@ -222,6 +246,11 @@ mod tests {
             stats,
             problem: Some("broken".to_owned()),
             last_error: Some("write of 512 bytes at 4096: EIO".to_owned()),
+            engine: Some(EngineUse {
+                log: LogUse { used: 5, size: 9 },
+                reduced: ReducedUsage { unique: 4096, compressed: 77, map: 6 },
+                index: 12,
+            }),
         };
         let sample = Sample {
             node: "n".to_owned(),
@@ -242,6 +271,12 @@ mod tests {
         assert!(text.contains(&format!("novastor_volume_errors_total{{{label}}} 1\n")), "{text}");
         assert!(text.contains("text=\"write of # bytes at #: EIO\"} 1\n"), "{text}");
         assert!(text.contains("novastor_data_plane_threads 2\n"));
+        for line in
+            ["log_used_bytes{} 5", "unique_bytes{} 4096", "compressed_bytes{} 77", "map_bytes{} 6", "index_memory_bytes{} 12"]
+        {
+            let line = line.replace("{}", "{volume=\"p/a\\\"b\"}");
+            assert!(text.contains(&format!("novastor_volume_{line}\n")), "{line}: {text}");
+        }
         assert!(!text.contains("op=\"discard\",stage"), "a histogram of nothing");
         assert!(text.contains("novastor_volume_healthy{volume=\"p/a\\\"b\"} 0\n"));
         let counts: Vec<f64> = text

@@ -31,6 +31,9 @@ pub struct VolumeStats {
     /// While it cannot serve everything it should: why.
     pub problem: Option<String>,
     pub last_error: Option<String>,
+    /// Of a mapped volume: bytes of its local log that hold what the pool has not got yet, and of all of it.
+    pub log_used: Option<u64>,
+    pub log_size: Option<u64>,
     /// By kind: read, write, flush, discard, write_zeroes, block_status.
     pub operations: BTreeMap<String, OpStats>,
 }
@@ -92,6 +95,8 @@ impl Sample {
                     ok: now.problem.is_none(),
                     problem: now.problem.clone(),
                     last_error: now.last_error.clone(),
+                    log_used: now.engine.map(|engine| engine.log.used),
+                    log_size: now.engine.map(|engine| engine.log.size),
                     operations: operations(&now.stats, then, interval),
                 }
             })

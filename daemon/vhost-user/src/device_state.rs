@@ -5,17 +5,24 @@
 //!   | "NOVABLK1" | version | flags |       flags: bit 0 write through
 //! ```
 
-use std::io;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
 
+use blockdev::clock;
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{FileType, fstat};
+use rustix::io::{Errno, ReadWriteFlags, ioctl_fionbio, preadv2, pwritev2};
 use rustix::time::Timespec;
 
 const MAGIC: &[u8; 8] = b"NOVABLK1";
 const VERSION: u16 = 1;
 const LEN: usize = 11;
 const WRITE_THROUGH: u8 = 1;
-const PATIENCE: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
+/// For all of a state.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Channels have no positions.
+const NO_OFFSET: u64 = u64::MAX;
 
 /// The state itself.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,8 +46,12 @@ impl DeviceState {
 
     /// Writes the state to the channel and closes it.
     pub fn save(self, channel: OwnedFd) -> io::Result<()> {
-        wait(&channel, PollFlags::OUT)?;
-        match rustix::io::write(&channel, &self.to_bytes())? {
+        let bytes = self.to_bytes();
+        let write = || match pwritev2(&channel, &[IoSlice::new(&bytes)], NO_OFFSET, ReadWriteFlags::NOWAIT) {
+            Err(Errno::OPNOTSUPP) => never_wait(&channel).and_then(|()| rustix::io::write(&channel, &bytes)),
+            outcome => outcome,
+        };
+        match when_ready(&channel, PollFlags::OUT, clock::monotonic() + PATIENCE, write)? {
             LEN => Ok(()),
             _ => Err(io::ErrorKind::WriteZero.into()),
         }
@@ -48,11 +59,19 @@ impl DeviceState {
 
     /// Reads a state from the channel up to its end.
     pub fn load(channel: OwnedFd) -> io::Result<DeviceState> {
+        DeviceState::load_by(channel, clock::monotonic() + PATIENCE)
+    }
+
+    fn load_by(channel: OwnedFd, deadline: Instant) -> io::Result<DeviceState> {
         let mut bytes = [0; LEN + 1];
         let mut filled = 0;
         while filled < bytes.len() {
-            wait(&channel, PollFlags::IN)?;
-            match rustix::io::read(&channel, &mut bytes[filled..])? {
+            let rest = &mut bytes[filled..];
+            let read = || match preadv2(&channel, &mut [IoSliceMut::new(rest)], NO_OFFSET, ReadWriteFlags::NOWAIT) {
+                Err(Errno::OPNOTSUPP) => never_wait(&channel).and_then(|()| rustix::io::read(&channel, &mut *rest)),
+                outcome => outcome,
+            };
+            match when_ready(&channel, PollFlags::IN, deadline, read)? {
                 0 => break,
                 count => filled += count,
             }
@@ -62,17 +81,51 @@ impl DeviceState {
     }
 }
 
-/// A front end that neither sends nor closes delays its own session only, and not for ever.
-fn wait(channel: &OwnedFd, flags: PollFlags) -> io::Result<()> {
-    match poll(&mut [PollFd::new(channel, flags)], Some(&PATIENCE))? {
-        0 => Err(io::ErrorKind::TimedOut.into()),
-        _ => Ok(()),
+/// For pipes before Linux 6.4, which cannot be asked not to wait once.
+fn never_wait(channel: &OwnedFd) -> rustix::io::Result<()> {
+    match FileType::from_raw_mode(fstat(channel)?.st_mode) {
+        FileType::Fifo | FileType::Socket => ioctl_fionbio(channel, true),
+        _ => Err(Errno::OPNOTSUPP),
+    }
+}
+
+/// A front end that neither sends nor closes, or takes back what it sent, delays its own session only, and not for ever:
+/// `transfer` never waits.
+fn when_ready(
+    channel: &OwnedFd,
+    flags: PollFlags,
+    deadline: Instant,
+    mut transfer: impl FnMut() -> rustix::io::Result<usize>,
+) -> io::Result<usize> {
+    loop {
+        let left = deadline.saturating_duration_since(clock::monotonic());
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+        match poll(&mut [PollFd::new(channel, flags)], Some(&timeout)) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) => {}
+            Err(Errno::INTR) => continue,
+            Err(error) => return Err(error.into()),
+        }
+        match transfer() {
+            Err(Errno::AGAIN | Errno::INTR) if !left.is_zero() => {}
+            outcome => return Ok(outcome?),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_front_end_that_never_ends_its_state_is_not_waited_for() {
+        use std::io::Write;
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        writer.write_all(&DeviceState { write_through: true }.to_bytes()).unwrap();
+        let outcome = DeviceState::load_by(reader.into(), clock::monotonic());
+        assert_eq!(outcome.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        drop(writer);
+    }
 
     #[test]
     fn states_travel_and_garbage_does_not() {

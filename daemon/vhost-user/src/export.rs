@@ -278,12 +278,13 @@ impl Server {
                 return Err(SessionError::MemoryGone);
             }
             if self.shared.resized.swap(false, Ordering::SeqCst) {
-                session.notify_config_change();
+                session.config_changed();
             }
             if woken.socket {
                 // One at a time, so that a front end that never stops talking cannot keep others from being heard.
                 if let Some((header, message)) = connection.receive()? {
                     session.serve(connection, header, message)?;
+                    session.announce_config();
                     self.publish(session);
                 }
             } else if woken.listener {

@@ -24,6 +24,8 @@ use crate::sigbus::Guard;
 
 const PAGE: u64 = 4096;
 const HUGETLBFS: i64 = 0x9584_58f6;
+/// File systems whose pages come from another process or host, which may never send them: FUSE, NFS, SMB, CIFS, SMB2, 9P, Ceph.
+const SERVED_BY_OTHERS: [i64; 7] = [0x6573_5546, 0x6969, 0x517b, 0xff53_4d42, 0xfe53_4d42, 0x0102_1997, 0x00c3_6400];
 
 /// Why memory cannot be used.
 #[derive(Error, Debug)]
@@ -32,6 +34,8 @@ pub enum MemoryError {
     FileTooShort { have: u64, need: u64 },
     #[error("map {size} bytes of shared memory: {source}")]
     Map { size: u64, source: io::Error },
+    #[error("memory in a file that another process or host serves is not used: it could stop this one; share a memfd")]
+    Served,
     #[error("the region at guest address {guest:#x} overlaps another")]
     Overlap { guest: u64 },
     #[error("there is no region at guest address {guest:#x} of {size} bytes")]
@@ -65,7 +69,7 @@ impl Mapping {
         if area.size == 0 || have < need {
             return Err(MemoryError::FileTooShort { have, need });
         }
-        let granule = granule_of(&file).map_err(map_error)?;
+        let granule = granule_of(&file).map_err(map_error)?.ok_or(MemoryError::Served)?;
         let before = area.file_offset % granule;
         let len = (before + area.size).next_multiple_of(granule) as usize;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
@@ -113,8 +117,9 @@ impl Drop for Mapping {
     }
 }
 
-/// The page size of a file: huge pages must be mapped whole.
-fn granule_of(file: &File) -> io::Result<u64> {
+/// The page size of a file: huge pages must be mapped whole. `None` if touching its pages could take for ever, which would stop a
+/// data-plane thread and all it serves.
+fn granule_of(file: &File) -> io::Result<Option<u64>> {
     let mut info = std::mem::MaybeUninit::<libc::statfs>::zeroed();
     // SAFETY: `info` has room for what the call fills in, and zero is a valid value of it.
     let info = unsafe {
@@ -123,8 +128,13 @@ fn granule_of(file: &File) -> io::Result<u64> {
         }
         info.assume_init()
     };
-    let huge = info.f_type as i64 == HUGETLBFS && (info.f_bsize as u64).is_power_of_two();
-    Ok(if huge { (info.f_bsize as u64).max(PAGE) } else { PAGE })
+    Ok(granule_on(info.f_type as i64, info.f_bsize as u64))
+}
+
+fn granule_on(file_system: i64, block_size: u64) -> Option<u64> {
+    let huge = file_system == HUGETLBFS && block_size.is_power_of_two();
+    let granule = if huge { block_size.max(PAGE) } else { PAGE };
+    (!SERVED_BY_OTHERS.contains(&file_system)).then_some(granule)
 }
 
 /// A region of guest memory.
@@ -302,6 +312,14 @@ mod tests {
         assert!(translator.contiguous(PAGE - 10, 30).is_none());
         assert!(!translator.pieces(4 * PAGE - 1, 2, |_, _| {}));
         assert!(!translator.pieces(u64::MAX, 2, |_, _| {}));
+    }
+
+    #[test]
+    fn memory_that_others_serve_is_refused() {
+        let (tmpfs, fuse, nfs) = (0x0102_1994, 0x6573_5546, 0x6969);
+        assert_eq!(granule_on(tmpfs, PAGE), Some(PAGE));
+        assert_eq!(granule_on(HUGETLBFS, 2 << 20), Some(2 << 20));
+        assert_eq!((granule_on(fuse, PAGE), granule_on(nfs, 1 << 20)), (None, None));
     }
 
     #[test]

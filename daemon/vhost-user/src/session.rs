@@ -38,6 +38,8 @@ pub enum Refusal {
     Ring(u32),
     #[error("a ring of {0} descriptors is not possible")]
     RingSize(u32),
+    #[error("an index of {0} into a ring is not possible")]
+    RingBase(u32),
     #[error("the ring's descriptor is not an eventfd")]
     NotAnEvent,
     #[error("the configuration space has only one byte that can be written")]
@@ -87,6 +89,8 @@ pub struct Session {
     inflight: Option<Arc<InflightArea>>,
     rings: Vec<RingState>,
     backend: Option<OwnedFd>,
+    /// The front end was asked to read the configuration space, since its rings run and since the last change.
+    config_announced: bool,
     write_through: Arc<AtomicBool>,
     arriving_state: Option<OwnedFd>,
 }
@@ -104,6 +108,7 @@ impl Session {
             inflight: None,
             rings: Vec::new(),
             backend: None,
+            config_announced: false,
             write_through: Arc::default(),
             arriving_state: None,
         }
@@ -135,12 +140,26 @@ impl Session {
             || self.log.as_ref().is_some_and(|log| log.is_broken())
     }
 
-    /// Tells the front end to read the configuration space again.
-    pub fn notify_config_change(&self) {
-        let Some(backend) = self.backend.as_ref().filter(|_| self.has(Protocol::CONFIG)) else { return };
+    /// The configuration space is another now.
+    pub fn config_changed(&mut self) {
+        self.config_announced = false;
+        self.announce_config();
+    }
+
+    /// Tells the front end to read the configuration space, each time its rings have begun to run and after each change. It may
+    /// remember a size from an earlier connection: QEMU reads the space once in its life, and again only when told. While no ring
+    /// runs nothing is told: QEMU then forgets it, and before 7.2 does not survive it.
+    pub fn announce_config(&mut self) {
+        if self.queues_started() == 0 {
+            self.config_announced = false;
+            return;
+        }
+        let listens = self.has(Protocol::CONFIG) && self.has(Protocol::BACKEND_REQ);
+        let Some(backend) = self.backend.as_ref().filter(|_| listens && !self.config_announced) else { return };
         let bytes = message::notification(BackendReq::CONFIG_CHANGE_MSG as u32);
-        if let Err(error) = connection::send(backend.as_fd(), &bytes, None) {
-            tracing::warn!("{}: the front end was not told of the new size: {error}", self.shared.name);
+        match connection::send(backend.as_fd(), &bytes, None) {
+            Ok(()) => self.config_announced = true,
+            Err(error) => tracing::warn!("{}: the front end was not told of the present size: {error}", self.shared.name),
         }
     }
 
@@ -176,7 +195,10 @@ impl Session {
             Message::ResetOwner => self.stop_rings(),
             Message::ResetDevice => self.reset(),
             Message::GetQueueNum => return Ok(Answer::Number(u64::from(self.shared.options.queues_max))),
-            Message::SetBackendChannel(channel) => self.backend = Some(channel),
+            Message::SetBackendChannel(channel) => {
+                self.backend = Some(channel);
+                self.config_announced = false;
+            }
             Message::GetStatus => return Ok(Answer::Number(self.status)),
             Message::SetStatus(status) => {
                 self.status = status;
@@ -233,7 +255,8 @@ impl Session {
                 self.change_ring(ring, |state| state.addresses = Some(addresses))?;
             }
             Message::SetRingBase(RingValue { ring, value }) => {
-                self.change_ring(ring, |state| state.base = value as u16)?;
+                let base = u16::try_from(value).map_err(|_| Refusal::RingBase(value))?;
+                self.change_ring(ring, |state| state.base = base)?;
             }
             Message::SetRingKick(ring, event) => {
                 let kick = event_fd(event)?.map_or(Kick::Polled, Kick::Event);

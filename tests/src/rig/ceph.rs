@@ -24,6 +24,13 @@ pub const POOL: &str = "rbd";
 const LIMIT: Duration = Duration::from_secs(120);
 const PLACEMENT_GROUPS: &str = "8";
 
+/// A read lease lasts this share of the heartbeat grace (Ceph's own default).
+const DEFAULT_READ_LEASE_RATIO: f64 = 0.8;
+
+/// A lone storage daemon of Ceph 16 that slept through its lease may never renew it: its placement groups stay
+/// `laggy` and answer nothing until they are peered anew. Nobody takes over from a lone daemon, so its lease may last.
+const LONE_READ_LEASE_RATIO: f64 = 1000.0;
+
 /// What a cluster is made of.
 #[derive(Debug, Clone, Copy)]
 pub struct CephSpec {
@@ -210,6 +217,7 @@ fn configuration(folder: &Path, spec: CephSpec, fsid: &str, monitors: &str) -> S
     let folder = folder.display();
     let auth = if spec.authenticate { "cephx" } else { "none" };
     let CephSpec { osds, min_copies, .. } = spec;
+    let read_lease_ratio = if osds == 1 { LONE_READ_LEASE_RATIO } else { DEFAULT_READ_LEASE_RATIO };
     format!(
         "[global]
 fsid = {fsid}
@@ -246,6 +254,7 @@ mon max pg per osd = 1000
 osd heartbeat interval = 1
 osd heartbeat grace = 5
 mon osd adjust heartbeat grace = false
+osd pool default read lease ratio = {read_lease_ratio}
 [client]
 admin socket = {folder}/run/$name.$pid.$cctid.asok
 log file = {folder}/log/$name.log

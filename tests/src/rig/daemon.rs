@@ -8,6 +8,7 @@
 //! ```
 
 use crate::rig::console::{Console, Position};
+use crate::rig::deadline::Deadline;
 use crate::rig::metrics::Metrics;
 use crate::rig::process::{Running, capture};
 use crate::rig::scratch;
@@ -198,9 +199,15 @@ impl Daemon {
         self.log.text()
     }
 
-    /// Creates a volume, in the pool `local` if the name tells no other.
+    /// Creates a raw volume, in the pool `local` if the name tells no other.
     pub fn create_volume(&self, name: &str, size: &str) -> Result<()> {
-        self.cli(["volume", "create", name, "--size", size])?;
+        self.cli(["volume", "create", name, "--size", size, "--layout", "raw"])?;
+        Ok(())
+    }
+
+    /// Creates a mapped volume, in the pool `local` if the name tells no other.
+    pub fn create_mapped_volume(&self, name: &str, size: &str) -> Result<()> {
+        self.cli(["volume", "create", name, "--size", size, "--layout", "mapped"])?;
         Ok(())
     }
 
@@ -215,6 +222,29 @@ impl Daemon {
     pub fn export_nbd(&self, volume: &str) -> Result<String> {
         self.cli(["export", "add", volume, "--nbd"])?;
         Ok(self.nbd_uri(volume))
+    }
+
+    /// Waits until every export is served: the daemon says `ready` without those whose volumes take long to open.
+    pub fn wait_until_served(&self) -> Result<()> {
+        self.wait_for_all("export", "ready")
+    }
+
+    /// Waits until every pool is open: the daemon says `ready` without those that take long.
+    pub fn wait_for_pools(&self) -> Result<()> {
+        self.wait_for_all("pool", "ok")
+    }
+
+    fn wait_for_all(&self, what: &str, state: &str) -> Result<()> {
+        let deadline = Deadline::after(LIMIT);
+        loop {
+            let listed = self.json([what, "list"])?;
+            if listed.as_array().is_some_and(|listed| listed.iter().all(|one| one[state] == true)) {
+                return Ok(());
+            }
+            if !deadline.pause() {
+                bail!("not every {what} is {state}: {listed}; the daemon's log ends with\n{}", self.log.tail());
+            }
+        }
     }
 
     /// What Prometheus would scrape, from the metrics endpoint of its own.

@@ -13,6 +13,8 @@ pub mod loop_mount;
 pub mod metrics;
 pub mod nbd;
 pub mod process;
+pub mod proxy;
 pub mod qmp;
 pub mod scratch;
+pub mod seaweedfs;
 pub mod tools;

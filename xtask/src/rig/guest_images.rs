@@ -7,10 +7,10 @@
 //!   busybox, nbd-client, mkfs.*, … of this machine ─────────────┘
 //! ```
 //!
-//! Each product has a stamp beside it with the text of its recipe: a changed recipe builds it anew, and what
-//! depends on it.
+//! A changed recipe builds its product anew, and what depends on it.
 
 use super::packages::{self, PackageSet};
+use super::product::{forget, make};
 use super::{Outcome, kernel_image};
 use crate::commands;
 use anyhow::{Context, Result};
@@ -67,32 +67,6 @@ pub fn install() -> Result<Outcome> {
     Ok(if all.contains(&Outcome::Installed) { Outcome::Installed } else { Outcome::AlreadyThere })
 }
 
-/// Runs `build` unless `product` is there, made by this very recipe.
-fn make(product: &Path, recipe: &str, build: impl FnOnce() -> Result<()>) -> Result<Outcome> {
-    let stamp = stamp_of(product);
-    if product.exists() && fs::read_to_string(&stamp).is_ok_and(|made_by| made_by == recipe) {
-        return Ok(Outcome::AlreadyThere);
-    }
-    forget(product)?;
-    build().with_context(|| format!("making {}", product.display()))?;
-    fs::write(&stamp, recipe).with_context(|| format!("writing {}", stamp.display()))?;
-    Ok(Outcome::Installed)
-}
-
-fn forget(product: &Path) -> Result<()> {
-    let stamp = stamp_of(product);
-    match fs::remove_file(&stamp) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("removing {}", stamp.display()))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn stamp_of(product: &Path) -> PathBuf {
-    product.with_extension("recipe")
-}
-
 fn recipe(name: &str) -> Result<Command> {
     packages::apt(workspace_root().join("tests/rig").join(name))
 }
@@ -103,23 +77,4 @@ fn compressed_kernel(tree: &Path) -> Result<PathBuf> {
     paths
         .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-")))
         .context("the kernel package holds no kernel")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_product_is_built_once_per_recipe() {
-        let folder = tempfile::tempdir().unwrap();
-        let product = folder.path().join("product");
-        let build = || Ok(fs::write(&product, "made")?);
-        assert_eq!(make(&product, "one", build).unwrap(), Outcome::Installed);
-        assert_eq!(make(&product, "one", || unreachable!()).unwrap(), Outcome::AlreadyThere);
-        assert_eq!(make(&product, "two", build).unwrap(), Outcome::Installed);
-        fs::remove_file(&product).unwrap();
-        assert_eq!(make(&product, "two", build).unwrap(), Outcome::Installed);
-        assert!(make(&product, "three", || anyhow::bail!("broken")).is_err());
-        assert_eq!(make(&product, "two", build).unwrap(), Outcome::Installed, "a failed build is not kept");
-    }
 }

@@ -4,6 +4,7 @@
 //!   qemu  ─┐
 //!   tools ─┼─ packages, through a view of the archive of our own (see `packages`)
 //!   ceph  ─┘
+//!   s3 ────── SeaweedFS, in <rig>/seaweedfs (see `seaweedfs`)
 //!   guest ─── a kernel, a static fio and an initial file system, in <rig>/guest (see `guest_images`)
 //! ```
 //!
@@ -14,7 +15,9 @@
 
 mod guest_images;
 mod kernel_image;
-mod packages;
+pub mod packages;
+pub mod product;
+mod seaweedfs;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
@@ -35,6 +38,8 @@ pub enum Selection {
     Guest,
     /// A one-node Ceph, and librbd
     Ceph,
+    /// SeaweedFS, an S3 server
+    S3,
     /// All of these
     All,
 }
@@ -94,6 +99,9 @@ pub fn install(what: Selection) -> Result<()> {
     }
     if wanted(Selection::Ceph) {
         step("ceph", || CEPH_PACKAGES.install())?;
+    }
+    if wanted(Selection::S3) {
+        step("s3", seaweedfs::install)?;
     }
     Ok(())
 }

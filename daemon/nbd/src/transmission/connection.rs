@@ -28,6 +28,7 @@ const RECEIVE: u32 = 0;
 const SEND: u32 = 1;
 const DRAIN_TIMER: u32 = 0;
 const SHRINK_TIMER: u32 = 1;
+const PREFETCH_TIMER: u32 = 2;
 /// How long a connection that is being closed may take to accept its last replies.
 const DRAIN_MAX: Duration = Duration::from_secs(5);
 /// After this long without work a large receive buffer is given back.
@@ -63,6 +64,8 @@ struct State {
     sending_since: Instant,
     shut_down: bool,
     worked: bool,
+    /// A timer is set that goes on with CACHE requests.
+    prefetch_due: bool,
 }
 
 pub(super) struct Connection {
@@ -119,6 +122,7 @@ impl Connection {
                 sending_since: now,
                 shut_down: false,
                 worked: false,
+                prefetch_due: false,
             }),
         }
     }
@@ -173,6 +177,8 @@ impl Connection {
             if state.receiving != Receiving::No {
                 self.reactor.cancel(self.id, RECEIVE);
             }
+            let worker = self.worker.upgrade();
+            state.session.end_prefetching(worker.as_ref().map(|worker| worker.batches()));
         }
     }
 
@@ -188,6 +194,9 @@ impl Connection {
         let state = &mut *self.state.borrow_mut();
         if state.phase == Phase::Open && state.receiving == Receiving::No {
             self.take_input(state);
+        }
+        if state.session.wants_to_prefetch() && !std::mem::replace(&mut state.prefetch_due, true) {
+            self.reactor.set_timer(self.id, self.reactor.now(), PREFETCH_TIMER);
         }
         if state.phase != Phase::Closing && !state.sending {
             self.send(state);
@@ -333,6 +342,7 @@ impl Connection {
             if state.sending {
                 self.reactor.cancel(self.id, SEND);
             }
+            state.session.end_prefetching(None);
         }
         if state.receiving == Receiving::No && !state.sending && state.session.is_idle() {
             self.give_back(state);
@@ -370,6 +380,13 @@ impl Handler for Connection {
     fn timer(&self, token: u32) {
         let state = &mut *self.state.borrow_mut();
         match token {
+            PREFETCH_TIMER => {
+                state.prefetch_due = false;
+                let blocked = state.session.go_on_prefetching().err();
+                if let Some(worker) = self.worker.upgrade().filter(|_| blocked == Some(Blocked::Memory)) {
+                    worker.wait_for_memory(self);
+                }
+            }
             DRAIN_TIMER if state.phase == Phase::Draining => {
                 if state.session.is_idle() {
                     self.fail(state, "the client does not take its last replies");

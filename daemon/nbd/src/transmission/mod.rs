@@ -8,6 +8,7 @@
 
 mod batch;
 mod connection;
+mod prefetch;
 mod request;
 mod session;
 mod transport;

@@ -14,16 +14,14 @@ pub(super) struct Rules {
     pub(super) allocation_context: bool,
     pub(super) read_only: bool,
     pub(super) fast_zero: bool,
-    /// The size that the client was told, in bytes.
-    pub(super) size: u64,
 }
 
 /// What to do about a valid request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Action {
     Submit(Op),
-    /// A hint that needs no work here.
-    Nothing,
+    /// Read the range for the sake of caches below.
+    Prefetch,
 }
 
 /// Checks everything that the volume does not check itself. The error is one of the protocol's numbers.
@@ -49,12 +47,11 @@ pub(super) fn check(header: &RequestHeader, rules: &Rules) -> Result<Action, u32
         command::WRITE if header.len > PAYLOAD_MAX => Err(error::EINVAL),
         command::FLUSH if header.offset != 0 || header.len != 0 => Err(error::EINVAL),
         command::BLOCK_STATUS if !rules.allocation_context || header.len == 0 => Err(error::EINVAL),
-        command::CACHE if header.offset.checked_add(header.len).is_none_or(|end| end > rules.size) => Err(error::EINVAL),
         command::READ => Ok(Action::Submit(Op::Read)),
         command::WRITE => Ok(Action::Submit(Op::Write { fua })),
         command::FLUSH => Ok(Action::Submit(Op::Flush)),
         command::TRIM => Ok(Action::Submit(Op::Discard)),
-        command::CACHE => Ok(Action::Nothing),
+        command::CACHE => Ok(Action::Prefetch),
         command::WRITE_ZEROES => {
             let (unmap, fast) = (!has(command_flag::NO_HOLE), has(command_flag::FAST_ZERO));
             Ok(Action::Submit(Op::WriteZeroes { unmap, fua, fast }))
@@ -123,8 +120,7 @@ pub(super) fn encode_extents(extents: &[Extent], len: u64, one: bool, headers: H
 mod tests {
     use super::*;
 
-    const RULES: Rules =
-        Rules { headers: Headers::Structured, allocation_context: true, read_only: false, fast_zero: false, size: 1 << 20 };
+    const RULES: Rules = Rules { headers: Headers::Structured, allocation_context: true, read_only: false, fast_zero: false };
 
     fn header(command: u16, flags: u16, offset: u64, len: u64) -> RequestHeader {
         RequestHeader { flags, command, cookie: 0, offset, len }
@@ -157,7 +153,6 @@ mod tests {
         assert_eq!(check(&header(command::TRIM, 0, 0, 1), &read_only), Err(error::EPERM));
         assert_eq!(check(&header(command::READ, 0, 0, big), &RULES), Err(error::EOVERFLOW));
         assert_eq!(check(&header(command::READ, 0, 0, big), &simple), Err(error::EINVAL));
-        assert_eq!(check(&header(command::CACHE, 0, u64::MAX, 2), &RULES), Err(error::EINVAL));
         let no_context = Rules { allocation_context: false, ..RULES };
         assert_eq!(check(&header(command::BLOCK_STATUS, 0, 0, 1), &no_context), Err(error::EINVAL));
         let plain_zero = header(command::WRITE_ZEROES, 0, 0, 1);

@@ -14,10 +14,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use blockdev::stats::{OpClass, OpStats, Stage};
-use blockdev::{Buffer, Completion, CompletionQueue, Memory, Op, Payload, Reactor, Request, VolumeQueue};
+use blockdev::{Buffer, Completion, CompletionQueue, Errno, Memory, Op, Payload, Reactor, Request, VolumeQueue};
 use slab::Slab;
 
 use super::batch::{Batch, BatchPool, REPLIES_MAX};
+use super::prefetch::Prefetch;
 use super::request::{Action, Rules, check, encode_extents, reply_number};
 use crate::client::Client;
 use crate::protocol::{Headers, PAYLOAD_MAX, REQUEST_HEADER_MAX, Reply, RequestHeader, command, command_flag, error};
@@ -107,6 +108,7 @@ pub(super) struct Session {
     partial_len: usize,
     expect: Expect,
     slots: Slab<Slot>,
+    prefetch: Prefetch,
     replies: Option<Box<Batch>>,
     replies_in_flight: usize,
     held_len: usize,
@@ -121,6 +123,7 @@ impl Session {
             partial_len: 0,
             expect: Expect::Header,
             slots: Slab::new(),
+            prefetch: Prefetch::default(),
             replies: None,
             replies_in_flight: 0,
             held_len: 0,
@@ -253,9 +256,9 @@ impl Session {
                 self.expect = Expect::Header;
                 self.refuse(&header, number, batches);
             }
-            Ok(Action::Nothing) => {
+            Ok(Action::Prefetch) => {
                 self.expect = Expect::Header;
-                self.reply(&header, Reply::Done, batches);
+                self.admit_prefetch(&header, batches);
             }
             Ok(Action::Submit(op @ Op::Write { .. })) if header.len > 0 => {
                 let buffer = self.buffer(header.len as usize)?;
@@ -273,6 +276,62 @@ impl Session {
             }
         }
         Ok(())
+    }
+
+    /// Nothing is read of a range that is not all there.
+    fn admit_prefetch(&mut self, header: &RequestHeader, batches: &BatchPool) {
+        let size = self.setup.client.export.volume().size();
+        if header.offset.checked_add(header.len).is_none_or(|end| end > size) {
+            return self.refuse(header, error::EINVAL, batches);
+        }
+        if header.len == 0 {
+            self.reply(header, Reply::Done, batches);
+            return;
+        }
+        let (arrived, class) = (self.setup.reactor.now(), OpClass::Read);
+        let slot = self.slots.insert(Slot { header: *header, class, arrived, held_len: 0, flush_after: false });
+        self.prefetch.push(slot, header.offset, header.len);
+    }
+
+    /// True if [`Session::go_on_prefetching`] has something to do, in a later turn of the reactor.
+    pub(super) fn wants_to_prefetch(&self) -> bool {
+        self.prefetch.next_piece().is_some()
+    }
+
+    pub(super) fn go_on_prefetching(&mut self) -> Result<(), Blocked> {
+        let Some(piece) = self.prefetch.next_piece() else { return Ok(()) };
+        let buffer = self.buffer(piece.len as usize)?;
+        self.slots[piece.slot].held_len = buffer.capacity();
+        self.prefetch.begun(piece);
+        let setup = &self.setup;
+        let token = u64::from(setup.index) << 32 | piece.slot as u64;
+        let payload = Payload::Memory(Memory::from_buffer(buffer, piece.len as usize));
+        let now = setup.reactor.now();
+        setup.queue.submit(Request::new(Op::Read, piece.offset, piece.len, payload, now, &setup.completions, token));
+        Ok(())
+    }
+
+    /// Answers all CACHE requests, or without `batches` forgets them; the one that is with the volume follows.
+    pub(super) fn end_prefetching(&mut self, batches: Option<&BatchPool>) {
+        for slot in self.prefetch.end() {
+            self.prefetched(slot, Ok(()), batches);
+        }
+    }
+
+    fn prefetch_piece_done(&mut self, slot: usize, completion: Completion, batches: Option<&BatchPool>) {
+        drop(completion.payload);
+        self.held_len -= std::mem::take(&mut self.slots[slot].held_len);
+        if self.prefetch.piece_done(completion.result.is_ok()) {
+            self.prefetched(slot, completion.result, batches);
+        }
+    }
+
+    fn prefetched(&mut self, slot: usize, result: Result<(), Errno>, batches: Option<&BatchPool>) {
+        let Slot { header, class, .. } = self.slots.remove(slot);
+        self.setup.client.count(class, 0);
+        let Some(batches) = batches else { return };
+        let reply = result.map_or_else(|errno| Reply::Error(reply_number(&header, errno)), |()| Reply::Done);
+        self.reply(&header, reply, batches);
     }
 
     /// A payload longer than this is taken for an attack. Up to here, one that is too long is read, thrown away and refused;
@@ -314,6 +373,9 @@ impl Session {
 
     /// The volume has completed the request in `slot`. Without `batches` nobody is left to reply to.
     pub(super) fn complete(&mut self, slot: usize, completion: Completion, batches: Option<&BatchPool>) {
+        if self.slots[slot].header.command == command::CACHE {
+            return self.prefetch_piece_done(slot, completion, batches);
+        }
         if completion.result.is_ok() && std::mem::take(&mut self.slots[slot].flush_after) {
             let setup = &self.setup;
             let token = u64::from(setup.index) << 32 | slot as u64;
@@ -336,7 +398,7 @@ impl Session {
                 self.held_len -= held_len;
                 self.refuse(&header, reply_number(&header, errno), batches);
             }
-            (Ok(()), Payload::Memory(memory)) if class == OpClass::Read => {
+            (Ok(()), Payload::Memory(memory)) if class == OpClass::Read && !self.is_hole(&memory) => {
                 let batch = self.reply(&header, Reply::Data(header.len), batches);
                 batch.push_memory(memory, held_len);
             }
@@ -351,9 +413,15 @@ impl Session {
             (Ok(()), payload) => {
                 drop(payload);
                 self.held_len -= held_len;
-                self.reply(&header, Reply::Done, batches);
+                let reply = if class == OpClass::Read { Reply::Zeroes(header.len as u32) } else { Reply::Done };
+                self.reply(&header, reply, batches);
             }
         }
+    }
+
+    /// Zeroes are told, not sent, to a client that understands it.
+    fn is_hole(&self, read: &Memory) -> bool {
+        self.setup.rules.headers != Headers::Simple && !read.is_empty() && read.is_zero()
     }
 
     fn refuse(&mut self, header: &RequestHeader, number: u32, batches: &BatchPool) {

@@ -7,7 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::rc::{Rc, Weak};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -50,7 +50,6 @@ thread_local! {
 pub(crate) struct Worker {
     reactor: Rc<Reactor>,
     id: HandlerId,
-    this: Weak<Worker>,
     completions: Rc<CompletionQueue>,
     connections: RefCell<Slab<Rc<Connection>>>,
     batches: BatchPool,
@@ -81,30 +80,23 @@ impl Worker {
     }
 
     fn new(reactor: &Rc<Reactor>, gone: Gone) -> Rc<Worker> {
-        let mut made = None;
-        reactor.register_cyclic(|id| {
-            let worker = Rc::new_cyclic(|this| Worker {
-                reactor: reactor.clone(),
-                id,
-                this: this.clone(),
-                completions: CompletionQueue::new(reactor, id, COMPLETIONS),
-                connections: RefCell::new(Slab::new()),
-                batches: BatchPool::default(),
-                touched: RefCell::new(Vec::new()),
-                starved: RefCell::new(VecDeque::new()),
-                memory_came_back: Rc::new(Cell::new(false)),
-                watching_memory: Cell::new(false),
-                watching_stalls: Cell::new(false),
-                gone,
-            });
-            made = Some(worker.clone());
-            worker
-        });
-        made.expect("register_cyclic calls its argument")
+        reactor.install(|id| Worker {
+            reactor: reactor.clone(),
+            id,
+            completions: CompletionQueue::new(reactor, id, COMPLETIONS),
+            connections: RefCell::new(Slab::new()),
+            batches: BatchPool::default(),
+            touched: RefCell::new(Vec::new()),
+            starved: RefCell::new(VecDeque::new()),
+            memory_came_back: Rc::new(Cell::new(false)),
+            watching_memory: Cell::new(false),
+            watching_stalls: Cell::new(false),
+            gone,
+        })
     }
 
     /// Serves a client from here on.
-    pub(crate) fn adopt(&self, negotiated: Negotiated) {
+    pub(crate) fn adopt(self: &Rc<Self>, negotiated: Negotiated) {
         let client = negotiated.client.clone();
         if let Err(why) = self.try_adopt(negotiated) {
             tracing::warn!(client = client.id, export = client.export.name(), "cannot serve a client: {why}");
@@ -112,7 +104,7 @@ impl Worker {
         }
     }
 
-    fn try_adopt(&self, negotiated: Negotiated) -> Result<(), String> {
+    fn try_adopt(self: &Rc<Self>, negotiated: Negotiated) -> Result<(), String> {
         let Negotiated { socket, early, tls, headers, allocation_context, client } = negotiated;
         prepare_socket(&socket).map_err(|error| format!("preparing the socket: {error}"))?;
         let volume = client.export.volume();
@@ -123,7 +115,6 @@ impl Worker {
             allocation_context,
             read_only: client.export.is_read_only(),
             fast_zero: volume.capabilities().fast_zero,
-            size: volume.size(),
         };
         let connection = {
             let mut connections = self.connections.borrow_mut();
@@ -139,16 +130,10 @@ impl Worker {
                 index: index as u32,
             });
             let transport = tls.map_or(Transport::Plain, |tls| Transport::Tls(Tls::new(*tls)));
-            let mut made = None;
-            self.reactor.register_cyclic(|id| {
-                let reactor = self.reactor.clone();
-                let worker = self.this.clone();
-                let parts = Parts { id, index, reactor, worker, socket, client, session, transport, early, input };
-                let connection = Rc::new(Connection::new(parts));
-                made = Some(connection.clone());
-                connection
+            let (reactor, worker) = (self.reactor.clone(), Rc::downgrade(self));
+            let connection = self.reactor.install(|id| {
+                Connection::new(Parts { id, index, reactor, worker, socket, client, session, transport, early, input })
             });
-            let connection = made.expect("register_cyclic calls its argument");
             entry.insert(connection.clone());
             connection
         };

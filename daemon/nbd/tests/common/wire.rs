@@ -220,7 +220,14 @@ impl Wire {
             }
             chunk::OFFSET_DATA => {
                 self.u64();
-                Answer::Data(self.bytes(len as usize - 8))
+                let data = self.bytes(len as usize - 8);
+                assert!(data.iter().any(|byte| *byte != 0), "zeroes were sent");
+                Answer::Data(data)
+            }
+            chunk::OFFSET_HOLE => {
+                assert_eq!(len, 12);
+                self.u64();
+                Answer::Data(vec![0; self.u32() as usize])
             }
             chunk::BLOCK_STATUS => {
                 assert_eq!(self.u32(), ALLOCATION_CONTEXT_ID);

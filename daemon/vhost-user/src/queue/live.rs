@@ -206,7 +206,12 @@ impl Live {
             return self.answer(head, STATUS_IOERR, 0);
         };
         if let Some(log) = &self.log {
-            room.iter().for_each(|segment| log.mark(segment.guest, u64::from(segment.len)));
+            let mut left = len;
+            for segment in room {
+                let written = segment.len.min(left);
+                log.mark(segment.guest, u64::from(written));
+                left -= written;
+            }
         }
         self.answer(head, STATUS_OK, len);
     }

@@ -130,7 +130,7 @@ struct Worker {
 }
 
 struct State {
-    /// Gone once stopped.
+    /// There from start to stop.
     live: Option<Live>,
     kick: Option<Arc<OwnedFd>>,
     call: Option<Arc<OwnedFd>>,
@@ -148,20 +148,10 @@ impl Worker {
     fn start(reactor: &Rc<Reactor>, key: u64, setup: QueueSetup) -> Result<(), RingError> {
         let (kick, call, error) = (setup.kick.clone(), setup.call.clone(), setup.error.clone());
         let label = format!("{} queue {}", setup.name, setup.index);
-        let mut outcome = Ok(());
-        let mut made = None;
         let volume = setup.volume.queue(reactor).map_err(|error| RingError::Volume(error.to_string()))?;
-        let id = reactor.register_cyclic(|id| {
-            let live = Live::new(reactor, id, volume, setup);
-            let (live, replay) = match live {
-                Ok((live, replay)) => (Some(live), replay),
-                Err(error) => {
-                    outcome = Err(error);
-                    (None, Vec::new())
-                }
-            };
+        let worker = reactor.install(|id| {
             let state = State {
-                live,
+                live: None,
                 kick,
                 call,
                 error,
@@ -172,14 +162,10 @@ impl Worker {
                 broken: false,
                 stopping: None,
             };
-            let worker = Rc::new(Worker { reactor: reactor.clone(), id, key, label: label.clone(), state: RefCell::new(state) });
-            made = Some((worker.clone(), replay));
-            worker
+            Worker { reactor: reactor.clone(), id, key, label, state: RefCell::new(state) }
         });
-        let Some((worker, replay)) = made.filter(|_| outcome.is_ok()) else {
-            reactor.unregister(id);
-            return outcome;
-        };
+        let (live, replay) = Live::new(reactor, worker.id, volume, setup).inspect_err(|_| reactor.unregister(worker.id))?;
+        worker.state.borrow_mut().live = Some(live);
         WORKERS.with(|workers| workers.borrow_mut().insert(key, worker.clone()));
         worker.begin(&replay);
         Ok(())
@@ -195,6 +181,7 @@ impl Worker {
         }
         let replayed = replay.iter().try_for_each(|head| live.take(*head, self.reactor.now()));
         live.ring.enable_notifications();
+        self.publish(&mut state);
         self.signal(&mut state);
         if let Err(error) = replayed {
             self.break_ring(&mut state, error);
@@ -299,7 +286,8 @@ impl Worker {
         live.ring.enable_notifications();
         let stopped = Stopped { next_available: live.ring.next_available(), broken: state.broken };
         drop(live);
-        self.reactor.cancel(self.id, KICK);
+        // A front end that keeps its descriptors from being written to must not keep this queue.
+        [KICK, CALL, ERROR].into_iter().for_each(|token| self.reactor.cancel(self.id, token));
         self.reactor.unregister(self.id);
         WORKERS.with(|workers| workers.borrow_mut().remove(&self.key));
         let _ = sender.send(stopped);
@@ -327,8 +315,11 @@ impl Handler for Worker {
             }
             CALL => {
                 state.signalling = None;
-                if std::mem::take(&mut state.signal_again) {
+                if std::mem::take(&mut state.signal_again) && result != -libc::ECANCELED {
                     self.signal(&mut state);
+                    if state.live.is_none() {
+                        self.reactor.cancel(self.id, CALL);
+                    }
                 }
             }
             _ => {}

@@ -35,6 +35,8 @@ pub const F_LOG_ALL: u64 = 1 << 26;
 pub const F_INDIRECT: u64 = 1 << 28;
 pub const F_EVENT_INDEX: u64 = 1 << 29;
 pub const F_PROTOCOL: u64 = 1 << 30;
+/// Among the protocol features.
+pub const PROTOCOL_BACKEND_REQ: u64 = 1 << 5;
 
 pub const T_IN: u32 = 0;
 pub const T_OUT: u32 = 1;
@@ -309,6 +311,7 @@ pub enum Data<'a> {
 /// A message from the server.
 pub struct Reply {
     pub request: u32,
+    pub flags: u32,
     pub payload: Vec<u8>,
     pub fds: Vec<OwnedFd>,
 }
@@ -371,7 +374,7 @@ pub fn receive(socket: &UnixStream) -> Option<Reply> {
     let header = exact(12)?;
     let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
     let payload = exact(word(8) as usize)?;
-    Some(Reply { request: word(0), payload, fds })
+    Some(Reply { request: word(0), flags: word(4), payload, fds })
 }
 
 impl Frontend {

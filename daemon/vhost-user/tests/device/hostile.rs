@@ -1,7 +1,7 @@
 //! What a guest or a front end can throw at the device. Whatever it is, the daemon goes on, other rings go on, and memory that
 //! was not shared is not touched.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -237,12 +237,64 @@ fn ring_sizes_and_numbers_out_of_range_are_refused() {
         assert_ne!(frontend.try_tell(req::SET_VRING_ENABLE, &u32s(&[ring, 1]), &[]), 0);
         assert_eq!(frontend.stop(ring), 0, "an unknown ring is answered too");
     }
+    for base in [0x1_0000, u32::MAX] {
+        assert_ne!(frontend.try_tell(req::SET_VRING_BASE, &u32s(&[0, base]), &[]), 0, "{base}");
+    }
     assert_ne!(frontend.try_tell(req::SET_FEATURES, &u64s(&[u64::MAX]), &[]), 0);
     assert_ne!(frontend.try_tell(req::SET_PROTOCOL_FEATURES, &u64s(&[u64::MAX]), &[]), 0);
     assert_ne!(frontend.try_tell(22, &[0; 32], &[]), 0, "an IOTLB message");
     let not_an_event = memfd_create("file", MemfdFlags::CLOEXEC).unwrap();
     assert_ne!(frontend.try_tell(req::SET_VRING_KICK, &u64s(&[0]), &[not_an_event.as_fd()]), 0);
     assert_eq!(witness.run(&frontend.memory, T_IN, 0, Data::In(512)), 0);
+}
+
+#[test]
+fn odd_parts_of_the_configuration_are_read_as_they_are() {
+    let server = Server::start();
+    let frontend = Frontend::connect(&server.socket());
+    let whole = frontend.config(0, 60);
+    for (offset, len) in [(0, 1), (3, 7), (59, 1), (59, 5), (60, 4), (200, 9), (0x100, 3), (0x13b, 2), (0xf00, 0x100)] {
+        let start = if offset >= 0x100 { offset - 0x100 } else { offset } as usize;
+        let expected: Vec<u8> = (start..start + len as usize).map(|at| whole.get(at).copied().unwrap_or(0)).collect();
+        assert_eq!(frontend.config(offset, len), expected, "{len} bytes at {offset}");
+    }
+    drop(frontend);
+    for (offset, len, given) in [(0u32, 0u32, 0usize), (0, 8, 7), (u32::MAX, 8, 8), (0xfff, 2, 2), (0, u32::MAX, 8)] {
+        let frontend = Frontend::connect(&server.socket());
+        frontend.tell(req::GET_CONFIG, &[u32s(&[offset, len, 0]), vec![0; given]].concat(), &[]);
+        assert!(frontend.is_hung_up(), "{len} bytes at {offset}, {given} given");
+        eventually("the session ends", || server.export.clients().is_empty());
+    }
+}
+
+/// How many descriptors of this process lead to the eventfd.
+fn holders(event: &OwnedFd) -> usize {
+    let id = |path: std::path::PathBuf| {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        text.lines().find(|line| line.starts_with("eventfd-id")).map(str::to_owned)
+    };
+    let own = id(format!("/proc/self/fdinfo/{}", event.as_raw_fd()).into()).expect("the kernel numbers its eventfds");
+    let all = std::fs::read_dir("/proc/self/fdinfo").unwrap().flatten();
+    all.filter(|entry| id(entry.path()).as_ref() == Some(&own)).count()
+}
+
+#[test]
+fn signals_that_nobody_takes_are_not_left_behind() {
+    let server = Server::start();
+    let frontend = Frontend::connect(&server.socket());
+    let queue = Queue::new(0, 64);
+    rustix::io::write(&queue.call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    frontend.configure(&queue, 0);
+    // Whoever writes to it now waits.
+    rustix::fs::fcntl_setfl(&queue.call, rustix::fs::OFlags::empty()).unwrap();
+    frontend.kick_and_enable(&queue);
+    queue.write_request(&frontend.memory, 0, T_OUT, 0, Data::Out(&[1; 512]));
+    queue.offer(&frontend.memory, 0);
+    queue.kick();
+    eventually("the request is answered", || queue.used_index(&frontend.memory) == 1);
+    assert_eq!(frontend.stop(0), 1);
+    drop(frontend);
+    eventually("nothing waits for the descriptor", || holders(&queue.call) == 1);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Starting, stopping, changing and losing what a device stands on.
 
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
@@ -165,7 +166,7 @@ fn a_second_front_end_is_refused_and_the_first_goes_on() {
     let frontend = Frontend::connect(&server.socket());
     let mut queue = Queue::new(0, 64);
     frontend.start(&queue, 0);
-    let second = std::os::unix::net::UnixStream::connect(server.socket()).unwrap();
+    let second = UnixStream::connect(server.socket()).unwrap();
     assert!(receive(&second).is_none());
     assert_eq!(queue.run(&frontend.memory, T_OUT, 0, Data::Out(&[1; 512])), 0);
     let client = &server.export.clients()[0];
@@ -190,7 +191,7 @@ fn disconnect_and_stop_end_the_session() {
     server.export.stop();
     assert!(again.is_hung_up());
     assert!(server.export.clients().is_empty());
-    assert!(std::os::unix::net::UnixStream::connect(server.socket()).is_err());
+    assert!(UnixStream::connect(server.socket()).is_err());
 }
 
 #[test]
@@ -206,21 +207,81 @@ fn a_front_end_that_leaves_has_its_requests_finished_first() {
     assert_eq!(server.export.stats().class(OpClass::Write).in_flight(), 0);
 }
 
+/// The front end's end of a channel on which the server may speak first.
+fn open_channel(frontend: &Frontend) -> UnixStream {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    frontend.must(req::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()]);
+    ours
+}
+
+/// The server asks for the configuration space to be read, and waits for no answer.
+fn must_be_told(channel: &UnixStream) {
+    let told = receive(channel).unwrap();
+    assert_eq!((told.request, told.flags, told.payload.len()), (2, 1, 0));
+}
+
+/// True if the server has said nothing in consequence of what it has been told so far.
+fn is_quiet(frontend: &Frontend, channel: &UnixStream) -> bool {
+    frontend.capacity();
+    !wait_readable(channel.as_fd(), Duration::ZERO)
+}
+
 #[test]
 fn a_new_size_is_told_and_shown() {
     let server = Server::start();
     let frontend = Frontend::connect(&server.socket());
-    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-    frontend.must(req::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()]);
-    assert_eq!(frontend.capacity(), DISK / 512);
-    server.volume.resize(2 * DISK).unwrap();
-    let told = receive(&ours).unwrap();
-    assert_eq!((told.request, told.payload.len()), (2, 0));
-    assert_eq!(frontend.capacity(), 2 * DISK / 512);
-    assert_eq!(frontend.config(0x100, 60), frontend.config(0, 60), "older front ends count from 0x100");
+    let channel = open_channel(&frontend);
     let mut queue = Queue::new(0, 64);
     frontend.start(&queue, 0);
+    must_be_told(&channel);
+    assert_eq!(frontend.capacity(), DISK / 512);
+    server.volume.resize(2 * DISK).unwrap();
+    must_be_told(&channel);
+    assert_eq!(frontend.capacity(), 2 * DISK / 512);
+    assert_eq!(frontend.config(0x100, 60), frontend.config(0, 60), "older front ends count from 0x100");
     assert_eq!(queue.run(&frontend.memory, T_OUT, DISK / 512, Data::Out(&[1; 512])), 0);
+}
+
+#[test]
+fn a_size_that_changed_while_nothing_ran_is_told_once_rings_run() {
+    let server = Server::start();
+    let frontend = Frontend::connect(&server.socket());
+    let queues = [Queue::new(0, 64), Queue::new(1, 64)];
+    drop(frontend);
+    server.volume.resize(2 * DISK).unwrap();
+
+    let frontend = Frontend::connect(&server.socket());
+    let channel = open_channel(&frontend);
+    frontend.configure(&queues[0], 0);
+    assert!(is_quiet(&frontend, &channel), "a front end that has not started its device must not be told");
+    frontend.kick_and_enable(&queues[0]);
+    must_be_told(&channel);
+    assert_eq!(frontend.capacity(), 2 * DISK / 512);
+    frontend.start(&queues[1], 0);
+    frontend.share_memory();
+    assert!(is_quiet(&frontend, &channel), "once is enough");
+
+    for queue in &queues {
+        frontend.stop(queue.index);
+    }
+    server.volume.resize(3 * DISK).unwrap();
+    assert!(is_quiet(&frontend, &channel), "its device is stopped");
+    frontend.start(&queues[0], 0);
+    must_be_told(&channel);
+    assert_eq!(frontend.capacity(), 3 * DISK / 512);
+}
+
+#[test]
+fn a_front_end_that_listens_to_nothing_is_told_nothing() {
+    let server = Server::start();
+    let frontend = Frontend::connect(&server.socket());
+    let channel = open_channel(&frontend);
+    let without_channel = frontend.ask(req::GET_PROTOCOL_FEATURES, &[]).u64() & !PROTOCOL_BACKEND_REQ;
+    frontend.must(req::SET_PROTOCOL_FEATURES, &u64s(&[without_channel]), &[]);
+    frontend.start(&Queue::new(0, 64), 0);
+    server.volume.resize(2 * DISK).unwrap();
+    assert!(is_quiet(&frontend, &channel));
+    assert_eq!(frontend.capacity(), 2 * DISK / 512);
 }
 
 #[test]
@@ -393,6 +454,10 @@ fn pages_written_to_are_logged_while_that_is_asked() {
     assert!(is_dirty(GUEST + queue.used), "the used ring");
     assert!(!is_dirty(data + 16384) && !is_dirty(GUEST + queue.desc) && !is_dirty(GUEST + queue.avail));
     assert_eq!(dirty(), 5);
+
+    log.write(0, &vec![0; size as usize]);
+    assert_eq!(queue.run(&frontend.memory, T_GET_ID, 0, Data::In(3 * 4096)), 0);
+    assert_eq!(dirty(), 2, "of the room for a serial number only what the number takes");
 
     log.write(0, &vec![0; size as usize]);
     assert_eq!(queue.run(&frontend.memory, T_OUT, 0, Data::Out(&[1; 4096])), 0);

@@ -176,6 +176,26 @@ fn a_write_cache_switched_off_stays_off() {
 }
 
 #[test]
+fn a_replayed_request_without_io_is_answered_too() {
+    let rig = Rig::new();
+    let _server = rig.server(0);
+    let frontend = Frontend::connect(&rig.socket);
+    let log = Log::get(&frontend);
+    let size = u64::from_ne_bytes(log.payload[..8].try_into().unwrap());
+    let mapped = SharedMemory::map(log.file.try_clone().unwrap(), size);
+    let mut queue = Queue::new(0, RING);
+    queue.write_request(&frontend.memory, 0, T_GET_ID, 0, Data::In(20));
+    queue.offer(&frontend.memory, 0);
+    // Version 1, head 0 in flight: a server that took it was killed.
+    mapped.u16(8).store(1, Ordering::SeqCst);
+    mapped.write(16, &[1]);
+    log.set(&frontend);
+    frontend.start(&queue, 0);
+    assert_eq!(queue.wait_used(&frontend.memory).0, 0);
+    assert_eq!(queue.status(&frontend.memory, 0), 0);
+}
+
+#[test]
 fn a_log_full_of_garbage_is_survived() {
     let rig = Rig::new();
     let server = rig.server(0);

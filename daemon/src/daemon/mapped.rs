@@ -1,0 +1,196 @@
+//! Pools that hold mapped volumes, made from their configuration and what this host brings.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use backends::file::FilePool;
+use backends::{Layout, Pool, PoolError, VolumeRecord};
+use blockdev::ReactorHandle;
+use parking_lot::RwLock;
+use volume::Durability;
+use volume::pool::{MappedPool, MappedPoolOptions};
+
+use crate::config::{Config, PolicyConfig, PoolConfig};
+use crate::error::{Error, Result};
+use crate::units::parse_size;
+
+/// The configuration as it is now; a reload replaces it.
+pub type LiveConfig = Arc<RwLock<Arc<Config>>>;
+
+/// What pools need of the daemon they are opened in.
+pub struct Host {
+    pub data_dir: PathBuf,
+    pub config: LiveConfig,
+    /// The data-plane threads.
+    pub reactors: Vec<ReactorHandle>,
+    /// Carries the requests to object stores.
+    pub runtime: tokio::runtime::Handle,
+}
+
+impl Host {
+    fn options(&self, pool: &str, config: &PoolConfig) -> Result<MappedPoolOptions> {
+        let (live, of_keys, of_policies) = (self.config.clone(), self.config.clone(), self.config.clone());
+        let fallback = default_durability(config);
+        let log_size = parse_size(&live.read().daemon.log_size).map_err(Error::invalid)?;
+        Ok(MappedPoolOptions {
+            homes: self.reactors.clone(),
+            log_folder: self.data_dir.join("log").join(pool),
+            log_size,
+            durability: Box::new(move |record| durability(&live.read().clone(), record, fallback)),
+            encrypts: Box::new(move |record| {
+                let policies = &of_policies.read().policy;
+                record.policy.as_ref().and_then(|policy| policies.get(policy)).is_some_and(|policy| policy.encryption)
+            }),
+            keks: Box::new(move || {
+                let found = of_keys.read().keys.as_ref().map(crate::config::key_encryption_keys).transpose();
+                found.map(Option::unwrap_or_default).map_err(|error| PoolError::Invalid(error.to_string()))
+            }),
+        })
+    }
+
+    /// A pool of raw and of mapped volumes in one directory.
+    pub fn file_pool(&self, name: &str, config: &PoolConfig, path: &Path) -> Result<Arc<dyn Pool>> {
+        let files = FilePool::open(name, backends::file::FilePoolConfig { path: path.to_owned() })?;
+        Ok(Arc::new(MappedPool::beside(files, self.options(name, config)?)))
+    }
+
+    /// A pool of mapped volumes in a bucket, made if there is none.
+    #[cfg(feature = "object-store")]
+    pub fn s3_pool(&self, name: &str, config: &PoolConfig) -> Result<Arc<dyn Pool>> {
+        use backends::segments::object::{S3Config, S3Store};
+        use backends::segments::{OpenOptions, StoreError};
+        use uuid::Uuid;
+
+        let (access_key_id, secret_key) = crate::config::s3_access_key(config).map_err(Error::invalid)?;
+        let usual = S3Config::new(config.bucket.as_deref().unwrap_or_default(), &access_key_id, &secret_key);
+        let place = S3Config {
+            endpoint: config.endpoint.clone(),
+            region: config.region.clone().unwrap_or(usual.region),
+            prefix: config.prefix.clone().unwrap_or(usual.prefix),
+            allow_http: config.allow_http.unwrap_or(usual.allow_http),
+            ..usual
+        };
+        let failed = |error: StoreError| Error::from(PoolError::Backend(error.to_string()));
+        let open = || {
+            let options = OpenOptions { expected: None, read_only: false, probe: Some(Uuid::new_v4()) };
+            S3Store::open(place.clone(), self.runtime.clone(), options)
+        };
+        let store = match open() {
+            Err(StoreError::Absent(_)) => match S3Store::make(place.clone(), self.runtime.clone(), Uuid::new_v4()) {
+                // Another host may have been faster.
+                Ok(()) | Err(StoreError::Exists(_)) => open(),
+                Err(error) => Err(error),
+            },
+            opened => opened,
+        };
+        let store = Arc::new(store.map_err(failed)?);
+        let pool = store.header().uuid;
+        Ok(Arc::new(MappedPool::in_store(name, "s3", place.location(), (store, pool), self.options(name, config)?)))
+    }
+
+    #[cfg(not(feature = "object-store"))]
+    pub fn s3_pool(&self, _name: &str, _config: &PoolConfig) -> Result<Arc<dyn Pool>> {
+        Err(Error::unsupported("this build has no object stores: use one with the feature `object-store`"))
+    }
+}
+
+/// Of volumes without a policy: the log is as near as a pool of files, and may be lost where a bucket is not.
+fn default_durability(config: &PoolConfig) -> Durability {
+    match config.durability.as_deref() {
+        Some(durability) => parse_durability(durability),
+        None if config.driver == "s3" => Durability::Remote,
+        None => Durability::Local,
+    }
+}
+
+/// One that was checked when the configuration was loaded.
+fn parse_durability(durability: &str) -> Durability {
+    if durability == "local" { Durability::Local } else { Durability::Remote }
+}
+
+fn durability(config: &Config, record: &VolumeRecord, fallback: Durability) -> backends::pool::Result<Durability> {
+    let Some(name) = &record.policy else { return Ok(fallback) };
+    let Some(policy) = config.policy.get(name) else {
+        tracing::warn!(
+            "volume {}: its policy {name} is not configured any more: flushes wait for the pool, until [policy.{name}] is there",
+            record.name
+        );
+        return Ok(Durability::Remote);
+    };
+    if let Some(why) = refusal(name, policy, record.layout) {
+        return Err(PoolError::Unsupported(format!("volume {}: {why}", record.name)));
+    }
+    Ok(policy.durability.as_deref().map_or(fallback, parse_durability))
+}
+
+/// Why a volume cannot be what a policy asks for.
+pub fn refusal(name: &str, policy: &PolicyConfig, layout: Layout) -> Option<String> {
+    let asks = |key: &str, value: &str| format!("policy {name} asks for {key} = {value}, which");
+    let not_yet = "is not in this version: change the policy, or choose another";
+    for (key, value) in [("compression", &policy.compression), ("dedup", &policy.dedup)] {
+        match value.as_deref() {
+            None => {}
+            Some(value) if layout == Layout::Raw => {
+                return Some(format!("{} a raw volume never has: choose --layout mapped, or another policy", asks(key, value)));
+            }
+            Some("auto") if key == "compression" => {}
+            Some(value) => return Some(format!("{} {not_yet}", asks(key, value))),
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use backends::VolumeSpec;
+
+    use super::*;
+
+    fn record(policy: Option<&str>) -> VolumeRecord {
+        let policy = policy.map(str::to_owned);
+        VolumeRecord::new(
+            "v",
+            &VolumeSpec { size: 4096, block_size: 512, layout: Layout::Mapped, policy, tenant: None, wrapped_key: None },
+        )
+    }
+
+    #[test]
+    fn durability_comes_from_the_policy_then_the_pool_then_the_driver() {
+        let pool = |driver: &str, durability: Option<&str>| PoolConfig {
+            driver: driver.to_owned(),
+            durability: durability.map(str::to_owned),
+            ..PoolConfig::default()
+        };
+        assert_eq!(default_durability(&pool("file", None)), Durability::Local);
+        assert_eq!(default_durability(&pool("s3", None)), Durability::Remote);
+        assert_eq!(default_durability(&pool("s3", Some("local"))), Durability::Local);
+        assert_eq!(default_durability(&pool("file", Some("remote"))), Durability::Remote);
+
+        let mut config = Config::default();
+        let of = |durability: Option<&str>| PolicyConfig { durability: durability.map(str::to_owned), ..PolicyConfig::default() };
+        config.policy.insert("near".to_owned(), of(Some("local")));
+        config.policy.insert("silent".to_owned(), of(None));
+        let found = |policy: Option<&str>, fallback| durability(&config, &record(policy), fallback).unwrap();
+        assert_eq!(found(None, Durability::Remote), Durability::Remote);
+        assert_eq!(found(Some("near"), Durability::Remote), Durability::Local);
+        assert_eq!(found(Some("silent"), Durability::Local), Durability::Local);
+        assert_eq!(found(Some("gone"), Durability::Local), Durability::Remote, "nobody says that a log will do");
+    }
+
+    #[test]
+    fn what_a_policy_asks_for_in_vain_is_refused() {
+        let of = |compression: &str, dedup: &str, encryption| PolicyConfig {
+            durability: None,
+            compression: Some(compression.to_owned()).filter(|value| !value.is_empty()),
+            dedup: Some(dedup.to_owned()).filter(|value| !value.is_empty()),
+            encryption,
+        };
+        let why = |policy: PolicyConfig, layout| refusal("gold", &policy, layout).unwrap_or_default();
+        assert_eq!(why(of("", "", false), Layout::Raw), "");
+        assert_eq!(why(of("auto", "", false), Layout::Mapped), "");
+        assert!(why(of("auto", "", false), Layout::Raw).contains("--layout mapped"));
+        assert!(why(of("lz4", "", false), Layout::Mapped).contains("compression = lz4"));
+        assert!(why(of("", "tenant", false), Layout::Mapped).contains("dedup = tenant"));
+        assert_eq!([Layout::Raw, Layout::Mapped].map(|layout| why(of("", "", true), layout)), ["", ""]);
+    }
+}

@@ -1,0 +1,125 @@
+//! Encrypted volumes in a real daemon: what lies in the pool, and which key-encryption key opens it.
+
+mod common;
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use common::Daemon;
+
+const POLICY: &str = "[keys]\nfile = \"{dir}/kek\"\n\n[policy.secret]\nencryption = true\n";
+
+fn write_kek(daemon: &Daemon, name: &str, pair: &str) {
+    fs::write(daemon.path(name), pair.repeat(32)).unwrap();
+    fs::set_permissions(daemon.path(name), Permissions::from_mode(0o600)).unwrap();
+}
+
+fn daemon_with_key() -> Daemon {
+    let daemon = Daemon::new(POLICY);
+    write_kek(&daemon, "kek", "ab");
+    daemon
+}
+
+fn stored(daemon: &Daemon, volume: &str) -> Vec<u8> {
+    fs::read(daemon.path("pool").join("volumes").join(volume).join("data.raw")).unwrap()
+}
+
+#[test]
+fn a_volume_of_an_encrypting_policy_holds_no_plain_text_and_survives_a_restart() {
+    let mut daemon = daemon_with_key();
+    daemon.start();
+    let volume =
+        daemon.json(&["volume", "create", "v", "--size", "1M", "--pool", "local", "--policy", "secret", "--layout", "raw"]);
+    assert_eq!(volume["encrypted"], true, "{volume}");
+    assert_eq!(
+        daemon.json(&["volume", "create", "plain", "--size", "1M", "--pool", "local", "--layout", "raw"])["encrypted"],
+        false
+    );
+    for name in ["v", "plain"] {
+        daemon.json(&["export", "add", name, "--nbd"]);
+        let mut client = daemon.attach(name);
+        assert_eq!((client.write(512, &[7; 8192]), client.flush()), (0, 0));
+    }
+    let is_written = |content: &[u8]| content.windows(64).any(|window| window == [7; 64]);
+    assert!(!is_written(&stored(&daemon, "v")) && is_written(&stored(&daemon, "plain")));
+    daemon.kill();
+    daemon.start();
+    let mut client = daemon.attach("v");
+    assert_eq!(client.read(512, 8192), [7; 8192]);
+    assert!(client.read(0, 512).iter().chain(&client.read(16384, 65536)).all(|byte| *byte == 0), "the rest was never written");
+}
+
+#[test]
+fn sizes_and_keys_that_do_not_fit_are_told() {
+    let mut daemon = daemon_with_key();
+    daemon.start();
+    let (_, odd) = daemon
+        .refused(&["volume", "create", "v", "--size", "1049088", "--pool", "local", "--policy", "secret", "--layout", "raw"]);
+    assert!(odd.contains("the next is 1052672"), "{odd}");
+    daemon.json(&["volume", "create", "v", "--size", "1M", "--pool", "local", "--policy", "secret", "--layout", "raw"]);
+    daemon.stop();
+    write_kek(&daemon, "kek", "cd");
+    daemon.start();
+    let (_, wrong) = daemon.refused(&["export", "add", "v", "--nbd"]);
+    assert!(wrong.contains("volume v") && wrong.contains("is wrapped with key-encryption key"), "{wrong}");
+}
+
+#[test]
+fn a_replaced_key_is_no_longer_needed_once_the_volume_was_opened_with_both() {
+    let mut daemon = daemon_with_key();
+    daemon.start();
+    daemon.json(&["volume", "create", "v", "--size", "1M", "--pool", "local", "--policy", "secret", "--layout", "raw"]);
+    daemon.json(&["export", "add", "v", "--nbd"]);
+    let mut client = daemon.attach("v");
+    assert_eq!((client.write(0, &[9; 4096]), client.flush()), (0, 0));
+    drop(client);
+    daemon.stop();
+    let bytes = stored(&daemon, "v");
+    let config = daemon.config();
+    write_kek(&daemon, "kek.new", "cd");
+    for keys in ["file = \"{dir}/kek.new\"\nprevious_file = \"{dir}/kek\"", "file = \"{dir}/kek.new\""] {
+        let file = format!("file = \"{}\"", daemon.path("kek").display());
+        daemon.configure(&config.replace(&file, keys));
+        daemon.start();
+        assert_eq!(daemon.attach("v").read(0, 4096), [9; 4096], "{keys}");
+        daemon.stop();
+        assert!(stored(&daemon, "v") == bytes, "data was rewritten");
+    }
+}
+
+fn files_under(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten().map(|entry| entry.unwrap().path());
+    entries.flat_map(|path| if path.is_dir() { files_under(&path) } else { vec![path] }).collect()
+}
+
+#[test]
+fn an_encrypted_mapped_volume_holds_no_plain_text_in_pool_and_log() {
+    let mut daemon = daemon_with_key();
+    daemon.start();
+    let create = |name: &'static str| ["volume", "create", name, "--size", "16M", "--pool", "local", "--policy", "secret"];
+    assert_eq!(daemon.json(&create("v"))["encrypted"], true);
+    daemon.json(&["export", "add", "v", "--nbd"]);
+    // Does not compress, so that it could be seen.
+    let noise: Vec<u8> = (0..65536_u32).map(|at| (at.wrapping_mul(at).wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let mut client = daemon.attach("v");
+    assert_eq!((client.write(0, &noise), client.flush()), (0, 0));
+    daemon.json(&["snapshot", "create", "v@s"]);
+    daemon.json(&["volume", "clone", "v@s", "c"]);
+    assert_eq!(daemon.json(&["volume", "show", "c"])["encrypted"], true);
+    drop(client);
+    daemon.kill();
+    let needle = &noise[8192..8256];
+    for file in [files_under(&daemon.path("pool")), files_under(&daemon.path("data"))].concat() {
+        assert!(!fs::read(&file).unwrap().windows(64).any(|window| window == needle), "{} holds plain text", file.display());
+    }
+    daemon.start();
+    assert_eq!(daemon.attach("v").read(0, 65536), noise);
+    daemon.json(&["export", "add", "c", "--nbd"]);
+    assert_eq!(daemon.attach("c").read(0, 65536), noise);
+    daemon.stop();
+    write_kek(&daemon, "kek", "cd");
+    daemon.start();
+    let (_, wrong) = daemon.refused(&["volume", "resize", "v", "32M"]);
+    assert!(wrong.contains("is wrapped with key-encryption key"), "{wrong}");
+}

@@ -1,0 +1,218 @@
+//! Mapped volumes through the daemon: the default of file pools, beside raw ones.
+
+mod common;
+
+use std::fs;
+use std::path::PathBuf;
+
+use common::{Daemon, eventually};
+use serde_json::json;
+
+/// The logs of mapped volumes in `local`.
+fn logs(daemon: &Daemon) -> Vec<PathBuf> {
+    fs::read_dir(daemon.path("data/log/local")).into_iter().flatten().map(|entry| entry.unwrap().path()).collect()
+}
+
+fn export(daemon: &Daemon, volume: &str) -> String {
+    daemon.json(&["export", "add", volume, "--nbd"])["id"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn it_is_the_default_where_it_can_be() {
+    let mut daemon = Daemon::new("");
+    daemon.start();
+    let made = |name: &str, rest: &[&str]| daemon.json(&[&["volume", "create", name, "--size", "16M"], rest].concat());
+    assert_eq!(made("local/a", &[])["layout"], "mapped");
+    assert_eq!(made("local/b", &["--layout", "raw"])["layout"], "raw");
+    assert_eq!(made("local/c", &["--layout", "mapped"])["layout"], "mapped");
+    assert_eq!(made("memory/d", &[])["layout"], "raw");
+    let (kind, message) = daemon.refused(&["volume", "create", "memory/e", "--size", "16M", "--layout", "mapped"]);
+    assert!(kind == "unsupported" && message.contains("raw volumes only"), "{kind}: {message}");
+    let (kind, message) = daemon.refused(&["volume", "create", "local/f", "--size", "1049088"]);
+    assert!(kind == "invalid" && message.contains("4096"), "{kind}: {message}");
+    let listed = daemon.json(&["volume", "list"]);
+    let layouts: Vec<_> = listed.as_array().unwrap().iter().map(|volume| volume["layout"].as_str().unwrap()).collect();
+    assert_eq!(layouts, ["mapped", "raw", "mapped", "raw"]);
+}
+
+#[test]
+fn content_survives_restarts_and_kills_and_a_new_name() {
+    let mut daemon = Daemon::new("");
+    daemon.start();
+    daemon.json(&["volume", "create", "local/v", "--size", "16M"]);
+    let id = export(&daemon, "v");
+    let mut client = daemon.attach("v");
+    assert_eq!(client.size, 16 << 20);
+    assert_eq!((client.write(1000, b"hello"), client.flush()), (0, 0));
+    daemon.stop();
+    daemon.start();
+    let mut client = daemon.attach("v");
+    assert_eq!(client.read(1000, 5), b"hello");
+    assert_eq!((client.write(1 << 20, &[7; 65536]), client.flush()), (0, 0));
+    daemon.kill();
+    daemon.start();
+    let mut client = daemon.attach("v");
+    assert!(client.read(1 << 20, 65536) == vec![7; 65536]);
+    drop(client);
+
+    assert_eq!(daemon.refused(&["volume", "delete", "v", "--yes"]).0, "in_use");
+    daemon.json(&["export", "remove", &id]);
+    daemon.json(&["volume", "rename", "v", "w"]);
+    export(&daemon, "w");
+    assert_eq!(daemon.attach("w").read(1000, 5), b"hello");
+    assert_eq!(daemon.json(&["volume", "check", "w"])["ok"], true);
+    assert_eq!(daemon.json(&["pool", "check", "local"])["problems"], json!([]));
+}
+
+#[test]
+fn usage_and_metrics_show_the_store_and_the_log() {
+    let mut daemon = Daemon::new("");
+    daemon.start();
+    daemon.json(&["volume", "create", "local/v", "--size", "256M"]);
+    let id = export(&daemon, "v");
+    let mut client = daemon.attach("v");
+    for part in 0..40u64 {
+        assert_eq!(client.write(part << 20, &noise(part)), 0);
+    }
+    assert_eq!(client.flush(), 0);
+    // More than one segment was written: it is on its way into the store.
+    eventually("the store fills", || daemon.json(&["volume", "usage", "v"])["allocated"].as_u64().unwrap() > 30 << 20);
+    let usage = daemon.json(&["volume", "usage", "v"]);
+    assert_eq!(usage["logical"], 256 << 20);
+    assert!(usage["log"].as_u64().is_some(), "{usage}");
+    let stats = daemon.json(&["top", "--once"]);
+    assert_eq!(stats["volumes"][0]["log_size"].as_u64().unwrap() >> 20, 1023, "{stats}");
+    let admin = std::os::unix::net::UnixStream::connect(daemon.path("admin.sock")).unwrap();
+    assert!(metrics(admin).contains("novastor_volume_log_used_bytes{volume=\"local/v\"}"));
+    drop(client);
+    daemon.json(&["export", "remove", &id]);
+    assert_eq!(daemon.json(&["volume", "usage", "v"])["log"], json!(null));
+}
+
+/// A MiB that does not compress.
+fn noise(seed: u64) -> Vec<u8> {
+    let next = |state: &u64| Some(state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407));
+    std::iter::successors(Some(seed), next).skip(8).map(|state| (state >> 56) as u8).take(1 << 20).collect()
+}
+
+fn metrics(mut stream: std::os::unix::net::UnixStream) -> String {
+    use std::io::{Read, Write};
+    write!(stream, "GET /metrics HTTP/1.0\r\nHost: x\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    text
+}
+
+#[test]
+fn a_deleted_volume_leaves_no_data() {
+    let mut daemon = Daemon::new("");
+    daemon.start();
+    daemon.json(&["volume", "create", "local/v", "--size", "16M"]);
+    let id = export(&daemon, "v");
+    let mut client = daemon.attach("v");
+    assert_eq!((client.write(0, &[1; 65536]), client.flush()), (0, 0));
+    drop(client);
+    daemon.json(&["export", "remove", &id]);
+    assert_eq!(logs(&daemon).len(), 1);
+    daemon.json(&["volume", "delete", "v", "--yes"]);
+    assert_eq!(logs(&daemon), Vec::<PathBuf>::new());
+    assert_eq!(daemon.json(&["volume", "list"]), json!([]));
+    assert_eq!(daemon.json(&["pool", "check", "local"])["problems"], json!([]));
+    daemon.json(&["volume", "create", "local/v", "--size", "16M"]);
+    export(&daemon, "v");
+    assert!(daemon.attach("v").read(0, 65536) == vec![0; 65536]);
+}
+
+#[test]
+fn a_lost_log_is_named_and_its_loss_accepted_for_one_opening() {
+    let mut daemon = Daemon::new("");
+    daemon.start();
+    daemon.json(&["volume", "create", "local/v", "--size", "16M"]);
+    let id = export(&daemon, "v");
+    let mut client = daemon.attach("v");
+    assert_eq!((client.write(0, &[1; 4096]), client.flush()), (0, 0));
+    let (kind, message) = daemon.refused(&["export", "add", "v", "--nbd", "--accept-loss", "--yes"]);
+    assert!(kind == "invalid" && message.contains("open"), "{kind}: {message}");
+    drop(client);
+    daemon.stop();
+    let log = logs(&daemon).remove(0);
+    let lost = daemon.path("lost");
+    fs::rename(&log, &lost).unwrap();
+    daemon.start();
+    let error = |daemon: &Daemon| daemon.json(&["export", "show", &id])["error"].as_str().map(str::to_owned);
+    let message = error(&daemon).expect("the export waits for its volume");
+    let log_path = log.display().to_string();
+    for words in ["volume v", "log", "--accept-loss", &log_path] {
+        assert!(message.contains(words), "{words}: {message}");
+    }
+    assert_eq!(daemon.run(&["export", "add", "v", "--nbd", "--accept-loss"]).status.code(), Some(2), "it must be confirmed");
+    let accepted = daemon.json(&["export", "add", "v", "--nbd", "--accept-loss", "--yes"]);
+    assert_eq!((accepted["id"].as_str(), accepted["ready"].as_bool()), (Some(&*id), Some(true)));
+    let mut client = daemon.attach("v");
+    assert_eq!((client.write(8192, &[2; 4096]), client.flush()), (0, 0));
+    drop(client);
+    daemon.stop();
+    daemon.start();
+    assert!(daemon.attach("v").read(8192, 4096) == vec![2; 4096], "it opens by itself again");
+
+    // Losing the new log as well is a loss of its own.
+    daemon.stop();
+    fs::remove_file(&log).unwrap();
+    daemon.start();
+    assert!(error(&daemon).is_some());
+}
+
+#[test]
+fn a_volume_that_takes_long_to_open_holds_up_no_other() {
+    let mut daemon = Daemon::new("");
+    daemon.start();
+    let group = |name: &str| {
+        let made = daemon.json(&["volume", "create", name, "--size", "16M", "--pool", "local"]);
+        made["uuid"].as_str().unwrap().replace('-', "")
+    };
+    let slow = group("slow");
+    group("other");
+    export(&daemon, "slow");
+    export(&daemon, "other");
+    daemon.stop();
+    // Its opener waits for whoever has the log.
+    let log = fs::File::open(daemon.path("data/log/local").join(slow)).unwrap();
+    rustix::fs::flock(&log, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    daemon.start();
+    let mut exports = json!(null);
+    eventually("the other volume is served", || {
+        exports = daemon.json(&["export", "list"]);
+        exports[1]["ready"] == true
+    });
+    assert_eq!((&exports[0]["ready"], &exports[0]["error"]), (&json!(false), &json!(null)), "the other one waited: {exports}");
+    drop(log);
+    eventually("the log is free", || daemon.json(&["export", "list"])[0]["ready"] == true);
+}
+
+#[test]
+fn only_what_has_a_log_can_be_opened_without_it() {
+    let mut daemon = Daemon::new("");
+    daemon.start();
+    daemon.json(&["volume", "create", "memory/m", "--size", "16M"]);
+    let (kind, message) = daemon.refused(&["export", "add", "memory/m", "--nbd", "--accept-loss", "--yes"]);
+    assert_eq!(kind, "unsupported", "{message}");
+}
+
+#[test]
+fn policies_decide_on_durability_and_refuse_what_cannot_be() {
+    let mut daemon =
+        Daemon::new("[policy.safe]\ndurability = \"remote\"\ncompression = \"auto\"\n\n[policy.shared]\ndedup = \"tenant\"\n");
+    daemon.start();
+    let (kind, message) = daemon.refused(&["volume", "create", "local/x", "--size", "16M", "--policy", "shared"]);
+    assert!(kind == "unsupported" && message.contains("dedup"), "{kind}: {message}");
+    daemon.json(&["volume", "create", "local/v", "--size", "16M", "--policy", "safe"]);
+    export(&daemon, "v");
+    let mut client = daemon.attach("v");
+    assert_eq!((client.write(0, &[1; 4096]), client.flush()), (0, 0));
+    assert!(daemon.json(&["volume", "usage", "v"])["allocated"].as_u64().unwrap() > 0, "a flush waits for the store");
+    drop(client);
+    daemon.kill();
+    logs(&daemon).into_iter().for_each(|log| fs::remove_file(log).unwrap());
+    daemon.start();
+    assert!(daemon.attach("v").read(0, 4096) == vec![1; 4096], "what was flushed does not rest on the log");
+}

@@ -1,0 +1,176 @@
+//! Mapped volumes in a bucket, through the daemon: restarts, a log that is lost, two hosts that fight, and deletion.
+
+use anyhow::{Context, Result, ensure};
+use novastor_tests::rig::daemon::Daemon;
+use novastor_tests::rig::deadline::Deadline;
+use novastor_tests::rig::fio::Fio;
+use novastor_tests::rig::process::capture;
+use novastor_tests::rig::seaweedfs::{ACCESS_KEY, SECRET_KEY, Seaweedfs};
+use novastor_tests::rig::tools;
+use std::fs;
+use std::process::Command;
+use std::time::Duration;
+
+const LIMIT: Duration = Duration::from_secs(120);
+const BUCKET: &str = "volumes";
+
+/// A host whose pool `cloud` is in the bucket.
+fn host(server: &Seaweedfs) -> Result<Daemon> {
+    let pool = format!(
+        "[pool.cloud]\ndriver = \"s3\"\nbucket = \"{BUCKET}\"\nendpoint = \"http://{}\"\nallow_http = true\nprefix = \"pool\"\n\n\
+         [policy.near]\ndurability = \"local\"\n",
+        server.address()
+    );
+    let mut daemon = Daemon::new(&pool)?;
+    daemon.set_env("NOVASTOR_POOL__CLOUD__ACCESS_KEY_ID", ACCESS_KEY);
+    daemon.set_env("NOVASTOR_POOL__CLOUD__SECRET_KEY", SECRET_KEY);
+    daemon.start()?;
+    daemon.wait_for_pools()?;
+    Ok(daemon)
+}
+
+fn server() -> Result<Seaweedfs> {
+    let server = Seaweedfs::start()?;
+    server.make_bucket(BUCKET)?;
+    Ok(server)
+}
+
+fn qemu_io(uri: &str, commands: &[&str]) -> Result<String> {
+    let mut qemu_io = Command::new(tools::require("qemu-io")?);
+    let output = capture(qemu_io.args(["-f", "raw"]).args(commands.iter().flat_map(|command| ["-c", command])).arg(uri), LIMIT)?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr))
+}
+
+fn holds(uri: &str, commands: &[&str]) -> Result<()> {
+    let said = qemu_io(uri, commands)?;
+    ensure!(said.matches("read 65536/65536").count() == commands.len() && !said.contains("failed"), "{said}");
+    Ok(())
+}
+
+/// Why the export of a volume is not served.
+fn error_of(daemon: &Daemon, volume: &str) -> Result<String> {
+    let deadline = Deadline::after(LIMIT);
+    loop {
+        let exports = daemon.json(["export", "list"])?;
+        let of_volume = exports.as_array().and_then(|exports| exports.iter().find(|export| export["volume"] == volume));
+        match of_volume.and_then(|export| export["error"].as_str()) {
+            Some(error) if error.contains("log") => return Ok(error.to_owned()),
+            _ => ensure!(deadline.pause(), "{exports}"),
+        }
+    }
+}
+
+#[test]
+fn content_survives_restarts_and_with_remote_durability_the_loss_of_the_log() -> Result<()> {
+    let server = server()?;
+    let mut daemon = host(&server)?;
+    let refused = daemon.try_cli(["volume", "create", "cloud/raw", "--size", "64M", "--layout", "raw"])?;
+    let why = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(!refused.status.success() && why.contains("mapped volumes only"), "{why}");
+    for (volume, policy) in [("far", None), ("close", Some("near"))] {
+        let name = format!("cloud/{volume}");
+        let policy = policy.into_iter().flat_map(|policy| ["--policy", policy]);
+        daemon.cli(["volume", "create", &name, "--size", "64M"].into_iter().chain(policy))?;
+        let uri = daemon.export_nbd(volume)?;
+        let said = qemu_io(&uri, &["write -P 7 0 64k", "write -P 8 1M 64k", "flush"])?;
+        ensure!(said.matches("wrote 65536/65536").count() == 2 && !said.contains("failed"), "{said}");
+    }
+    let both = ["read -P 7 0 64k", "read -P 8 1M 64k"];
+    daemon.restart()?;
+    daemon.wait_until_served()?;
+    for volume in ["far", "close"] {
+        holds(&daemon.nbd_uri(volume), &both).with_context(|| format!("{volume} after a restart"))?;
+    }
+    daemon.kill()?;
+    daemon.start()?;
+    daemon.wait_until_served()?;
+    for volume in ["far", "close"] {
+        holds(&daemon.nbd_uri(volume), &both).with_context(|| format!("{volume} after a kill"))?;
+    }
+
+    daemon.kill()?;
+    fs::remove_dir_all(daemon.disk().join("data/log/cloud"))?;
+    daemon.start()?;
+    let error = error_of(&daemon, "cloud/close")?;
+    ensure!(error.contains("volume close") && error.contains("--accept-loss"), "{error}");
+    daemon.cli(["export", "add", "cloud/close", "--nbd", "--accept-loss", "--yes"])?;
+    daemon.wait_until_served()?;
+    holds(&daemon.nbd_uri("far"), &both).context("flushes waited for the bucket")?;
+    ensure!(!qemu_io(&daemon.nbd_uri("close"), &["read 0 64k"])?.contains("failed"));
+    daemon.stop()
+}
+
+#[test]
+fn verified_load_survives_kills() -> Result<()> {
+    let server = server()?;
+    let mut daemon = host(&server)?;
+    daemon.cli(["volume", "create", "cloud/disk", "--size", "64M"])?;
+    let uri = daemon.export_nbd("disk")?;
+    for round in 0..3u64 {
+        let part = Fio::nbd(&uri).verify(round * 16, 16).with([format!("--randseed={}", round + 1)]).with(["--end_fsync=1"]);
+        part.run(LIMIT).with_context(|| format!("round {round}"))?;
+        daemon.kill()?;
+        daemon.start()?;
+        daemon.wait_until_served()?;
+        part.with(["--verify_only"]).run(LIMIT).with_context(|| format!("round {round}, after a kill"))?;
+    }
+    daemon.stop()
+}
+
+#[test]
+fn of_two_hosts_one_is_fenced_and_says_so() -> Result<()> {
+    let server = server()?;
+    let (mut first, mut second) = (host(&server)?, host(&server)?);
+    first.cli(["volume", "create", "cloud/disk", "--size", "64M"])?;
+    let uri = first.export_nbd("disk")?;
+    let said = qemu_io(&uri, &["write -P 1 0 64k", "flush"])?;
+    ensure!(said.contains("wrote 65536/65536") && !said.contains("failed"), "{said}");
+
+    let taken = second.export_nbd("disk")?;
+    holds(&taken, &["read -P 1 0 64k"])?;
+    let said = qemu_io(&taken, &["write -P 2 64k 64k", "flush"])?;
+    ensure!(said.contains("wrote 65536/65536") && !said.contains("failed"), "{said}");
+
+    let said = qemu_io(&uri, &["write -P 3 128k 64k", "flush"])?;
+    ensure!(said.contains("failed") || said.contains("error"), "the replaced host told that a write is safe: {said}");
+    let deadline = Deadline::after(LIMIT);
+    loop {
+        let shown = first.json(["volume", "show", "cloud/disk"])?;
+        match shown["problem"].as_str() {
+            Some(problem) => break ensure!(problem.contains("another host has taken over"), "{problem}"),
+            None => ensure!(deadline.pause(), "the replaced host does not say so: {shown}"),
+        }
+    }
+    holds(&taken, &["read -P 1 0 64k", "read -P 2 64k 64k"])?;
+
+    // The log of the first is of another epoch by now: it is set aside, and nothing that was flushed is missing.
+    second.stop()?;
+    first.restart()?;
+    first.wait_until_served()?;
+    holds(&uri, &["read -P 1 0 64k", "read -P 2 64k 64k", "read -P 0 128k 64k"])?;
+    ensure!(first.log().contains("set aside"), "{}", first.log());
+    first.stop()
+}
+
+#[test]
+fn a_volume_is_renamed_and_deleted_with_all_its_objects() -> Result<()> {
+    let server = server()?;
+    let mut daemon = host(&server)?;
+    let other = host(&server)?;
+    daemon.cli(["volume", "create", "cloud/disk", "--size", "64M"])?;
+    daemon.cli(["volume", "rename", "cloud/disk", "kept"])?;
+    let listed = other.json(["volume", "list", "--pool", "cloud"])?;
+    ensure!(listed.as_array().is_some_and(|volumes| volumes.len() == 1) && listed[0]["name"] == "kept", "{listed}");
+    let export = daemon.json(["export", "add", "kept", "--nbd"])?;
+    Fio::nbd(&daemon.nbd_uri("kept")).verify(0, 8).with(["--end_fsync=1"]).run(LIMIT)?;
+    ensure!(daemon.json(["volume", "usage", "kept"])?["allocated"].as_u64().is_some_and(|bytes| bytes > 8 << 20));
+    let refused = daemon.try_cli(["volume", "delete", "kept", "--yes"])?;
+    ensure!(!refused.status.success(), "it is exported");
+    daemon.cli(["export", "remove", export["id"].as_str().context("an id")?])?;
+    daemon.cli(["volume", "delete", "kept", "--yes"])?;
+    ensure!(other.json(["volume", "list", "--pool", "cloud"])? == serde_json::json!([]));
+    let report = daemon.json(["pool", "check", "cloud"])?;
+    ensure!(report["ok"] == true, "{report}");
+    ensure!(!daemon.disk().join("data/log/cloud").read_dir()?.any(|_| true), "its log is left");
+    daemon.stop()
+}

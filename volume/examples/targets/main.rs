@@ -1,0 +1,233 @@
+//! Measures a mapped volume against what it is meant to reach: requests to its store, bytes written in vain, times of what must be quick.
+//!
+//! `cargo run --release -p volume --example targets [-- ROW…]`. The rows of counts need no quiet machine; those of times do. Needs 12 GiB of
+//! memory, and 2 GiB of disk under the folder for temporary files.
+
+mod rig;
+mod store;
+
+use std::fs::File;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use backends::file::{FileDevice, FileOptions};
+use backends::segments::OpenOptions;
+use backends::segments::directory::DirectoryStore;
+use blockdev::{Op, clock};
+use rig::{BLOCK, GIB, MIB, Random, Rig};
+use store::Counting;
+use uuid::Uuid;
+use volume::{Durability, Settings};
+
+type Row = (&'static str, fn());
+
+const ROWS: [Row; 7] = [
+    ("puts", puts),
+    ("flush", flush),
+    ("amplification", amplification),
+    ("snapshots", dead_space_beside_snapshots),
+    ("opening", opening),
+    ("snapshot", snapshot_of_a_tebibyte),
+    ("trim", trim),
+];
+
+fn main() {
+    let wanted: Vec<String> = std::env::args().skip(1).collect();
+    println!("| row | measured | target |\n|---|---|---|");
+    for (name, measure) in ROWS {
+        if wanted.is_empty() || wanted.iter().any(|row| row == name) {
+            measure();
+        }
+    }
+}
+
+fn tell(what: &str, measured: String, target: &str) {
+    println!("| {what} | {measured} | {target} |");
+}
+
+fn now() -> Instant {
+    clock::monotonic()
+}
+
+fn sequential(size: u64, part: u64) -> impl Iterator<Item = (u64, u64)> {
+    (0..size / part).map(move |index| (index * part, part))
+}
+
+fn puts() {
+    let rig = Rig::in_memory(Settings::default());
+    rig.create(8 * GIB);
+    let open = rig.open();
+    let (before, _) = rig.store.written();
+    open.write_all(sequential(4 * GIB, MIB), &mut Random(1));
+    open.device.settle().expect("it settles");
+    let (after, bytes) = rig.store.written();
+    let per_gib = (after - before) as f64 / 4.0;
+    let overhead = bytes as f64 / (4 * GIB) as f64;
+    tell("PUTs and swaps for a GiB, sequential, incompressible", format!("{per_gib:.1} ({overhead:.3} bytes for each)"), "≤ 36");
+}
+
+fn flush() {
+    let rig = Rig::in_memory(Settings { durability: Durability::Remote, ..Settings::default() });
+    rig.create(GIB);
+    let open = rig.open();
+    let (before, _) = rig.store.written();
+    let mut random = Random(2);
+    const FLUSHES: u64 = 50;
+    for number in 0..FLUSHES {
+        open.write_all([(number * BLOCK, BLOCK)].into_iter(), &mut random);
+        open.load([(Op::Flush, 0, 0, Vec::new())].into_iter());
+    }
+    let (after, _) = rig.store.written();
+    let trips = (after - before) as f64 / FLUSHES as f64;
+    tell("requests that write, for a remote flush of one block", format!("{trips:.2}"), "1 in line (checkpoints beside)");
+}
+
+fn amplification() {
+    for (name, hot, target) in [("uniform", false, "≤ 3.2"), ("80:20", true, "≤ 2.4")] {
+        let size = 2 * GIB;
+        let rig = Rig::in_memory(Settings::default());
+        rig.create(size);
+        let open = rig.open();
+        let mut random = Random(3);
+        open.write_all(sequential(size, MIB), &mut random);
+        let blocks = size / BLOCK;
+        let mut place = Random(4);
+        let mut churn = |open: &rig::Open, bytes: u64, random: &mut Random| {
+            let places = (0..bytes / BLOCK).map(|_| {
+                let is_hot = hot && place.below(10) < 8;
+                let block = if is_hot { place.below(blocks / 5) } else { place.below(blocks) };
+                (block * BLOCK, BLOCK)
+            });
+            open.write_all(places, random);
+            open.device.settle().expect("it settles");
+        };
+        churn(&open, 2 * size, &mut random);
+        let (_, before) = rig.store.written();
+        churn(&open, size, &mut random);
+        let (_, after) = rig.store.written();
+        let seen = open.device.gather(0.0).expect("it collects");
+        let written = (after - before) as f64 / size as f64;
+        let in_use = seen.live_blocks as f64 / seen.stored_blocks as f64;
+        tell(
+            &format!("bytes written to the store for each byte, 4 KiB random, {name}, 2 GiB"),
+            format!("{written:.2} with {:.0} % of what is stored in use", in_use * 100.0),
+            target,
+        );
+    }
+}
+
+fn dead_space_beside_snapshots() {
+    let size = 2 * GIB;
+    let rig = Rig::in_memory(Settings::default());
+    rig.create(size);
+    let open = rig.open();
+    let (mut random, mut place) = (Random(5), Random(6));
+    open.write_all(sequential(size, MIB), &mut random);
+    let blocks = size / BLOCK;
+    for number in 0..100 {
+        let diverged: Vec<(u64, u64)> = (0..blocks / 100).map(|_| (place.below(blocks) * BLOCK, BLOCK)).collect();
+        open.write_all(diverged.into_iter(), &mut random);
+        // Overwritten again before anybody keeps it.
+        let churned: Vec<(u64, u64)> = (0..blocks / 100).map(|_| (place.below(blocks / 50) * BLOCK, BLOCK)).collect();
+        open.write_all(churned.iter().copied(), &mut random);
+        open.device.settle().expect("it settles");
+        open.device.snapshot(&format!("s{number}"), 0).expect("a snapshot");
+    }
+    open.device.settle().expect("it settles");
+    let before = open.device.gather(0.0).expect("it collects");
+    let began = now();
+    let after = loop {
+        std::thread::sleep(Duration::from_secs(5));
+        let seen = open.device.gather(0.0).expect("it collects");
+        let dead = |seen: &volume::Gathered| seen.stored_blocks - seen.live_blocks;
+        if dead(&seen) * 10 <= dead(&before) || began.elapsed() > Duration::from_secs(600) {
+            break seen;
+        }
+    };
+    let dead = |seen: &volume::Gathered| (seen.stored_blocks - seen.live_blocks) as f64;
+    let share = 1.0 - dead(&after) / dead(&before).max(1.0);
+    tell(
+        "dead space reclaimed with 100 snapshots held, 2 GiB volume, 1 % divergence each",
+        format!(
+            "{:.0} % of {:.0} MiB after {:.0} s",
+            share * 100.0,
+            dead(&before) * BLOCK as f64 / MIB as f64,
+            began.elapsed().as_secs_f64()
+        ),
+        "≥ 90 % in 600 s",
+    );
+}
+
+fn opening() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let pool = folder.path().join("pool");
+    DirectoryStore::make(&pool, Uuid::from_u128(2)).expect("a pool");
+    let probe = Some(Uuid::new_v4());
+    let store = DirectoryStore::open(&pool, OpenOptions { expected: None, read_only: false, probe }).expect("the pool opens");
+    let path = folder.path().join("log");
+    File::create(&path).and_then(|file| file.set_len(GIB)).expect("a log");
+    let log = Arc::new(FileDevice::open(&path, FileOptions { read_only: false, direct: true }).expect("the log opens"));
+    let rig = Rig::new(Counting::new(Arc::new(store)), log, Settings::default());
+    rig.create(64 * GIB);
+    let mut random = Random(7);
+    let open = rig.open();
+    open.write_all(sequential(512 * MIB, MIB), &mut random);
+    open.device.settle().expect("it settles");
+    open.write_all((0..16 * 32).map(|index| (GIB + index * MIB, MIB)), &mut random);
+    rig.store.holds_back.store(true, Relaxed);
+    let in_log = 256 * MIB / (64 * 1024);
+    open.write_all((0..in_log).map(|index| (4 * GIB + index * 64 * 1024, 64 * 1024)), &mut random);
+    open.load([(Op::Flush, 0, 0, Vec::new())].into_iter());
+    let used = open.device.usage().map_or(0, |usage| usage.log.used);
+    drop(open);
+    rig.store.holds_back.store(false, Relaxed);
+    std::thread::sleep(Duration::from_secs(1));
+    let began = now();
+    let open = rig.open();
+    open.load([(Op::Read, 4 * GIB, BLOCK, Vec::new())].into_iter());
+    tell(
+        "first read after the volume was dropped with so much in its log",
+        format!("{:.2} s with {} MiB in the log", began.elapsed().as_secs_f64(), used / MIB),
+        "≤ 1 s with 256 MiB",
+    );
+}
+
+fn snapshot_of_a_tebibyte() {
+    let size = 1024 * GIB;
+    let rig = Rig::in_memory(Settings::default());
+    rig.create(size);
+    let open = rig.open();
+    open.write_all((0..2048).map(|index| (index * (size / 2048), MIB)), &mut Random(8));
+    let began = now();
+    open.device.snapshot("s", 0).expect("a snapshot");
+    let made = began.elapsed();
+    open.device.wait_for_snapshot("s").expect("it is committed");
+    let committed = began.elapsed();
+    let began = now();
+    rig.options.clone_snapshot("s", Uuid::from_u128(3)).expect("a clone");
+    let cloned = began.elapsed();
+    let began = now();
+    open.device.snapshot("t", 0).expect("a snapshot");
+    open.device.wait_for_snapshot("t").expect("it is committed");
+    tell(
+        "snapshot and clone of 1 TiB with 2 GiB in 2,048 places, written just before",
+        format!(
+            "taken in {made:.1?}, in the pool after {committed:.1?}; a second one, with nothing new, {:.1?}; clone {cloned:.1?}",
+            began.elapsed()
+        ),
+        "≤ 50 ms to usable",
+    );
+}
+
+fn trim() {
+    let size = 4096 * GIB;
+    let rig = Rig::in_memory(Settings::default());
+    rig.create(size);
+    let open = rig.open();
+    let began = now();
+    open.load([(Op::Discard, 0, size, Vec::new()), (Op::Flush, 0, 0, Vec::new())].into_iter());
+    let answered = began.elapsed();
+    open.device.settle().expect("it settles");
+    tell("trim of an empty 4 TiB", format!("{answered:.1?}, in the map of the pool after {:.1?}", began.elapsed()), "≤ 1 s");
+}

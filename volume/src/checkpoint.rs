@@ -1,0 +1,263 @@
+//! Checkpoints: the layers become part of the tree, and the root says so.
+//!
+//! ```text
+//!   close the open layer ─▶ merge layer by layer, a snapshot after each that ends with one ─▶ pages ─▶ meta ─▶ swap the root
+//!                                                                                             ─▶ delete what nothing refers to
+//! ```
+//!
+//! Invariants: whatever the root refers to is in the pool before the root does. What it refers to no longer is deleted only after it was
+//! swapped. Reads go on meanwhile, through the tree and the layers as they were.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use dedup::Block;
+use dedup::body::{BODY_LEN_MAX, Body};
+use dedup::frame::{Compression, Compressor, Packing};
+use dedup::location::{Location, SegmentHandle, Spot};
+
+use crate::core::{Core, SnapshotState};
+use crate::environment::{LocalFuture, offload};
+use crate::error::VolumeError;
+use crate::extent_map::ExtentMap;
+use crate::map::merge::merge;
+use crate::map::{Page, PageSink, Pointer, Tree};
+use crate::meta::{Meta, Snapshot, SnapshotId};
+use crate::names::{Family, Source};
+use crate::object::{self, Kind, Opened};
+use crate::root::Checkpoint;
+use crate::segment::BLOCK;
+use crate::step_header::StepHeader;
+use crate::table::Content;
+
+/// Pages of one object.
+const PAGES_MAX: usize = 8192;
+/// Four neighbours are compressed, and read, together.
+const PACKING: Packing = Packing { compression: Compression::Zstd { level: 1 }, frame_blocks: 4 };
+
+/// What a checkpoint changes besides.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Change {
+    /// The volume becomes this tree.
+    pub(crate) tree: Option<Tree>,
+    /// Bytes.
+    pub(crate) size: Option<u64>,
+}
+
+thread_local! {
+    /// Its contexts are dear to make.
+    static COMPRESSOR: RefCell<Compressor> = RefCell::default();
+}
+
+/// Writes new pages of the map.
+struct PageWriter<'a> {
+    core: &'a Core,
+    filling: RefCell<Option<Filling>>,
+}
+
+/// An object that is not in the store yet.
+struct Filling {
+    source: Source,
+    handle: SegmentHandle,
+    body: Body,
+    pages: usize,
+}
+
+impl PageWriter<'_> {
+    async fn add(&self, pages: Vec<Page>) -> Result<Vec<Pointer>, VolumeError> {
+        let is_full = self.filling.borrow().as_ref().is_some_and(|filling| filling.pages + pages.len() > PAGES_MAX);
+        if is_full {
+            self.flush().await?;
+        }
+        let filling = self.filling.borrow_mut().take();
+        let mut filling = match filling {
+            Some(filling) => filling,
+            None => self.begin()?,
+        };
+        filling.pages += pages.len();
+        let blocks: Vec<Box<Block>> = pages.iter().map(Page::encode).collect();
+        let body = filling.body;
+        let packed = offload(&*self.core.chain.environment, move || {
+            let blocks: Vec<&Block> = blocks.iter().map(|block| &**block).collect();
+            pack(body, &blocks, PACKING)
+        })
+        .await
+        .ok_or(VolumeError::Panicked)?;
+        let (body, spots) = packed;
+        let at = |spot: &Spot| Pointer::to(Location { segment: filling.handle, spot: *spot });
+        let pointers: Vec<Pointer> = spots.iter().map(at).collect();
+        filling.body = body;
+        self.filling.replace(Some(filling));
+        if pointers.len() != pages.len() {
+            return Err(full("map pages"));
+        }
+        pages.into_iter().zip(&pointers).for_each(|(page, pointer)| self.core.reader.add_fresh(*pointer, page));
+        Ok(pointers)
+    }
+
+    fn begin(&self) -> Result<Filling, VolumeError> {
+        let source = self.core.new_source(Family::Gathered, &self.core.next_gathered);
+        let handle = self.core.reader.table.borrow_mut().add(source, Content::Pages, 0, 0).and_then(SegmentHandle::new);
+        Ok(Filling { source, handle: handle.ok_or_else(|| full("handles"))?, body: Body::new(BODY_LEN_MAX), pages: 0 })
+    }
+
+    /// Everything that was added is in the store afterwards.
+    async fn flush(&self) -> Result<(), VolumeError> {
+        let Some(Filling { source, handle, body, pages }) = self.filling.borrow_mut().take() else { return Ok(()) };
+        let bytes = self.core.store_object(source, Kind::Step, StepHeader::default().encode(), body, handle.get()).await?;
+        self.core.reader.table.borrow_mut().set_size(handle.get(), pages as u32, bytes);
+        Ok(())
+    }
+}
+
+impl PageSink for PageWriter<'_> {
+    fn write(&self, pages: Vec<Page>) -> LocalFuture<'_, Result<Vec<Pointer>, VolumeError>> {
+        Box::pin(self.add(pages))
+    }
+}
+
+fn full(what: &str) -> VolumeError {
+    VolumeError::ObjectDamaged { object: what.to_owned(), why: "there are more than the format has room for" }
+}
+
+/// The spots of blocks added to a body: fewer if it is full.
+pub(crate) fn pack(mut body: Body, blocks: &[&Block], packing: Packing) -> (Body, Vec<Spot>) {
+    let mut spots = Vec::with_capacity(blocks.len());
+    COMPRESSOR.with_borrow_mut(|compressor| {
+        for frame in blocks.chunks(packing.frame_blocks) {
+            let Some(record) = body.push(compressor, frame, packing.compression) else { return };
+            spots.extend((0..frame.len() as u8).filter_map(|number| record.spot(number)));
+        }
+    });
+    (body, spots)
+}
+
+impl Core {
+    /// Seals an object and stores it; its bytes. It can be read through its handle afterwards.
+    pub(crate) async fn store_object(
+        &self,
+        source: Source,
+        kind: Kind,
+        inner: Vec<u8>,
+        body: Body,
+        handle: u32,
+    ) -> Result<u32, VolumeError> {
+        let mut random = [0; 32];
+        self.chain.environment.random(&mut random);
+        let sealer = self.chain.secrets.sealer(self.keeper.root().domain);
+        let sealing = move || object::seal(&sealer, &source, kind, &random, &inner, body);
+        let sealed = offload(&*self.chain.environment, sealing).await.ok_or(VolumeError::Panicked)?;
+        let damaged = |_| VolumeError::ObjectDamaged { object: source.path(), why: "it could not be sealed" };
+        let object::Sealed { header, body, opener } = sealed.map_err(damaged)?;
+        self.chain.publish(&source, &header, &body).await?;
+        self.reader.opened(handle, Opened { body_at: header.len() as u64, opener });
+        Ok((header.len() + body.len()) as u32)
+    }
+
+    /// Brings the tree up to what the pool has.
+    pub(crate) async fn checkpoint(&self) -> Result<(), VolumeError> {
+        let _alone = self.house.hold().await;
+        self.checkpoint_with(Change::default()).await
+    }
+
+    /// The same for whoever holds the house.
+    pub(crate) async fn checkpoint_with(&self, change: Change) -> Result<(), VolumeError> {
+        self.checkpoint_wanted.set(false);
+        let (base, layers, segments, place, log_end) = {
+            let mut map = self.map.borrow_mut();
+            map.close_layer(None);
+            (map.tree, map.layers.clone(), map.segments, map.place, map.log_end)
+        };
+        let writer = PageWriter { core: self, filling: RefCell::default() };
+        let (mut tree, mut trees) = (base, HashMap::new());
+        for layer in &layers {
+            tree = merge(tree, self.blocks(), &layer.runs, &self.reader, &writer).await?;
+            trees.extend(layer.ends_with.map(|snapshot| (snapshot, tree)));
+        }
+        let size = change.size.unwrap_or(self.size());
+        let tree = merge(change.tree.unwrap_or(tree), size / BLOCK as u64, &ExtentMap::default(), &self.reader, &writer).await?;
+        writer.flush().await?;
+
+        let doomed = self.doomed.borrow().clone();
+        let meta = self.meta(tree, &trees, doomed.clone());
+        let source = self.store_meta(meta).await?;
+        let old_meta = self.keeper.root().meta();
+        let log_id = self.keeper.root().log_id;
+        let checkpoint = Checkpoint { place, meta: (source.epoch, source.number), log_id, log_end };
+        self.keeper.change(|root| (root.checkpoint, root.size) = (checkpoint, size)).await?;
+        {
+            let mut map = self.map.borrow_mut();
+            map.tree = tree;
+            map.layers.drain(..layers.len());
+            map.segments -= segments;
+        }
+        self.commit_snapshots(&trees);
+        self.reader.settle_fresh();
+        self.release_handles();
+        self.remove_doomed(&doomed, old_meta).await;
+        self.reader.tally.checkpoints.add(1);
+        self.changed.notify();
+        Ok(())
+    }
+
+    fn meta(&self, tree: Tree, trees: &HashMap<SnapshotId, Tree>, doomed: Vec<Source>) -> Meta {
+        let snapshots = self.snapshots.borrow().values().filter_map(|state| committed(state, trees)).collect();
+        let (parent, table) = (self.parent.get(), self.reader.table.borrow().clone());
+        Meta { tree, parent, table, doomed, snapshots }
+    }
+
+    async fn store_meta(&self, meta: Meta) -> Result<Source, VolumeError> {
+        let source = self.new_source(Family::Meta, &self.next_meta);
+        let mut random = [0; 32];
+        self.chain.environment.random(&mut random);
+        let sealer = self.chain.secrets.sealer(self.keeper.root().domain);
+        let sealing = move || meta.seal(&sealer, &source, &random);
+        let sealed = offload(&*self.chain.environment, sealing).await.ok_or(VolumeError::Panicked)??;
+        self.chain.publish(&source, &sealed.header, &sealed.body).await?;
+        Ok(source)
+    }
+
+    fn commit_snapshots(&self, trees: &HashMap<SnapshotId, Tree>) {
+        for state in self.snapshots.borrow_mut().values_mut() {
+            if let Some(snapshot) = committed(state, trees) {
+                *state = SnapshotState::Committed(snapshot);
+            }
+        }
+    }
+
+    /// Handles that were forgotten, and that nobody follows pointers to any more, may be used again.
+    fn release_handles(&self) {
+        // Whoever looked before an earlier forgetting may follow what was forgotten later, too.
+        let mut limbo = self.limbo.borrow_mut();
+        let done = limbo.iter().take_while(|(looking, _)| Rc::strong_count(looking) == 1).count();
+        let free: Vec<u32> = limbo.drain(..done).flat_map(|(_, handles)| handles).collect();
+        for handle in free {
+            self.reader.tally.handles_released.add(1);
+            self.reader.forget(handle);
+            self.deduplication.restore(handle);
+            self.reader.table.borrow_mut().reuse(handle);
+        }
+    }
+
+    async fn remove_doomed(&self, doomed: &[Source], old_meta: Source) {
+        let mut left = self.chain.remove(doomed).await;
+        left.extend(self.chain.remove(&[old_meta]).await);
+        let mut now = self.doomed.borrow_mut();
+        now.retain(|source| !doomed.contains(source));
+        now.extend(left);
+    }
+}
+
+/// What a checkpoint says of a snapshot, if its tree is known.
+fn committed(state: &SnapshotState, trees: &HashMap<SnapshotId, Tree>) -> Option<Snapshot> {
+    match state {
+        SnapshotState::Reserved => None,
+        SnapshotState::Committed(snapshot) => Some(snapshot.clone()),
+        SnapshotState::Pending(marker) => {
+            let tree = *trees.get(&marker.id)?;
+            let (id, name, created, size) = (marker.id, marker.name.clone(), marker.created, marker.size);
+            Some(Snapshot { id, name, created, size, tree, is_deleting: false })
+        }
+    }
+}

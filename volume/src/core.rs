@@ -1,0 +1,164 @@
+//! The state of an open mapped volume, shared by its tasks.
+//!
+//! ```text
+//!   backlog   in the log, not yet in the pool             newest
+//!   layers    in the pool, not yet in the tree               │      a snapshot ends a layer
+//!   tree      as of the last checkpoint                   oldest
+//! ```
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, HashMap};
+use std::rc::Rc;
+
+use blockdev::Errno;
+use dedup::frame::Packing;
+
+use crate::backlog::Backlog;
+use crate::chain::Chain;
+use crate::deduplication::Deduplication;
+use crate::error::VolumeError;
+use crate::extent_map::ExtentMap;
+use crate::gather::Which;
+use crate::keeper::Keeper;
+use crate::log::{Log, Tail};
+use crate::map::{Pointer, Tree};
+use crate::mapped::Settings;
+use crate::meta::{Parent, Snapshot, SnapshotId};
+use crate::names::{Family, Source};
+use crate::publish::Published;
+use crate::reader::Reader;
+use crate::segment::{BLOCK, Place};
+use crate::signal::{Lock, Signal};
+use crate::step_header::Marker;
+
+/// Changes that are in the pool and not in the tree.
+#[derive(Default)]
+pub(crate) struct Layer {
+    pub(crate) runs: ExtentMap<Pointer>,
+    /// The snapshot that is the volume as it was after this layer.
+    pub(crate) ends_with: Option<SnapshotId>,
+}
+
+pub(crate) struct Map {
+    pub(crate) tree: Tree,
+    /// Oldest first; they change no more.
+    pub(crate) layers: Vec<Rc<Layer>>,
+    /// Takes changes; newer than all layers.
+    pub(crate) open: Layer,
+    /// Segments whose changes are in the layers, the open one included.
+    pub(crate) segments: u64,
+    /// The place after the newest of them, and where the log goes on.
+    pub(crate) place: Place,
+    pub(crate) log_end: Tail,
+}
+
+impl Map {
+    /// The open layer changes no more. `snapshot` is the volume as it is now.
+    pub(crate) fn close_layer(&mut self, snapshot: Option<SnapshotId>) {
+        let runs = std::mem::take(&mut self.open.runs);
+        if snapshot.is_some() || !runs.is_empty() {
+            self.layers.push(Rc::new(Layer { runs, ends_with: snapshot }));
+        }
+    }
+}
+
+/// A snapshot as its volume knows it.
+#[derive(Clone)]
+pub(crate) enum SnapshotState {
+    /// Its name is taken.
+    Reserved,
+    /// It is in the history, and will be in the next checkpoint.
+    Pending(Marker),
+    Committed(Snapshot),
+}
+
+pub(crate) struct Core {
+    pub(crate) chain: Chain,
+    pub(crate) log: Rc<Log>,
+    pub(crate) backlog: Rc<Backlog>,
+    pub(crate) keeper: Keeper,
+    pub(crate) settings: Settings,
+    pub(crate) reader: Reader,
+    pub(crate) map: RefCell<Map>,
+    pub(crate) snapshots: RefCell<BTreeMap<String, SnapshotState>>,
+    pub(crate) parent: Cell<Option<Parent>>,
+    pub(crate) deduplication: Deduplication,
+    pub(crate) packing: Cell<Option<Packing>>,
+    /// Published, but not all before them.
+    pub(crate) waiting: RefCell<BTreeMap<Place, Published>>,
+    /// The first place of our own that is not yet published.
+    pub(crate) next_published: Cell<Place>,
+    /// The pool has all records before.
+    pub(crate) published: Cell<u64>,
+    pub(crate) publishing: Cell<usize>,
+    /// Of this epoch's objects of family `g`, and of `m`.
+    pub(crate) next_gathered: Cell<u64>,
+    pub(crate) next_meta: Cell<u64>,
+    /// To be deleted once a checkpoint says so.
+    pub(crate) doomed: RefCell<Vec<Source>>,
+    /// Forgotten handles and whoever may still follow pointers to them, in the order in which they were forgotten.
+    pub(crate) limbo: RefCell<Vec<(Rc<()>, Vec<u32>)>>,
+    /// Held while the tree or the table is being changed as a whole.
+    pub(crate) house: Lock,
+    /// Handles that steps on their way may refer to.
+    pub(crate) hit_uses: RefCell<HashMap<u32, u32>>,
+    pub(crate) checkpoint_wanted: Cell<bool>,
+    pub(crate) gather_wanted: Cell<Option<Which>>,
+    /// Blocks changed since garbage was collected last, and blocks that were in use then.
+    pub(crate) written: Cell<u64>,
+    pub(crate) live: Cell<u64>,
+    pub(crate) failed: RefCell<Option<VolumeError>>,
+    /// Why a read failed last.
+    pub(crate) last_unread: RefCell<Option<VolumeError>>,
+    pub(crate) changed: Signal,
+}
+
+impl Core {
+    pub(crate) fn size(&self) -> u64 {
+        self.keeper.root().size
+    }
+
+    pub(crate) fn blocks(&self) -> u64 {
+        self.size() / BLOCK as u64
+    }
+
+    pub(crate) fn check_range(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        let aligned = (offset | len).is_multiple_of(BLOCK as u64);
+        let inside = offset.checked_add(len).is_some_and(|end| end <= self.size());
+        if aligned && inside && len > 0 { Ok(()) } else { Err(Errno::EINVAL) }
+    }
+
+    pub(crate) fn fail(&self, error: VolumeError) {
+        self.failed.borrow_mut().get_or_insert(error);
+        self.log.fail(Errno::EIO);
+        self.changed.notify();
+    }
+
+    pub(crate) fn failed_errno(&self) -> Option<Errno> {
+        self.log.failed().or_else(|| self.failed.borrow().as_ref().map(|_| Errno::EIO))
+    }
+
+    /// Why the volume does not go on, if it does not.
+    pub(crate) fn failure(&self) -> Option<VolumeError> {
+        let log_failed = || self.log.failed().map(|errno| VolumeError::log_io("write", 0, errno));
+        self.failed.borrow().clone().or_else(log_failed)
+    }
+
+    /// Brings everything acknowledged so far into the pool.
+    pub(crate) async fn publish_all(&self) -> Result<(), Errno> {
+        let wanted = self.backlog.end().position;
+        self.backlog.cut();
+        let settled = || match self.failed_errno() {
+            Some(errno) => Some(Err(errno)),
+            None => (self.published.get() >= wanted).then_some(Ok(())),
+        };
+        self.changed.wait_for(settled).await
+    }
+
+    /// Name of an object of this epoch that does not exist yet.
+    pub(crate) fn new_source(&self, family: Family, counter: &Cell<u64>) -> Source {
+        let number = counter.replace(counter.get() + 1);
+        let root = self.keeper.root();
+        Source { group: root.group, family, epoch: root.epoch, number }
+    }
+}

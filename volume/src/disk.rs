@@ -1,0 +1,28 @@
+//! The local device or file that carries a log.
+
+use blockdev::Errno;
+
+use crate::environment::LocalFuture;
+
+/// A disk of fixed size. Offsets and lengths are multiples of its sector size.
+///
+/// A write that was not followed by a successful sync may be lost, or lost in part: each sector by itself keeps its old or its new content.
+/// A failed sync may have lost any write before it, for good.
+pub trait LogDisk {
+    /// Bytes.
+    fn len(&self) -> u64;
+
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes that are written as a whole or not at all: a power of two, at least 512.
+    fn sector_size(&self) -> usize;
+
+    fn read(&self, offset: u64, len: usize) -> LocalFuture<'_, Result<Vec<u8>, Errno>>;
+
+    fn write(&self, offset: u64, bytes: Vec<u8>) -> LocalFuture<'_, Result<(), Errno>>;
+
+    /// Makes durable every write that was completed before this call.
+    fn sync(&self) -> LocalFuture<'_, Result<(), Errno>>;
+}

@@ -1,0 +1,62 @@
+//! Mapped volumes: one crash-safe engine over a local log and a [`backends::segments::SegmentStore`].
+//!
+//! ```text
+//!   MappedVolume ─▶ log (local disk) ─▶ backlog ─▶ chain of segments (store) ─▶ map
+//!        ▲                                              │
+//!        └── open: claim · follow · seal · replay ◀─────┘
+//! ```
+//!
+//! Everything runs on one thread as futures over [`Environment`], [`LogDisk`] and the store, so that a simulator can stand in for all three
+//! and make any crash happen at any point.
+
+mod backlog;
+mod bytes_at;
+mod chain;
+mod checkpoint;
+mod clone;
+mod core;
+mod crypto;
+mod deduplication;
+pub mod device;
+mod disk;
+mod environment;
+mod error;
+mod extent_map;
+mod gather;
+mod house;
+mod keeper;
+pub mod keys;
+mod log;
+mod map;
+mod mapped;
+mod meta;
+mod names;
+mod object;
+mod pins;
+pub mod pool;
+mod publish;
+mod reader;
+mod reduce;
+mod root;
+mod scrub;
+mod segment;
+mod signal;
+#[cfg(feature = "simulation")]
+pub mod simulation;
+mod snapshots;
+mod step_header;
+mod table;
+mod tally;
+mod usage;
+mod view;
+
+pub use clone::{SnapshotView, clone_snapshot, delete_volume};
+pub use crypto::system_random;
+pub use disk::LogDisk;
+pub use environment::{Environment, LocalFuture};
+pub use error::VolumeError;
+pub use gather::Gathered;
+pub use mapped::{Durability, MappedVolume, Parts, Settings};
+pub use reduce::Secrets;
+pub use segment::BLOCK;
+pub use snapshots::SnapshotInfo;

@@ -1,0 +1,310 @@
+//! A new tree from an old one and what has changed since.
+//!
+//! ```text
+//!   node(page) ─▶ for each child that changes: node(child) ─▶ the children's new pages are stored together ─▶ this page
+//! ```
+
+use std::ops::Range;
+
+use crate::environment::LocalFuture;
+use crate::error::VolumeError;
+use crate::extent_map::ExtentMap;
+use crate::map::tree::{blocks_under, height_for};
+use crate::map::{FANOUT, Page, PageSink, Pages, Pointer, Tree};
+
+/// What became of a node.
+enum Merged {
+    /// It is there already, or there is nothing under it.
+    Known(Pointer),
+    New(Box<Page>),
+}
+
+struct Merge<'a> {
+    changes: &'a ExtentMap<Pointer>,
+    pages: &'a dyn Pages,
+    sink: &'a dyn PageSink,
+}
+
+/// The tree with `changes` made, with room for `blocks` blocks. Nothing is stored at or beyond `blocks`, before or after.
+pub(crate) async fn merge(
+    tree: Tree,
+    blocks: u64,
+    changes: &ExtentMap<Pointer>,
+    pages: &dyn Pages,
+    sink: &dyn PageSink,
+) -> Result<Tree, VolumeError> {
+    let merge = Merge { changes, pages, sink };
+    let height = height_for(blocks).max(tree.height);
+    let root = merge.raise(tree, height).await?;
+    let merged = merge.node(root, height, 0).await?;
+    let root = merge.stored(merged).await?;
+    merge.lower(Tree { root, height }, height_for(blocks)).await
+}
+
+impl Merge<'_> {
+    /// What covers `range` alone, if it is one hole or all zeroes now.
+    fn covered(&self, range: &Range<u64>) -> Option<Pointer> {
+        let (run, pointer) = self.changes.within(range.clone()).next()?;
+        (run == *range && pointer.location().is_none()).then_some(pointer)
+    }
+
+    fn node(&self, pointer: Pointer, level: u32, first: u64) -> LocalFuture<'_, Result<Merged, VolumeError>> {
+        Box::pin(async move {
+            let range = first..first.saturating_add(blocks_under(level));
+            if let Some(pointer) = self.covered(&range) {
+                return Ok(Merged::Known(pointer));
+            }
+            let touched = self.touched(&range, level);
+            if touched.is_empty() {
+                return Ok(Merged::Known(pointer));
+            }
+            let mut page = match pointer.location() {
+                Some(_) => Box::new((*self.pages.page(pointer).await?).clone()),
+                None => Box::new(Page::filled(pointer)),
+            };
+            if level == 1 {
+                for (run, pointer) in self.changes.within(range) {
+                    page.0[(run.start - first) as usize..(run.end - first) as usize].fill(pointer);
+                }
+            } else {
+                self.children(&mut page, level, first, touched).await?;
+            }
+            Ok(page.only().map_or_else(|| Merged::New(page), Merged::Known))
+        })
+    }
+
+    /// Replaces the pointers to the children that change.
+    async fn children(&self, page: &mut Page, level: u32, first: u64, touched: Vec<usize>) -> Result<(), VolumeError> {
+        let (mut places, mut new) = (Vec::new(), Vec::new());
+        for index in touched {
+            let child = self.node(page.0[index], level - 1, first + index as u64 * blocks_under(level - 1)).await?;
+            match child {
+                Merged::Known(pointer) => page.0[index] = pointer,
+                Merged::New(child) => {
+                    places.push(index);
+                    new.push(*child);
+                }
+            }
+        }
+        if !new.is_empty() {
+            let stored = self.sink.write(new).await?;
+            places.into_iter().zip(stored).for_each(|(index, pointer)| page.0[index] = pointer);
+        }
+        Ok(())
+    }
+
+    /// The children under which anything changes.
+    fn touched(&self, range: &Range<u64>, level: u32) -> Vec<usize> {
+        let span = blocks_under(level - 1);
+        let mut touched: Vec<usize> = Vec::new();
+        for (run, _) in self.changes.within(range.clone()) {
+            let (from, to) = ((run.start - range.start) / span, (run.end - 1 - range.start) / span);
+            let next = touched.last().map_or(0, |last| last + 1).max(from as usize);
+            touched.extend(next..=to as usize);
+        }
+        touched
+    }
+
+    /// Puts pages above the root until the tree is so high.
+    async fn raise(&self, tree: Tree, height: u32) -> Result<Pointer, VolumeError> {
+        let mut root = tree.root;
+        for _ in tree.height..height {
+            let mut page = Page::filled(Pointer::HOLE);
+            page.0[0] = root;
+            root = self.stored(page.only().map_or_else(|| Merged::New(Box::new(page)), Merged::Known)).await?;
+        }
+        Ok(root)
+    }
+
+    /// Takes pages above the root away until the tree is so low.
+    async fn lower(&self, mut tree: Tree, height: u32) -> Result<Tree, VolumeError> {
+        while tree.height > height {
+            if tree.root.location().is_some() {
+                tree.root = self.pages.page(tree.root).await?.pointers()[0];
+            }
+            tree.height -= 1;
+        }
+        Ok(tree)
+    }
+
+    async fn stored(&self, merged: Merged) -> Result<Pointer, VolumeError> {
+        match merged {
+            Merged::Known(pointer) => Ok(pointer),
+            Merged::New(page) => Ok(self.sink.write(vec![*page]).await?[0]),
+        }
+    }
+}
+
+const _: () = assert!(FANOUT.is_power_of_two());
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+    use std::collections::{BTreeMap, HashSet};
+    use std::rc::Rc;
+
+    use dedup::location::{Location, SegmentHandle};
+    use proptest::prelude::*;
+
+    use crate::map::spot_of;
+
+    /// Pages in memory.
+    #[derive(Default)]
+    struct Memory {
+        pages: RefCell<BTreeMap<Pointer, Rc<Page>>>,
+    }
+
+    fn pointer(handle: u32, spot: u32) -> Pointer {
+        Pointer::to(Location { segment: SegmentHandle::new(handle).unwrap(), spot: spot_of(spot) })
+    }
+
+    impl Pages for Memory {
+        fn page(&self, pointer: Pointer) -> LocalFuture<'_, Result<Rc<Page>, VolumeError>> {
+            Box::pin(async move { Ok(self.pages.borrow()[&pointer].clone()) })
+        }
+    }
+
+    impl PageSink for Memory {
+        fn write(&self, pages: Vec<Page>) -> LocalFuture<'_, Result<Vec<Pointer>, VolumeError>> {
+            let mut stored = self.pages.borrow_mut();
+            let pointers = pages.into_iter().map(|page| {
+                assert!(page.only().is_none(), "a page of nothing is kept");
+                let pointer = pointer(1, stored.len() as u32);
+                stored.insert(pointer, Rc::new(page));
+                pointer
+            });
+            let pointers = pointers.collect();
+            Box::pin(async move { Ok(pointers) })
+        }
+    }
+
+    fn done<T>(future: impl Future<Output = Result<T, VolumeError>>) -> T {
+        backends::segments::drive::block_on(future).unwrap()
+    }
+
+    #[derive(Clone, Copy, Debug)]
+    enum Kind {
+        Hole,
+        Zero,
+        Data,
+    }
+
+    /// A block of a volume of 3 × 512 × 512 blocks, mostly near the edges of pages.
+    fn place() -> impl Strategy<Value = u64> {
+        (0_u64..3, 0_u64..4, 0_u64..8).prop_map(|(high, middle, low)| {
+            let near = |edge: u64, place: u64| if place < 4 { edge + place } else { (edge + 508 + place - 4).min(edge + 511) };
+            high * 512 * 512 + near(0, middle % 4) * 512 + near(0, low)
+        })
+    }
+
+    fn change() -> impl Strategy<Value = (Kind, u64, u64)> {
+        let kind = prop_oneof![Just(Kind::Hole), Just(Kind::Zero), Just(Kind::Data)];
+        let len = prop_oneof![1_u64..20, Just(512), Just(1024), Just(512 * 512), Just(512 * 512 * 2)];
+        (kind, place(), len)
+    }
+
+    const BLOCKS: u64 = 3 * 512 * 512;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn trees_behave_like_maps_of_extents(layers in proptest::collection::vec(proptest::collection::vec(change(), 1..12), 1..5)) {
+            let memory = Memory::default();
+            let mut model = ExtentMap::default();
+            model.insert(0..BLOCKS, Pointer::HOLE);
+            let mut tree = Tree::empty(BLOCKS);
+            let mut versions = vec![(tree, model.clone())];
+            let mut number = 0;
+            for layer in layers {
+                let mut changes = ExtentMap::default();
+                for (kind, start, len) in layer {
+                    let range = start..(start + len).min(BLOCKS);
+                    match kind {
+                        Kind::Hole => changes.insert(range, Pointer::HOLE),
+                        Kind::Zero => changes.insert(range, Pointer::ZERO),
+                        Kind::Data => for block in range.start..range.end.min(range.start + 600) {
+                            number += 1;
+                            changes.insert(block..block + 1, pointer(2, number));
+                        }
+                    }
+                }
+                changes.iter().for_each(|(range, pointer)| model.insert(range, *pointer));
+                tree = done(merge(tree, BLOCKS, &changes, &memory, &memory));
+                versions.push((tree, model.clone()));
+            }
+            for (tree, model) in &versions {
+                prop_assert_eq!(by_run(done(tree.runs(&memory, 0..BLOCKS, usize::MAX))), by_run(model.within(0..BLOCKS).collect()));
+                let mut seen = HashSet::new();
+                done(tree.walk(&memory, &mut HashSet::new(), |pointer, is_page| if !is_page { seen.insert(pointer); }));
+                let stored = model.iter().filter(|(_, pointer)| pointer.location().is_some()).map(|(_, pointer)| *pointer);
+                prop_assert_eq!(seen, stored.collect::<HashSet<_>>());
+            }
+            for (before, after) in versions.iter().zip(&versions[1..]) {
+                let found = done(before.0.diff(&after.0, &memory, 0, usize::MAX, |a, b| a == b));
+                prop_assert_eq!(found, differences(&before.1, &after.1));
+            }
+        }
+
+        #[test]
+        fn trees_grow_and_shrink(block in 0_u64..600, small in 600_u64..2000, large in 262_144_u64..300_000_000) {
+            let memory = Memory::default();
+            let mut changes = ExtentMap::default();
+            changes.insert(block..block + 1, pointer(2, 5));
+            let tree = done(merge(Tree::empty(small), small, &changes, &memory, &memory));
+            let none = ExtentMap::default();
+            let grown = done(merge(tree, large, &none, &memory, &memory));
+            prop_assert_eq!(grown.height, height_for(large));
+            prop_assert_eq!(done(grown.runs(&memory, block..block + 1, 9)), [(block..block + 1, pointer(2, 5))]);
+            prop_assert!(done(tree.diff(&grown, &memory, 0, 9, |a, b| a == b)).is_empty());
+            let shrunk = done(merge(grown, small, &none, &memory, &memory));
+            prop_assert_eq!(shrunk, tree);
+        }
+    }
+
+    /// Runs that touch and are the same nothing are one.
+    fn by_run(runs: Vec<(Range<u64>, Pointer)>) -> Vec<(Range<u64>, Pointer)> {
+        let mut joined: Vec<(Range<u64>, Pointer)> = Vec::new();
+        for (range, pointer) in runs {
+            match joined.last_mut() {
+                Some((last, same)) if *same == pointer && pointer.location().is_none() => last.end = range.end,
+                _ => joined.push((range, pointer)),
+            }
+        }
+        joined
+    }
+
+    fn differences(before: &ExtentMap<Pointer>, after: &ExtentMap<Pointer>) -> Vec<Range<u64>> {
+        let edges = before.iter().chain(after.iter()).flat_map(|(range, _)| [range.start, range.end]);
+        let mut edges: Vec<u64> = edges.collect();
+        edges.sort_unstable();
+        edges.dedup();
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        for edge in edges.windows(2) {
+            let at = |map: &ExtentMap<Pointer>| map.within(edge[0]..edge[0] + 1).next().map(|(_, pointer)| pointer);
+            if at(before) == at(after) {
+                continue;
+            }
+            match ranges.last_mut() {
+                Some(last) if last.end == edge[0] => last.end = edge[1],
+                _ => ranges.push(edge[0]..edge[1]),
+            }
+        }
+        ranges
+    }
+
+    #[test]
+    fn a_trim_of_four_tebibytes_touches_a_few_pages() {
+        let memory = Memory::default();
+        let blocks = (4_u64 << 40) / 4096;
+        let mut changes = ExtentMap::default();
+        (0..64).for_each(|number| changes.insert(number * (1 << 24)..number * (1 << 24) + 1, pointer(2, number as u32)));
+        let tree = done(merge(Tree::empty(blocks), blocks, &changes, &memory, &memory));
+        let before = memory.pages.borrow().len();
+        let mut trim = ExtentMap::default();
+        trim.insert(1..blocks - 1, Pointer::HOLE);
+        let trimmed = done(merge(tree, blocks, &trim, &memory, &memory));
+        assert_eq!(memory.pages.borrow().len() - before, 4);
+        assert_eq!(done(trimmed.runs(&memory, 0..blocks, 9)), [(0..1, pointer(2, 0)), (1..blocks, Pointer::HOLE)]);
+    }
+}

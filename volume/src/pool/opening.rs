@@ -1,0 +1,163 @@
+//! Opening a mapped volume on this host: which log it gets, and what is said when it gets none.
+//!
+//! ```text
+//!   log of this host ─▶ claim ─┬─ opened ─ still in the catalogue? ─ mirrored in its record ─▶ device
+//!                              ├─ older than another host's writes: set aside, claim again with a new one
+//!                              └─ lost or damaged: refused; with accept_loss set aside, claim with a new one
+//! ```
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use backends::pool::Result;
+use backends::{PoolError, VolumeRecord};
+use uuid::Uuid;
+
+use super::records::moved_away;
+use super::segments::Opened;
+use super::{MappedPool, SEGMENT_BYTES_MAX};
+use crate::device::{MappedDevice, MappedOptions, OpenError};
+use crate::error::VolumeError;
+use crate::mapped::Settings;
+use crate::reduce::Secrets;
+
+impl MappedPool {
+    pub(super) fn engine(&self, record: &VolumeRecord, opened: &Opened, accept_loss: bool) -> Result<MappedOptions> {
+        let segment_bytes = SEGMENT_BYTES_MAX.min(self.options.log_size / 4);
+        let durability = (self.options.durability)(record)?;
+        let settings = Settings { durability, segment_bytes, accept_loss, ..Settings::default() };
+        Ok(MappedOptions { settings, ..self.engine_of(record.uuid, opened)? })
+    }
+
+    /// For what is done in the store alone.
+    pub(super) fn engine_of(&self, group: Uuid, opened: &Opened) -> Result<MappedOptions> {
+        opened.secrets(group).map(|secrets| self.engine_with(group, opened, secrets))
+    }
+
+    /// For what ends a volume, whose keys may be gone already.
+    pub(super) fn engine_at_end(&self, group: Uuid, opened: &Opened) -> Result<MappedOptions> {
+        opened.secrets_at_end(group).map(|secrets| self.engine_with(group, opened, secrets))
+    }
+
+    fn engine_with(&self, group: Uuid, opened: &Opened, secrets: Secrets) -> MappedOptions {
+        let home = self.next_home.fetch_add(1, Ordering::Relaxed) % self.options.homes.len();
+        MappedOptions {
+            group,
+            store: opened.store.clone(),
+            settings: Settings::default(),
+            secrets,
+            home: self.options.homes[home].clone(),
+        }
+    }
+
+    pub(super) fn open_device(&self, record: &VolumeRecord, accept_loss: bool) -> Result<Arc<MappedDevice>> {
+        let opened = self.store()?;
+        let device = self.claim(record, &opened, accept_loss).map_err(|error| self.not_opened(record, error))?;
+        // Another host may have deleted it before it was claimed; from now on it would notice us.
+        match self.records.get(&record.name) {
+            Ok(now) if now.uuid == record.uuid => {}
+            Ok(_) | Err(PoolError::NotFound(_)) => return Err(moved_away(record)),
+            Err(error) => return Err(error),
+        }
+        self.mirror(record, &device)?;
+        let device = Arc::new(device);
+        let mut open = self.open.lock();
+        open.retain(|_, (_, device)| device.strong_count() > 0);
+        open.insert(record.name.clone(), (record.uuid, Arc::downgrade(&device)));
+        Ok(device)
+    }
+
+    /// Opens the engine. A log that must not be replayed is set aside; with `accept_loss` also one that cannot be.
+    fn claim(&self, record: &VolumeRecord, opened: &Opened, accept_loss: bool) -> std::result::Result<MappedDevice, NotClaimed> {
+        let group = record.uuid;
+        let open = |accept_loss| -> std::result::Result<MappedDevice, NotClaimed> {
+            Ok(MappedDevice::open(self.engine(record, opened, accept_loss)?, Arc::new(self.logs.open(group)?))?)
+        };
+        let set_aside = |why: &VolumeError| -> Result<()> {
+            let aside = self.logs.set_aside(group)?;
+            tracing::warn!("volume {}: {why}. The log was set aside as {}", record.name, aside.display());
+            Ok(())
+        };
+        let mut outcome = open(false);
+        if let Err(NotClaimed::Volume(error @ VolumeError::StaleLog)) = &outcome {
+            set_aside(error)?;
+            outcome = open(false);
+        }
+        match outcome {
+            Err(NotClaimed::Volume(error)) if accept_loss && is_of_the_log(&error) => {
+                tracing::warn!(
+                    "volume {}: opened although acknowledged writes may be lost, as was asked for: {error}",
+                    record.name
+                );
+                if error != VolumeError::LogMissing {
+                    set_aside(&error)?;
+                }
+                open(true)
+            }
+            outcome => outcome,
+        }
+    }
+
+    fn not_opened(&self, record: &VolumeRecord, error: NotClaimed) -> PoolError {
+        let name = &record.name;
+        match error {
+            NotClaimed::Pool(error) => error,
+            NotClaimed::Volume(error) if is_of_the_log(&error) => PoolError::Backend(format!(
+                "volume {name}: {error}. Its log on this host is {}; `novastor export add {name} … --accept-loss` opens it without what only \
+                 that log has, once and for all",
+                self.logs.path(record.uuid).display()
+            )),
+            NotClaimed::Volume(error) => PoolError::Backend(format!("volume {name}: {error}")),
+        }
+    }
+}
+
+/// Why a volume was not opened.
+enum NotClaimed {
+    Volume(VolumeError),
+    Pool(PoolError),
+}
+
+impl From<OpenError> for NotClaimed {
+    fn from(error: OpenError) -> NotClaimed {
+        match error {
+            OpenError::Volume(error) => NotClaimed::Volume(error),
+            OpenError::Device(error) => NotClaimed::Pool(error.into()),
+        }
+    }
+}
+
+impl From<PoolError> for NotClaimed {
+    fn from(error: PoolError) -> NotClaimed {
+        NotClaimed::Pool(error)
+    }
+}
+
+/// Whether the volume would open with another log.
+fn is_of_the_log(error: &VolumeError) -> bool {
+    match error {
+        VolumeError::LogIo { .. }
+        | VolumeError::LogDamaged { .. }
+        | VolumeError::ForeignLog
+        | VolumeError::StaleLog
+        | VolumeError::NotALog
+        | VolumeError::LogDoesNotFit
+        | VolumeError::LogMissing => true,
+        VolumeError::ObjectDamaged { .. }
+        | VolumeError::Fenced
+        | VolumeError::Raced
+        | VolumeError::NoVolume
+        | VolumeError::VolumeExists
+        | VolumeError::Panicked
+        | VolumeError::LogKey
+        | VolumeError::Moved
+        | VolumeError::NoSnapshot
+        | VolumeError::SnapshotExists
+        | VolumeError::SnapshotName
+        | VolumeError::SnapshotHasClones(_)
+        | VolumeError::VolumeHasClones(_)
+        | VolumeError::TooManyAncestors
+        | VolumeError::BadSize
+        | VolumeError::Store(_) => false,
+    }
+}

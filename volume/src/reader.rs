@@ -1,0 +1,383 @@
+//! Reading what pointers lead to.
+//!
+//! ```text
+//!   pointer ─▶ handle ─▶ Live: this object ─▶ frame ─▶ block
+//!                        Forwarded: the other object's header says where the block is now
+//! ```
+//!
+//! Invariants: a pointer is followed by the table as it is now. An object that is gone had its blocks moved: of one's own, the table says
+//! where to; of an ancestor's, that ancestor's newest checkpoint does. Nothing is handed out that its seal does not vouch for.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, HashMap};
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::rc::Rc;
+use std::time::Duration;
+
+use backends::segments::StoreError;
+use bytes::Bytes;
+use dedup::BLOCK_LEN;
+use dedup::body::FrameReader;
+use dedup::location::{Location, SegmentHandle, UNIT_LEN};
+use lru::LruCache;
+
+use crate::chain::Chain;
+use crate::environment::LocalFuture;
+use crate::error::VolumeError;
+use crate::map::{Page, Pages, Pointer, spot_bits, spot_of};
+use crate::names::{Group, Source};
+use crate::object::{self, CLEAR_LEN, Object, Opened};
+use crate::root::Root;
+use crate::step_header::StepHeader;
+use crate::table::{Entry, State, Table};
+use crate::tally::Tally;
+
+/// Bytes read in vain rather than by two requests.
+const GAP_MAX: usize = 16 << 10;
+const PAUSE_FIRST: Duration = Duration::from_millis(20);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+/// How long a store may stay away before reads of it fail.
+const AWAY_MAX: Duration = Duration::from_secs(30);
+/// How often a block may move away while it is being read.
+const MOVES_MAX: usize = 8;
+
+/// Why something could not be read.
+enum Failure {
+    /// The object of this handle is gone.
+    Gone(u32),
+    Error(VolumeError),
+}
+
+impl From<VolumeError> for Failure {
+    fn from(error: VolumeError) -> Failure {
+        Failure::Error(error)
+    }
+}
+
+/// For each object that blocks came from, where they were and where they are, in the order of where they were.
+pub(crate) type Moves = BTreeMap<Source, Vec<(u32, u32)>>;
+
+pub(crate) struct Reader {
+    pub(crate) table: RefCell<Table>,
+    chain: Chain,
+    domain: Group,
+    /// Whoever reads, if it owns the volume.
+    owner: [u8; 16],
+    opened: RefCell<HashMap<u32, Rc<Opened>>>,
+    moves: RefCell<HashMap<u32, Rc<Moves>>>,
+    frames: RefCell<FrameReader>,
+    cache: RefCell<LruCache<Pointer, Rc<Page>>>,
+    /// Pages that are not in the store yet.
+    fresh: RefCell<BTreeMap<Pointer, Rc<Page>>>,
+    /// How often an ancestor's object was found to have moved.
+    pub(crate) ancestors_moved: Cell<u64>,
+    /// Cloned by whoever follows pointers; replaced when handles are forgotten.
+    looking: RefCell<Rc<()>>,
+    pub(crate) tally: Rc<Tally>,
+}
+
+impl Reader {
+    pub(crate) fn new(chain: &Chain, root: &Root, table: Table, pages_max: NonZeroUsize) -> Reader {
+        Reader {
+            table: RefCell::new(table),
+            chain: chain.clone(),
+            domain: root.domain,
+            owner: root.owner,
+            opened: RefCell::default(),
+            moves: RefCell::default(),
+            frames: RefCell::default(),
+            cache: RefCell::new(LruCache::new(pages_max)),
+            fresh: RefCell::default(),
+            ancestors_moved: Cell::new(0),
+            looking: RefCell::default(),
+            tally: Rc::default(),
+        }
+    }
+
+    /// Reads blocks: each pointer leads to a block that goes to `out` as block number `index`. Those that lead nowhere are passed over.
+    pub(crate) async fn read(&self, wanted: &[(usize, Pointer)], out: &mut [u8]) -> Result<(), VolumeError> {
+        let _looking = self.looking();
+        for _ in 0..MOVES_MAX {
+            match self.try_read(wanted, out).await {
+                Ok(()) => return Ok(()),
+                Err(Failure::Error(error)) => return Err(error),
+                Err(Failure::Gone(handle)) => self.moved_away(handle).await?,
+            }
+        }
+        Err(VolumeError::ObjectDamaged { object: "a block of the volume".into(), why: "it is never where it is said to be" })
+    }
+
+    /// While the answer lives, no handle that a tree refers to now comes to stand for something else.
+    pub(crate) fn looking(&self) -> Rc<()> {
+        self.looking.borrow().clone()
+    }
+
+    /// Replaced once, it is alone when everyone who looked before is done.
+    pub(crate) fn last_look(&self) -> Rc<()> {
+        std::mem::take(&mut *self.looking.borrow_mut())
+    }
+
+    /// Objects that were just written need no second look.
+    pub(crate) fn opened(&self, handle: u32, opened: Opened) {
+        self.opened.borrow_mut().insert(handle, Rc::new(opened));
+    }
+
+    /// Nothing of what a handle stood for is remembered.
+    pub(crate) fn forget(&self, handle: u32) {
+        self.opened.borrow_mut().remove(&handle);
+        self.moves.borrow_mut().remove(&handle);
+        let is_of = |pointer: &Pointer| pointer.location().is_some_and(|location| location.segment.get() == handle);
+        let mut cache = self.cache.borrow_mut();
+        let gone: Vec<Pointer> = cache.iter().map(|(pointer, _)| *pointer).filter(is_of).collect();
+        gone.iter().for_each(|pointer| drop(cache.pop(pointer)));
+    }
+
+    /// A page that can be read before it is in the store.
+    pub(crate) fn add_fresh(&self, pointer: Pointer, page: Page) {
+        self.fresh.borrow_mut().insert(pointer, Rc::new(page));
+    }
+
+    /// All pages are in the store now.
+    pub(crate) fn settle_fresh(&self) {
+        let mut cache = self.cache.borrow_mut();
+        let fresh = std::mem::take(&mut *self.fresh.borrow_mut());
+        fresh.into_iter().for_each(|(pointer, page)| drop(cache.put(pointer, page)));
+    }
+
+    /// Where a block is now.
+    pub(crate) async fn resolve(&self, location: Location) -> Result<Location, VolumeError> {
+        for _ in 0..MOVES_MAX {
+            match self.follow(location).await {
+                Err(Failure::Gone(handle)) => self.moved_away(handle).await?,
+                followed => return followed.map_err(|failure| self.error(failure)),
+            }
+        }
+        Err(VolumeError::Moved)
+    }
+
+    /// What a handle's blocks are in now, if it was forwarded.
+    pub(crate) fn forward_of(&self, handle: u32) -> Option<u32> {
+        match self.table.borrow().get(handle)?.state {
+            State::Forwarded(to) => Some(to),
+            State::Live | State::Free => None,
+        }
+    }
+
+    /// What was moved into a handle's object, and from where.
+    pub(crate) async fn moves_into(&self, handle: u32) -> Result<Rc<Moves>, VolumeError> {
+        self.moves_of(handle).await.map_err(|failure| self.error(failure))
+    }
+
+    /// What the header of a handle's object says.
+    pub(crate) async fn step_of(&self, handle: u32) -> Result<StepHeader, VolumeError> {
+        let source = self.source(handle)?;
+        self.header(handle, &source).await.map_err(|failure| self.error(failure))
+    }
+
+    fn source(&self, handle: u32) -> Result<Source, VolumeError> {
+        self.table.borrow().source(handle).ok_or(VolumeError::Moved)
+    }
+
+    fn error(&self, failure: Failure) -> VolumeError {
+        match failure {
+            Failure::Error(error) => error,
+            Failure::Gone(handle) => {
+                let object =
+                    self.table.borrow().source(handle).map_or_else(|| format!("handle {handle}"), |source| source.path());
+                VolumeError::ObjectDamaged { object, why: "it is missing" }
+            }
+        }
+    }
+
+    async fn try_read(&self, wanted: &[(usize, Pointer)], out: &mut [u8]) -> Result<(), Failure> {
+        let mut found = Vec::with_capacity(wanted.len());
+        for (index, pointer) in wanted {
+            if let Some(location) = pointer.location() {
+                found.push((*index, self.follow(location).await?));
+            }
+        }
+        let fetches = found.chunk_by(|(_, before), (_, next)| read_together(before, next));
+        let fetched = futures_util::future::join_all(fetches.map(|fetch| self.fetch(fetch))).await;
+        for (fetch, fetched) in found.chunk_by(|(_, before), (_, next)| read_together(before, next)).zip(fetched) {
+            let (opened, start, bytes) = fetched?;
+            self.unpack(fetch, &opened, start, &bytes, out)?;
+        }
+        Ok(())
+    }
+
+    /// The bytes of frames that lie one after the other in one object, and where in its body they begin.
+    async fn fetch(&self, fetch: &[(usize, Location)]) -> Result<(Rc<Opened>, usize, Bytes), Failure> {
+        let (from, to) = (fetch[0].1, fetch[fetch.len() - 1].1);
+        let handle = from.segment.get();
+        let opened = self.open(handle).await?;
+        let start = from.spot.unit() as usize * UNIT_LEN;
+        let end = to.spot.unit() as usize * UNIT_LEN + to.spot.class().bytes();
+        let source = self.source(handle)?;
+        let bytes = self.fetch_bytes(handle, &source, opened.body_at + start as u64..opened.body_at + end as u64).await?;
+        Ok((opened, start, bytes))
+    }
+
+    fn unpack(
+        &self,
+        fetch: &[(usize, Location)],
+        opened: &Opened,
+        start: usize,
+        bytes: &[u8],
+        out: &mut [u8],
+    ) -> Result<(), Failure> {
+        let mut frames = self.frames.borrow_mut();
+        for of_frame in fetch.chunk_by(|(_, before), (_, next)| before.spot.unit() == next.spot.unit()) {
+            let location = of_frame[0].1;
+            let unit = location.spot.unit();
+            let damaged = || self.damaged_frame(location);
+            let stored = bytes.get(unit as usize * UNIT_LEN - start..).ok_or_else(damaged)?;
+            let (blocks, _) = frames.read(&opened.opener, unit, stored).map_err(|_| damaged())?.as_chunks::<BLOCK_LEN>();
+            for (index, Location { spot, .. }) in of_frame {
+                let block = blocks.get(usize::from(spot.block())).ok_or_else(damaged)?;
+                out[index * BLOCK_LEN..(index + 1) * BLOCK_LEN].copy_from_slice(block);
+            }
+        }
+        Ok(())
+    }
+
+    fn damaged_frame(&self, location: Location) -> VolumeError {
+        match self.source(location.segment.get()) {
+            Ok(source) => VolumeError::ObjectDamaged { object: source.path(), why: "a frame of it is damaged" },
+            Err(error) => error,
+        }
+    }
+
+    async fn follow(&self, location: Location) -> Result<Location, Failure> {
+        let handle = location.segment.get();
+        let Some(to) = self.forward_of(handle) else { return Ok(location) };
+        let source = self.source(handle)?;
+        let moves = self.moves_of(to).await?;
+        let of_source = moves.get(&source).map_or(&[][..], Vec::as_slice);
+        let missing =
+            || VolumeError::ObjectDamaged { object: source.path(), why: "a block of it was not kept when it was rewritten" };
+        let at = of_source.binary_search_by_key(&spot_bits(location.spot), |(from, _)| *from).map_err(|_| missing())?;
+        let segment = SegmentHandle::new(to).ok_or_else(missing)?;
+        self.tally.forwards.add(1);
+        Ok(Location { segment, spot: spot_of(of_source[at].1) })
+    }
+
+    async fn moves_of(&self, handle: u32) -> Result<Rc<Moves>, Failure> {
+        if let Some(moves) = self.moves.borrow().get(&handle) {
+            return Ok(moves.clone());
+        }
+        let source = self.source(handle)?;
+        let header = self.header(handle, &source).await?;
+        let mut moves = Moves::new();
+        for moved in &header.moved {
+            let from = header.sources.get(moved.source as usize).copied();
+            let from =
+                from.ok_or_else(|| VolumeError::ObjectDamaged { object: source.path(), why: "its sources are missing" })?;
+            moves.entry(from).or_default().push((spot_bits(moved.from), spot_bits(moved.to)));
+        }
+        moves.values_mut().for_each(|moves| moves.sort_unstable());
+        let moves = Rc::new(moves);
+        self.moves.borrow_mut().insert(handle, moves.clone());
+        Ok(moves)
+    }
+
+    async fn header(&self, handle: u32, source: &Source) -> Result<StepHeader, Failure> {
+        let clear = self.fetch_bytes(handle, source, 0..CLEAR_LEN as u64).await?;
+        let damaged = |why| VolumeError::ObjectDamaged { object: source.path(), why };
+        let len = object::header_len(&clear).ok_or_else(|| damaged("it is no object of a volume"))?;
+        let bytes = self.fetch_bytes(handle, source, 0..len as u64).await?;
+        let Object::Sealed { inner, .. } = object::open(&bytes, &self.chain.secrets.sealer(self.domain), source)? else {
+            return Err(damaged("it is a seal").into());
+        };
+        Ok(StepHeader::decode(&inner).ok_or_else(|| damaged("its tables contradict each other"))?)
+    }
+
+    async fn open(&self, handle: u32) -> Result<Rc<Opened>, Failure> {
+        if let Some(opened) = self.opened.borrow().get(&handle) {
+            return Ok(opened.clone());
+        }
+        let source = self.source(handle)?;
+        let clear = self.fetch_bytes(handle, &source, 0..CLEAR_LEN as u64).await?;
+        let opened = Rc::new(object::open_body(&clear, &self.chain.secrets.sealer(self.domain), &source)?);
+        self.opened.borrow_mut().insert(handle, opened.clone());
+        Ok(opened)
+    }
+
+    async fn fetch_bytes(&self, handle: u32, source: &Source, range: Range<u64>) -> Result<Bytes, Failure> {
+        let path = source.path();
+        let until = self.chain.environment.now() + AWAY_MAX;
+        let mut pause = PAUSE_FIRST;
+        loop {
+            match self.chain.store.read(&path, range.clone()).await {
+                Ok(bytes) => return Ok(bytes),
+                Err(StoreError::Absent(_)) => return Err(Failure::Gone(handle)),
+                Err(StoreError::Unknown(_)) if self.chain.environment.now() < until => self.chain.environment.sleep(pause).await,
+                Err(error) => return Err(VolumeError::from(error).into()),
+            }
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    /// Finds out where the blocks of an object that is gone are now.
+    async fn moved_away(&self, handle: u32) -> Result<(), VolumeError> {
+        if self.forward_of(handle).is_some() {
+            return Ok(());
+        }
+        let source = self.source(handle)?;
+        let is_own = self.table.borrow().groups()[0] == source.group;
+        let missing = || VolumeError::ObjectDamaged { object: source.path(), why: "it is missing" };
+        if is_own {
+            // Whoever took the volume over removes what no checkpoint knows.
+            let is_replaced = self.chain.read_root().await?.0.owner != self.owner;
+            return Err(if is_replaced { VolumeError::Fenced } else { missing() });
+        }
+        let owners = Chain { group: source.group, ..self.chain.clone() }.read_ancestor().await?.table;
+        // Its owner may know the object no more, if only forwards led to it: then those that were forwarded there tell.
+        let origins = self.forwarded_to(handle);
+        let moved = std::iter::once(&source).chain(&origins).find_map(|source| owners.forward_of(source));
+        let to = moved.ok_or_else(missing)?;
+        let (Some(target), Some(entry)) = (owners.source(to), owners.get(to)) else { return Err(missing()) };
+        let mut table = self.table.borrow_mut();
+        let own = table.add(target, entry.content, entry.blocks, entry.bytes).ok_or_else(missing)?;
+        table.forward(handle, own);
+        self.ancestors_moved.set(self.ancestors_moved.get() + 1);
+        self.tally.foreign_forwards.add(1);
+        Ok(())
+    }
+
+    /// The objects whose blocks a handle's object has.
+    fn forwarded_to(&self, handle: u32) -> Vec<Source> {
+        let table = self.table.borrow();
+        let is_there = |entry: &Entry| entry.state == State::Forwarded(handle);
+        table.used().filter(|(_, entry)| is_there(entry)).filter_map(|(from, _)| table.source(from)).collect()
+    }
+
+    async fn read_page(&self, pointer: Pointer) -> Result<Rc<Page>, VolumeError> {
+        if let Some(page) = self.fresh.borrow().get(&pointer) {
+            return Ok(page.clone());
+        }
+        if let Some(page) = self.cache.borrow_mut().get(&pointer) {
+            return Ok(page.clone());
+        }
+        let mut block = [0; BLOCK_LEN];
+        self.read(&[(0, pointer)], &mut block).await?;
+        let damaged = || VolumeError::ObjectDamaged { object: "a page of the volume's map".into(), why: "it is no page" };
+        let page = Rc::new(Page::decode(&block).ok_or_else(damaged)?);
+        self.cache.borrow_mut().put(pointer, page.clone());
+        Ok(page)
+    }
+}
+
+impl Pages for Reader {
+    fn page(&self, pointer: Pointer) -> LocalFuture<'_, Result<Rc<Page>, VolumeError>> {
+        Box::pin(self.read_page(pointer))
+    }
+}
+
+/// Whether the next block's frame follows so closely that both are read at once.
+fn read_together(before: &Location, next: &Location) -> bool {
+    let (unit, next_unit) = (before.spot.unit(), next.spot.unit());
+    before.segment == next.segment
+        && next_unit >= unit
+        && (next_unit - unit) as usize * UNIT_LEN <= before.spot.class().bytes() + GAP_MAX
+}

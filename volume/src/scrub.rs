@@ -1,0 +1,114 @@
+//! Reading everything that a volume and its snapshots hold, to find what has rotted.
+//!
+//! ```text
+//!   the volume: every run of its tree        a snapshot: the ranges in which it differs from the volume
+//! ```
+//!
+//! Each frame that is read is checked by its seal. Nothing is changed.
+
+use std::ops::Range;
+
+use crate::core::{Core, SnapshotState};
+use crate::error::VolumeError;
+use crate::map::{Pointer, Tree};
+use crate::segment::BLOCK;
+
+/// Blocks looked at in one go, and read in one go.
+const SPAN_BLOCKS: u64 = 16_384;
+const READ_BLOCKS: usize = 256;
+const RANGES_MAX: usize = 4_096;
+/// What is told of one volume.
+const FINDINGS_MAX: usize = 100;
+
+impl Core {
+    /// What cannot be read of what is in the pool, one sentence each.
+    pub(crate) async fn scrub(&self) -> Result<Vec<String>, VolumeError> {
+        self.publish_all().await.map_err(|_| self.failure().unwrap_or(VolumeError::Fenced))?;
+        self.checkpoint().await?;
+        let head = self.map.borrow().tree;
+        let mut findings = Vec::new();
+        self.scrub_range("the volume", &head, 0..self.blocks(), &mut findings).await?;
+        for (name, tree, blocks) in self.snapshot_trees() {
+            let mut from = 0;
+            while from < blocks && findings.len() < FINDINGS_MAX {
+                let _looking = self.reader.looking();
+                let ranges = head.diff(&tree, &self.reader, from, RANGES_MAX, |one, other| one == other).await?;
+                from = if ranges.len() < RANGES_MAX { blocks } else { ranges.last().map_or(blocks, |range| range.end) };
+                for range in ranges {
+                    let range = range.start..range.end.min(blocks);
+                    self.scrub_range(&format!("snapshot {name}"), &tree, range, &mut findings).await?;
+                }
+            }
+        }
+        Ok(findings)
+    }
+
+    fn snapshot_trees(&self) -> Vec<(String, Tree, u64)> {
+        let snapshots = self.snapshots.borrow();
+        let committed = snapshots.values().filter_map(|state| match state {
+            SnapshotState::Committed(snapshot) => Some((snapshot.name.clone(), snapshot.tree, snapshot.size / BLOCK as u64)),
+            SnapshotState::Reserved | SnapshotState::Pending(_) => None,
+        });
+        committed.collect()
+    }
+
+    async fn scrub_range(
+        &self,
+        what: &str,
+        tree: &Tree,
+        range: Range<u64>,
+        findings: &mut Vec<String>,
+    ) -> Result<(), VolumeError> {
+        for start in range.clone().step_by(SPAN_BLOCKS as usize) {
+            let span = start..(start + SPAN_BLOCKS).min(range.end);
+            let _looking = self.reader.looking();
+            let runs = match tree.runs(&self.reader, span.clone(), usize::MAX).await {
+                Ok(runs) => runs,
+                Err(error) => {
+                    note(findings, what, &span, &error)?;
+                    continue;
+                }
+            };
+            let stored: Vec<(Range<u64>, Pointer)> =
+                runs.into_iter().filter(|(_, pointer)| pointer.location().is_some()).collect();
+            for part in stored.chunks(READ_BLOCKS) {
+                self.scrub_blocks(what, part, findings).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads some blocks together, and one by one if that fails.
+    async fn scrub_blocks(
+        &self,
+        what: &str,
+        part: &[(Range<u64>, Pointer)],
+        findings: &mut Vec<String>,
+    ) -> Result<(), VolumeError> {
+        let wanted: Vec<(usize, Pointer)> = part.iter().map(|(_, pointer)| *pointer).enumerate().collect();
+        let mut bytes = vec![0; part.len() * BLOCK];
+        if self.reader.read(&wanted, &mut bytes).await.is_ok() {
+            return Ok(());
+        }
+        for (blocks, pointer) in part {
+            if let Err(error) = self.reader.read(&[(0, *pointer)], &mut bytes).await {
+                note(findings, what, blocks, &error)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Notes damage. What was overwritten and freed meanwhile is none; a store that does not answer, or another owner, ends the search.
+fn note(findings: &mut Vec<String>, what: &str, blocks: &Range<u64>, error: &VolumeError) -> Result<(), VolumeError> {
+    match error {
+        VolumeError::Moved => {}
+        VolumeError::ObjectDamaged { object, why } if findings.len() < FINDINGS_MAX => {
+            let (from, to) = (blocks.start * BLOCK as u64, blocks.end * BLOCK as u64);
+            findings.push(format!("{what}: bytes {from} to {to} cannot be read: {object} is damaged: {why}"));
+        }
+        VolumeError::ObjectDamaged { .. } => {}
+        error => return Err(error.clone()),
+    }
+    Ok(())
+}

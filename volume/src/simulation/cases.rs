@@ -1,0 +1,63 @@
+//! Some of what the engine must survive, by the names it was given when it was designed. Each case runs fixed seeds, and sees that what it is
+//! about did happen.
+
+use crate::simulation::seen::Seen;
+use crate::simulation::{family, run};
+
+fn schedules(seeds: std::ops::Range<u64>) -> Seen {
+    let mut seen = Seen::default();
+    for seed in seeds {
+        seen += run(seed, false).unwrap_or_else(|why| panic!("seed {seed}: {why}"));
+    }
+    seen
+}
+
+fn families(seeds: std::ops::Range<u64>) -> Seen {
+    let mut seen = Seen::default();
+    for seed in seeds {
+        seen += family::run(seed, false).unwrap_or_else(|why| panic!("family {seed}: {why}"));
+    }
+    seen
+}
+
+#[test]
+fn case_11_a_crash_at_each_step_of_a_collection() {
+    let seen = schedules(1_100..1_140);
+    assert!(seen.collections > 0 && seen.forwards > 0 && seen.scans > 0, "{seen}");
+}
+
+#[test]
+fn case_12_a_hit_races_the_retirement_of_what_it_found() {
+    let seen = schedules(1_200..1_240);
+    assert!(seen.hits > 0 && seen.blocks_moved > 0, "{seen}");
+}
+
+#[test]
+fn case_14_snapshots_are_made_and_deleted_while_the_log_is_brought_into_the_pool() {
+    let seen = schedules(1_400..1_440);
+    assert!(seen.snapshots_made > 0 && seen.snapshots_deleted > 0 && seen.snapshots_read > 0 && seen.rollbacks > 0, "{seen}");
+}
+
+#[test]
+fn case_31_an_owner_that_was_replaced_still_deletes() {
+    let seen = schedules(3_100..3_140);
+    assert!(seen.takeovers > 0 && seen.hits > 0 && seen.collections > 0, "{seen}");
+}
+
+#[test]
+fn case_40_a_clone_races_the_deletion_of_its_snapshot_or_its_volume() {
+    let seen = families(4_000..4_040);
+    assert!(seen.clones > 0 && seen.refusals > 0 && seen.snapshots_deleted > 0 && seen.volumes_deleted > 0, "{seen}");
+}
+
+#[test]
+fn case_41_a_collection_moves_what_a_clone_reads() {
+    let seen = families(4_100..4_160);
+    assert!(seen.foreign_forwards > 0 && seen.flattened > 0 && seen.scans > 0, "{seen}");
+}
+
+#[test]
+fn case_49_handles_stand_for_other_objects_later() {
+    let seen = schedules(4_900..4_940);
+    assert!(seen.handles_released > 0 && seen.forwards > 0, "{seen}");
+}

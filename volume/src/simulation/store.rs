@@ -1,0 +1,193 @@
+//! A store that answers late, not at all, or in another order.
+//!
+//! Fault model: each operation takes effect as a whole at one moment, in any order with others. Its reply may be lost: the caller hears
+//! `Unknown`, whether it took effect, takes effect later, or never does. A process that dies leaves its requests under way. The store may
+//! be full for a while. It never breaks its conditions.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::rc::Rc;
+
+use backends::segments::{Listed, SegmentStore, StoreError, StoreFuture, Tag};
+use bytes::Bytes;
+use dedup::seal::Protection;
+
+use crate::bytes_at::array_at;
+use crate::object::CLEAR_LEN;
+use crate::simulation::world::{Fate, ProcessId, World};
+
+/// In the header in clear.
+const PROTECTION_AT: usize = 60;
+const SALT_AT: usize = 64;
+/// Out of a thousand reads, so many take long: until so many other things have happened.
+const SLOW: u64 = 30;
+const ROUNDS_MAX: u64 = 100;
+
+#[derive(Default)]
+struct State {
+    objects: BTreeMap<String, Bytes>,
+    roots: BTreeMap<String, (Bytes, u64)>,
+    next_tag: u64,
+    /// Of every encrypted object that ever was, even of those that are deleted.
+    salts: BTreeMap<[u8; 32], String>,
+}
+
+impl State {
+    /// Two objects with one salt would be encrypted with one key and the same nonces.
+    fn note_salt(&mut self, name: &str, content: &[u8]) {
+        let is_encrypted = content.len() > CLEAR_LEN && content[PROTECTION_AT] == Protection::Aes256Gcm as u8;
+        if is_encrypted {
+            let other = self.salts.insert(array_at(content, SALT_AT), name.to_owned());
+            assert!(other.is_none_or(|other| other == name), "{name} and another object are encrypted with one salt");
+        }
+    }
+}
+
+/// The store itself.
+#[derive(Clone)]
+pub struct SharedStore {
+    world: Rc<World>,
+    state: Rc<RefCell<State>>,
+    faults: Rc<Cell<u64>>,
+}
+
+impl SharedStore {
+    pub fn new(world: &Rc<World>) -> SharedStore {
+        SharedStore { world: world.clone(), state: Rc::default(), faults: Rc::default() }
+    }
+
+    /// Lost replies out of a thousand operations.
+    pub fn set_faults(&self, per_mille: u64) {
+        self.faults.set(per_mille);
+    }
+
+    pub fn opened_by(&self, process: ProcessId) -> SimulatedStore {
+        SimulatedStore { shared: self.clone(), process }
+    }
+
+    /// Of all objects.
+    pub fn names(&self) -> Vec<String> {
+        self.state.borrow().objects.keys().cloned().collect()
+    }
+
+    /// Flips a bit of some object whose name contains `part`; its name, or `None` if there is none.
+    pub fn rot(&self, part: &str) -> Option<String> {
+        let mut state = self.state.borrow_mut();
+        let names: Vec<String> = state.objects.keys().filter(|name| name.contains(part)).cloned().collect();
+        let name = names.get(self.world.random.below(names.len().max(1) as u64) as usize)?.clone();
+        let object = state.objects.get_mut(&name)?;
+        let mut bytes = object.to_vec();
+        let bit = self.world.random.below(bytes.len() as u64 * 8) as usize;
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        *object = bytes.into();
+        Some(name)
+    }
+}
+
+/// The store as one process reaches it.
+pub struct SimulatedStore {
+    shared: SharedStore,
+    process: ProcessId,
+}
+
+impl SimulatedStore {
+    /// `apply` happens once, or never.
+    fn changes<'a, T: 'static>(&self, apply: impl FnOnce(&mut State) -> Result<T, StoreError> + 'static) -> StoreFuture<'a, T> {
+        let SharedStore { world, state, faults } = self.shared.clone();
+        let waiting = world.clone();
+        let run = move |fate| {
+            if fate == Fate::Happens && !world.random.per_mille(faults.get()) {
+                return Some(apply(&mut state.borrow_mut()));
+            }
+            match world.random.below(4) {
+                0 => {}
+                1 => world.loose_operation(move || drop(apply(&mut state.borrow_mut()))),
+                2 if fate == Fate::Happens => return Some(Err(StoreError::NoSpace("the simulated store is full".into()))),
+                _ => drop(apply(&mut state.borrow_mut())),
+            }
+            (fate == Fate::Happens).then(unknown)
+        };
+        waiting.operation(self.process, run)
+    }
+
+    fn looks<'a, T: 'static>(&self, look: impl FnOnce(&State) -> Result<T, StoreError> + 'static) -> StoreFuture<'a, T> {
+        let SharedStore { world, state, faults } = self.shared.clone();
+        let waiting = world.clone();
+        let run = move |fate| match fate {
+            Fate::ProcessDied => None,
+            Fate::Happens if world.random.per_mille(faults.get()) => Some(unknown()),
+            Fate::Happens => Some(look(&state.borrow())),
+        };
+        let rounds = if waiting.random.per_mille(SLOW) { waiting.random.below(ROUNDS_MAX) } else { 0 };
+        let process = self.process;
+        Box::pin(async move {
+            for _ in 0..rounds {
+                waiting.operation(process, |fate| (fate == Fate::Happens).then_some(())).await;
+            }
+            waiting.operation(process, run).await
+        })
+    }
+}
+
+fn unknown<T>() -> Result<T, StoreError> {
+    Err(StoreError::Unknown("the simulated reply was lost".into()))
+}
+
+impl SegmentStore for SimulatedStore {
+    fn create<'a>(&'a self, name: &'a str, content: Vec<Bytes>) -> StoreFuture<'a, ()> {
+        let (name, content) = (name.to_owned(), content.concat());
+        self.changes(move |state| {
+            if state.objects.contains_key(&name) {
+                return Err(StoreError::Exists(name));
+            }
+            state.note_salt(&name, &content);
+            state.objects.insert(name, content.into());
+            Ok(())
+        })
+    }
+
+    fn read<'a>(&'a self, name: &'a str, range: Range<u64>) -> StoreFuture<'a, Bytes> {
+        let name = name.to_owned();
+        self.looks(move |state| {
+            let object = state.objects.get(&name).ok_or(StoreError::Absent(name))?;
+            let end = (range.end as usize).min(object.len());
+            Ok(object.slice((range.start as usize).min(end)..end))
+        })
+    }
+
+    fn delete<'a>(&'a self, name: &'a str) -> StoreFuture<'a, ()> {
+        let name = name.to_owned();
+        self.changes(move |state| {
+            state.objects.remove(&name);
+            Ok(())
+        })
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, Vec<Listed>> {
+        let prefix = prefix.to_owned();
+        self.looks(move |state| {
+            let matching = state.objects.range(prefix.clone()..).take_while(|(name, _)| name.starts_with(&prefix));
+            Ok(matching.map(|(name, object)| Listed { name: name.clone(), len: object.len() as u64 }).collect())
+        })
+    }
+
+    fn read_root<'a>(&'a self, name: &'a str) -> StoreFuture<'a, Option<(Bytes, Tag)>> {
+        let name = name.to_owned();
+        self.looks(move |state| Ok(state.roots.get(&name).map(|(bytes, tag)| (bytes.clone(), Tag(tag.to_string())))))
+    }
+
+    fn swap<'a>(&'a self, name: &'a str, expected: Option<&'a Tag>, content: Bytes) -> StoreFuture<'a, Tag> {
+        let (name, expected) = (name.to_owned(), expected.cloned());
+        self.changes(move |state| {
+            let now = state.roots.get(&name).map(|(_, tag)| Tag(tag.to_string()));
+            if now != expected {
+                return Err(StoreError::Changed(name));
+            }
+            state.next_tag += 1;
+            let tag = state.next_tag;
+            state.roots.insert(name, (content, tag));
+            Ok(Tag(tag.to_string()))
+        })
+    }
+}

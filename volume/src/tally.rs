@@ -1,0 +1,34 @@
+//! What an open volume has done so far, counted.
+
+use std::cell::Cell;
+
+/// A number that only grows.
+#[derive(Default, Debug)]
+pub(crate) struct Count(Cell<u64>);
+
+impl Count {
+    pub(crate) fn add(&self, more: u64) {
+        self.0.set(self.0.get() + more);
+    }
+
+    #[cfg(feature = "simulation")]
+    pub(crate) fn get(&self) -> u64 {
+        self.0.get()
+    }
+}
+
+#[derive(Default, Debug)]
+pub(crate) struct Tally {
+    pub(crate) checkpoints: Count,
+    /// Blocks that were found to be stored already.
+    pub(crate) hits: Count,
+    /// Collections that moved blocks, and the blocks.
+    pub(crate) collections: Count,
+    pub(crate) blocks_moved: Count,
+    /// Blocks that were read where collections had moved them.
+    pub(crate) forwards: Count,
+    /// Objects of ancestors that turned out to have moved.
+    pub(crate) foreign_forwards: Count,
+    /// Handles that other objects may have from then on.
+    pub(crate) handles_released: Count,
+}

@@ -1,0 +1,214 @@
+//! What a range of blocks holds, through backlog, layers and tree.
+
+use std::ops::Range;
+
+use blockdev::Errno;
+
+use crate::backlog::Pending;
+use crate::core::Core;
+use crate::error::VolumeError;
+use crate::extent_map::{ExtentMap, Run};
+use crate::log::RecordKind;
+use crate::map::{Pointer, Tree};
+use crate::root::Checkpoint;
+use crate::segment::{BLOCK, Place};
+
+/// In one answer about extents.
+const EXTENTS_MAX: usize = 4096;
+/// How often a reader looks again because what it found is gone.
+const TRIES_MAX: u32 = 16;
+
+#[derive(Clone, Copy)]
+struct Kind(blockdev::ExtentKind);
+
+impl Run for Kind {
+    fn skip(&self, _blocks: u64) -> Kind {
+        *self
+    }
+}
+
+/// What is known of a range without looking into the tree.
+struct Above {
+    /// Newest first where they came from; without overlaps.
+    runs: Vec<(Range<u64>, Pointer)>,
+    /// What only the tree can tell.
+    open: Vec<Range<u64>>,
+    tree: Tree,
+}
+
+impl Core {
+    /// Reads whole blocks.
+    pub(crate) async fn read(&self, blocks: Range<u64>) -> Result<Vec<u8>, Errno> {
+        let mut tries = 0;
+        loop {
+            if let Some(errno) = self.failed_errno() {
+                return Err(errno);
+            }
+            let before = self.version();
+            match self.try_read(blocks.clone()).await {
+                Ok(Some(bytes)) => return Ok(bytes),
+                Ok(None) => {}
+                Err(error) if self.may_have_moved(&error, before, &mut tries) => {}
+                Err(error) => return Err(self.unread(error)),
+            }
+        }
+    }
+
+    /// Changes whenever something that was mapped may be mapped no more.
+    fn version(&self) -> (Checkpoint, Place) {
+        (self.keeper.root().checkpoint, self.next_published.get())
+    }
+
+    /// Whether what was looked for may be gone because the volume has changed since: then look again.
+    fn may_have_moved(&self, error: &VolumeError, before: (Checkpoint, Place), tries: &mut u32) -> bool {
+        *tries += 1;
+        let is_gone = matches!(error, VolumeError::Moved | VolumeError::ObjectDamaged { .. });
+        is_gone && self.version() != before && *tries < TRIES_MAX
+    }
+
+    /// `None`: the log moved on meanwhile; look again.
+    async fn try_read(&self, blocks: Range<u64>) -> Result<Option<Vec<u8>>, VolumeError> {
+        let _looking = self.reader.looking();
+        let mut bytes = vec![0; (blocks.end - blocks.start) as usize * BLOCK];
+        let part =
+            |range: &Range<u64>| (range.start - blocks.start) as usize * BLOCK..(range.end - blocks.start) as usize * BLOCK;
+        let pending = self.backlog.within(blocks.clone());
+        let above = self.above(hidden_by(&pending, blocks.clone()));
+        let mut runs = above.runs;
+        for range in above.open {
+            runs.extend(above.tree.runs(&self.reader, range, usize::MAX).await?);
+        }
+        runs.retain(|(_, pointer)| pointer.location().is_some());
+        runs.sort_unstable_by_key(|(range, _)| range.start);
+        let wanted: Vec<(usize, Pointer)> =
+            runs.into_iter().map(|(range, pointer)| ((range.start - blocks.start) as usize, pointer)).collect();
+        self.reader.read(&wanted, &mut bytes).await?;
+        for (range, run) in pending {
+            let read = self.read_pending(&run, &mut bytes[part(&range)]).await;
+            if !read.map_err(|errno| VolumeError::log_io("read", run.payload.position, errno))? {
+                return Ok(None);
+            }
+        }
+        Ok(Some(bytes))
+    }
+
+    /// What could not be read is an error for its reader, and noted for whoever asks for the volume's health.
+    fn unread(&self, error: VolumeError) -> Errno {
+        self.last_unread.replace(Some(error));
+        Errno::EIO
+    }
+
+    pub(crate) async fn read_pending(&self, run: &Pending, bytes: &mut [u8]) -> Result<bool, Errno> {
+        if run.kind != RecordKind::Write {
+            bytes.fill(0);
+            return Ok(true);
+        }
+        let from = run.skip as usize * BLOCK;
+        if let Some(payload) = run.kept() {
+            bytes.copy_from_slice(&payload[from..from + bytes.len()]);
+            return Ok(true);
+        }
+        let Some(payload) = self.log.read(run.payload).await? else { return Ok(false) };
+        bytes.copy_from_slice(&payload[from..from + bytes.len()]);
+        Ok(true)
+    }
+
+    /// What the layers say of some ranges, and the tree to ask for the rest.
+    fn above(&self, mut open: Vec<Range<u64>>) -> Above {
+        let map = self.map.borrow();
+        let mut runs = Vec::new();
+        let layers = std::iter::once(&map.open).chain(map.layers.iter().rev().map(|layer| &**layer));
+        for layer in layers {
+            let mut left = Vec::new();
+            for range in open {
+                let mut from = range.start;
+                for (run, pointer) in layer.runs.within(range.clone()) {
+                    left.extend((from < run.start).then_some(from..run.start));
+                    from = run.end;
+                    runs.push((run, pointer));
+                }
+                left.extend((from < range.end).then_some(from..range.end));
+            }
+            open = left;
+        }
+        Above { runs, open, tree: map.tree }
+    }
+
+    /// What the parts of a range hold: of all of it, or of its first 4096 parts.
+    pub(crate) async fn extents(&self, blocks: Range<u64>) -> Result<Vec<blockdev::Extent>, Errno> {
+        let mut tries = 0;
+        loop {
+            if let Some(errno) = self.failed_errno() {
+                return Err(errno);
+            }
+            let before = self.version();
+            match self.try_extents(blocks.clone()).await {
+                Ok(extents) => return Ok(extents),
+                Err(error) if self.may_have_moved(&error, before, &mut tries) => {}
+                Err(error) => return Err(self.unread(error)),
+            }
+        }
+    }
+
+    async fn try_extents(&self, blocks: Range<u64>) -> Result<Vec<blockdev::Extent>, VolumeError> {
+        let _looking = self.reader.looking();
+        let mut kinds = ExtentMap::default();
+        let pending = self.backlog.within(blocks.clone());
+        let above = self.above(hidden_by(&pending, blocks.clone()));
+        // Beyond where the tree was followed to, nothing is known.
+        let mut known = blocks.end;
+        for range in above.open {
+            let wanted = range.start..range.end.min(known);
+            if wanted.is_empty() {
+                continue;
+            }
+            let runs = above.tree.runs(&self.reader, wanted.clone(), EXTENTS_MAX * 8).await?;
+            known = known.min(runs.last().map_or(wanted.end, |(run, _)| if run.end < wanted.end { run.end } else { known }));
+            runs.into_iter().for_each(|(run, pointer)| kinds.insert(run, Kind(kind_of(pointer))));
+        }
+        above.runs.into_iter().for_each(|(run, pointer)| kinds.insert(run, Kind(kind_of(pointer))));
+        for (range, run) in pending {
+            let kind = match run.kind {
+                RecordKind::Write => blockdev::ExtentKind::Data,
+                RecordKind::Zero => blockdev::ExtentKind::Zero,
+                RecordKind::Discard | RecordKind::Marker => blockdev::ExtentKind::Hole,
+            };
+            kinds.insert(range, Kind(kind));
+        }
+        Ok(joined(&kinds, blocks.start..known))
+    }
+}
+
+pub(crate) fn kind_of(pointer: Pointer) -> blockdev::ExtentKind {
+    match pointer {
+        Pointer::HOLE => blockdev::ExtentKind::Hole,
+        Pointer::ZERO => blockdev::ExtentKind::Zero,
+        _ => blockdev::ExtentKind::Data,
+    }
+}
+
+/// The parts of a range that no pending run covers.
+fn hidden_by(pending: &[(Range<u64>, Pending)], blocks: Range<u64>) -> Vec<Range<u64>> {
+    let mut open = Vec::new();
+    let mut from = blocks.start;
+    for (range, _) in pending {
+        open.extend((from < range.start).then_some(from..range.start));
+        from = range.end;
+    }
+    open.extend((from < blocks.end).then_some(from..blocks.end));
+    open
+}
+
+fn joined(kinds: &ExtentMap<Kind>, blocks: Range<u64>) -> Vec<blockdev::Extent> {
+    let mut extents: Vec<blockdev::Extent> = Vec::new();
+    for (range, Kind(kind)) in kinds.within(blocks) {
+        let len = (range.end - range.start) * BLOCK as u64;
+        let is_full = extents.len() == EXTENTS_MAX;
+        match extents.last_mut().filter(|last| last.kind == kind) {
+            Some(last) => last.len += len,
+            None if is_full => break,
+            None => extents.push(blockdev::Extent { len, kind }),
+        }
+    }
+    extents
+}

@@ -1,0 +1,72 @@
+//! A host that pools of mapped volumes are opened on.
+
+#![allow(dead_code, reason = "each test file uses a part of it")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use backends::file::{FilePool, FilePoolConfig};
+use backends::segments::memory::MemoryStore;
+use backends::{Layout, Pool, PoolError, VolumeSpec};
+use blockdev::client::Client;
+use blockdev::{DataPlane, DataPlaneOptions, Volume, VolumeOptions};
+use uuid::Uuid;
+use volume::Durability;
+use volume::keys::{Kek, Keks};
+use volume::pool::{MappedPool, MappedPoolOptions, SharedStore};
+
+pub const MIB: u64 = 1 << 20;
+
+pub fn spec(layout: Layout) -> VolumeSpec {
+    VolumeSpec { size: 16 * MIB, block_size: 512, layout, policy: None, tenant: None, wrapped_key: None }
+}
+
+/// A host with a folder of its own.
+pub struct Host {
+    pub plane: DataPlane,
+    pub folder: PathBuf,
+}
+
+impl Host {
+    pub fn new(folder: &Path, name: &str) -> Host {
+        Host { plane: DataPlane::start(DataPlaneOptions::default()).unwrap(), folder: folder.join(name) }
+    }
+
+    fn options(&self, durability: Durability) -> MappedPoolOptions {
+        MappedPoolOptions {
+            homes: self.plane.handles().to_vec(),
+            log_folder: self.folder.clone(),
+            log_size: 2 * MIB,
+            durability: Box::new(move |_| Ok(durability)),
+            encrypts: Box::new(|record| record.policy.as_deref() == Some("secret")),
+            keks: Box::new(|| Ok(Keks { current: Some(Kek::new([8; 32])), previous: None })),
+        }
+    }
+
+    pub fn file_pool(&self, path: &Path) -> MappedPool {
+        let files = FilePool::open("p", FilePoolConfig { path: path.to_owned() }).unwrap();
+        MappedPool::beside(files, self.options(Durability::Local))
+    }
+
+    pub fn store_pool(&self, store: &Arc<MemoryStore>, durability: Durability) -> MappedPool {
+        let store: SharedStore = store.clone();
+        MappedPool::in_store("p", "s3", "memory".to_owned(), (store, Uuid::from_u128(3)), self.options(durability))
+    }
+
+    pub fn disk(&self, pool: &MappedPool, volume: &str) -> Result<Client, PoolError> {
+        self.client(pool.open(volume, false)?)
+    }
+
+    pub fn client(&self, device: Arc<dyn blockdev::BlockDevice>) -> Result<Client, PoolError> {
+        let options = VolumeOptions { name: "v".to_owned(), read_only: false, block_size: 512 };
+        Ok(Client::open(&Volume::new(device, options), &self.plane.handles()[0])?)
+    }
+
+    pub fn logs(&self) -> Vec<PathBuf> {
+        let mut logs: Vec<PathBuf> =
+            fs::read_dir(&self.folder).into_iter().flatten().map(|entry| entry.unwrap().path()).collect();
+        logs.sort();
+        logs
+    }
+}
