@@ -186,6 +186,21 @@ fn a_socket_units_socket_is_served_and_left_and_the_manager_is_told() {
     assert!(UnixStream::connect(&path).is_ok(), "clients wait for the next daemon");
 }
 
+#[test]
+fn a_manager_that_does_not_read_holds_nothing_up() {
+    let daemon = Daemon::new("");
+    let mut manager = Manager::new(&daemon);
+    manager.watchdog = Some(Duration::from_millis(30));
+    let (service, _) = manager.start(&daemon);
+    let queued: usize = std::fs::read_to_string("/proc/sys/net/unix/max_dgram_qlen").unwrap().trim().parse().unwrap();
+    std::thread::sleep(Duration::from_millis(30) * queued as u32);
+    assert_eq!(daemon.json(&["export", "list"]), serde_json::json!([]));
+    for _ in 0..queued {
+        manager.receive_until("WATCHDOG=1", &daemon.path("log"));
+    }
+    service.kill();
+}
+
 /// A daemon with a listener of every kind, started under a manager that keeps them all.
 struct Kept {
     daemon: Daemon,
