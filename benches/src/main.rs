@@ -30,6 +30,8 @@ enum Command {
     VhostUser(VhostArgs),
     /// Measure novastor and other servers side by side and print the result as Markdown.
     Compare(compare::Options),
+    /// Measure a mapped volume beside a raw one and print the result as Markdown.
+    Mapped(compare::Options),
     /// Reduce images of machines and print what is stored as Markdown.
     Reduction(reduction::Options),
 }
@@ -157,6 +159,7 @@ fn run(cli: Cli) -> Result<()> {
             args.load.run(|timing, server| load.measure(timing, server), |timing, seed| load.verify(timing, seed))
         }
         Command::Compare(options) => compare::run(&options),
+        Command::Mapped(options) => compare::mapped::run(&options),
         Command::Reduction(options) => reduction::run(&options),
         Command::VhostUser(args) => {
             let waiting = if args.spin { Waiting::Spin } else { Waiting::SpinThenSleep { spin_us: args.spin_us } };

@@ -15,6 +15,16 @@ pub fn fill(seed: u64, offset: u64, buffer: &mut [u8]) {
     }
 }
 
+/// Makes each block of 4 KiB in `buffer` one that was never written: `count` numbers them. The next number.
+pub fn make_unique(mut count: u64, buffer: &mut [u8]) -> u64 {
+    for block in buffer.chunks_mut(4096) {
+        count += 1;
+        let len = block.len().min(8);
+        block[..len].copy_from_slice(&count.to_le_bytes()[..len]);
+    }
+    count
+}
+
 /// The position of the first byte of `data`, read at byte `offset`, that is not what [`fill`] would have put there.
 pub fn first_mismatch(seed: u64, offset: u64, data: &[u8]) -> Option<u64> {
     let mut position = offset;

@@ -127,6 +127,7 @@ impl Device {
             buffers: memory.address + index * per_queue,
             block_size,
             seed,
+            written: clock::now_ns() ^ (index as u64) << 56,
         });
         let workers = match load.thread_per_queue {
             true => queues.map(|queue| VhostWorker::new(vec![queue], load.waiting)).collect(),
@@ -251,6 +252,8 @@ struct Queue {
     buffers: usize,
     block_size: usize,
     seed: Option<u64>,
+    /// The number of the last block written without a seed; no two of all runs are equal.
+    written: u64,
 }
 
 impl Queue {
@@ -271,9 +274,13 @@ impl Queue {
             let index = usize::from(slot);
             self.slots[index] = Slot { offset: request.offset, write: request.write, started_ns: now_ns };
             let buffer: *mut u8 = std::ptr::with_exposed_provenance_mut(self.buffers + index * self.block_size);
-            if let (true, Some(seed)) = (request.write, self.seed) {
+            if request.write {
                 // SAFETY: the buffer is this free slot's own part of the shared memory, mapped while the queue lives.
-                pattern::fill(seed, request.offset, unsafe { std::slice::from_raw_parts_mut(buffer, self.block_size) });
+                let block = unsafe { std::slice::from_raw_parts_mut(buffer, self.block_size) };
+                match self.seed {
+                    Some(seed) => pattern::fill(seed, request.offset, block),
+                    None => self.written = pattern::make_unique(self.written, block),
+                }
             }
             // SAFETY: as above; the slot is reused only after the request has completed.
             unsafe {
@@ -325,6 +332,9 @@ impl Queue {
     }
 }
 
+/// Half of each so many bytes of the buffers is zeroes: data is seldom without any redundancy.
+const COMPRESSIBLE: usize = 128;
+
 /// Memory both sides map, filled with a pattern so that no page is still unallocated when the load starts.
 struct SharedMemory {
     address: usize,
@@ -348,7 +358,9 @@ impl SharedMemory {
                     format!("map {length} bytes of shared memory in {pages:?} pages (huge ones: sysctl vm.nr_hugepages)")
                 })?;
         // SAFETY: the mapping was just made with this length, and nobody else knows of it yet.
-        pattern::fill(!0, 0, unsafe { std::slice::from_raw_parts_mut(pointer.cast::<u8>(), length) });
+        let memory = unsafe { std::slice::from_raw_parts_mut(pointer.cast::<u8>(), length) };
+        pattern::fill(!0, 0, memory);
+        memory.chunks_mut(COMPRESSIBLE).for_each(|part| part[COMPRESSIBLE / 2..].fill(0));
         Ok(Self { address: pointer.expose_provenance(), length, file })
     }
 }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::reactor::Reactor;
+use crate::reactor::{Reactor, ReactorHandle};
 use crate::request::Request;
 
 /// The shape of a device. All in bytes, all powers of two but `size`.
@@ -80,6 +80,10 @@ pub trait BlockDevice: Send + Sync {
     fn health(&self) -> Option<String> {
         None
     }
+    /// The thread whose queues reach the device with the least work, if they are not all alike.
+    fn home(&self) -> Option<ReactorHandle> {
+        None
+    }
 }
 
 /// A device as one thread sees it.
@@ -109,5 +113,8 @@ impl<D: BlockDevice + ?Sized> BlockDevice for Arc<D> {
     }
     fn health(&self) -> Option<String> {
         (**self).health()
+    }
+    fn home(&self) -> Option<ReactorHandle> {
+        (**self).home()
     }
 }

@@ -127,6 +127,21 @@ impl Memory {
         });
     }
 
+    /// A copy of all of it.
+    pub fn to_vec(&self) -> Vec<u8> {
+        let mut copy = Vec::with_capacity(self.len);
+        let start: *mut u8 = copy.as_mut_ptr();
+        let mut done = 0;
+        self.walk(0, self.len, |address, len| {
+            // SAFETY: `walk` hands out mapped ranges, together as long as the vector's capacity, which nobody else refers to.
+            unsafe { ptr::copy_nonoverlapping(address, start.add(done), len) };
+            done += len;
+        });
+        // SAFETY: `walk` handed out `self.len` bytes, so that many were written.
+        unsafe { copy.set_len(done) };
+        copy
+    }
+
     /// The iovecs of the range `offset..offset + len`, for resubmitting the rest of a short transfer. Panics if out of range.
     pub fn slice(&self, offset: usize, len: usize) -> SmallVec<[libc::iovec; 2]> {
         let mut part = SmallVec::new();
@@ -178,6 +193,7 @@ mod tests {
         memory.copy_to(2, &mut out);
         assert_eq!(out, [22, 90, 91, 1, 2, 3]);
         assert_eq!(memory.slice(3, 5).iter().map(|part| part.iov_len).collect::<Vec<_>>(), [1, 4]);
+        assert_eq!(memory.to_vec(), [20, 21, 22, 90, 91, 1, 2, 3, 4, 5, 6, 7]);
         memory.fill(7);
         memory.copy_to(0, &mut out);
         assert_eq!(out, [7; 6]);

@@ -14,11 +14,19 @@ pub struct Offload {
 impl Offload {
     /// Starts `threads` threads, called `name`.
     pub fn start(name: &str, threads: usize) -> io::Result<Offload> {
+        Offload::start_nice(name, threads, 0)
+    }
+
+    /// The same with threads that step back for others: `nice` as in setpriority(2), 0 to 19.
+    pub fn start_nice(name: &str, threads: usize, nice: i32) -> io::Result<Offload> {
         let (jobs, receiver) = channel::<Job>();
         let receiver = Arc::new(Mutex::new(receiver));
         for number in 0..threads {
             let receiver = receiver.clone();
-            std::thread::Builder::new().name(format!("{name}-{number}")).spawn(move || work(&receiver))?;
+            std::thread::Builder::new().name(format!("{name}-{number}")).spawn(move || {
+                step_back(nice);
+                work(&receiver);
+            })?;
         }
         Ok(Offload { jobs })
     }
@@ -26,6 +34,15 @@ impl Offload {
     /// Runs `job` on one of the threads, in no promised order. Cheap to call from a data-plane thread.
     pub fn run(&self, job: impl FnOnce() + Send + 'static) {
         let _ = self.jobs.send(Box::new(job));
+    }
+}
+
+/// Makes this thread nicer. One that cannot be works all the same.
+fn step_back(nice: i32) {
+    if nice > 0
+        && let Err(error) = rustix::process::setpriority_process(Some(rustix::thread::gettid()), nice)
+    {
+        tracing::debug!("a thread for work in the background keeps its priority: {error}");
     }
 }
 

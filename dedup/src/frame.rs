@@ -60,6 +60,17 @@ pub enum Temperature {
     Cold,
 }
 
+/// What the owner of data allows to be tried on it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Allowed {
+    /// What the log leaves time for.
+    #[default]
+    Auto,
+    Off,
+    Lz4,
+    Zstd,
+}
+
 /// How a batch is packed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Packing {
@@ -78,15 +89,28 @@ const PRESSURE_LOW: f32 = 0.35;
 ///
 /// Under pressure warm data takes lz4 and cold data waits in small frames of zstd-1, as its rewriting is what competes with destaging.
 /// Compression is never given up altogether: a full log waits for the backend as often as for the processor, and lz4 is faster than most.
+///
+/// A frame that is not compressed gains nothing from a second block.
 #[must_use]
-pub fn choose(pressure: f32, temperature: Temperature, previous: Option<Packing>) -> Packing {
+pub fn choose(allowed: Allowed, pressure: f32, temperature: Temperature, previous: Option<Packing>) -> Packing {
+    match allowed {
+        Allowed::Auto => by_pressure(pressure, temperature, previous),
+        Allowed::Off => Packing { compression: Compression::Off, frame_blocks: 1 },
+        Allowed::Lz4 => Packing { compression: Compression::Lz4, frame_blocks: FRAME_BLOCKS },
+        Allowed::Zstd => calm(temperature),
+    }
+}
+
+fn by_pressure(pressure: f32, temperature: Temperature, previous: Option<Packing>) -> Packing {
     let was_high = previous.is_some_and(|packing| packing == under_pressure(temperature));
     let limit = if was_high { PRESSURE_LOW } else { PRESSURE_HIGH };
-    let calm = pressure < limit;
+    if pressure < limit { calm(temperature) } else { under_pressure(temperature) }
+}
+
+fn calm(temperature: Temperature) -> Packing {
     match temperature {
-        Temperature::Cold if calm => Packing { compression: Compression::Zstd { level: 3 }, frame_blocks: FRAME_BLOCKS_MAX },
-        Temperature::Warm if calm => Packing { compression: Compression::Zstd { level: 1 }, frame_blocks: FRAME_BLOCKS },
-        _ => under_pressure(temperature),
+        Temperature::Cold => Packing { compression: Compression::Zstd { level: 3 }, frame_blocks: FRAME_BLOCKS_MAX },
+        Temperature::Warm => Packing { compression: Compression::Zstd { level: 1 }, frame_blocks: FRAME_BLOCKS },
     }
 }
 
@@ -320,15 +344,25 @@ mod tests {
         let cold = Packing { compression: Compression::Zstd { level: 3 }, frame_blocks: 16 };
         let mut previous = None;
         let mut next = |pressure| {
-            previous = Some(choose(pressure, Temperature::Warm, previous));
+            previous = Some(choose(Allowed::Auto, pressure, Temperature::Warm, previous));
             previous.unwrap()
         };
         assert_eq!([0.0, 0.49, 0.5, 0.4, 0.36, 0.3, 0.4, 1.0].map(&mut next), [zstd, zstd, lz4, lz4, lz4, zstd, zstd, lz4]);
         assert_eq!([f32::NAN, f32::INFINITY].map(&mut next), [lz4, lz4]);
-        assert_eq!(choose(0.1, Temperature::Cold, None), cold);
-        assert_eq!(choose(0.9, Temperature::Cold, Some(cold)), zstd);
-        assert_eq!(choose(0.4, Temperature::Cold, Some(zstd)), zstd);
-        assert_eq!(choose(0.3, Temperature::Cold, Some(zstd)), cold);
+        assert_eq!(choose(Allowed::Auto, 0.1, Temperature::Cold, None), cold);
+        assert_eq!(choose(Allowed::Auto, 0.9, Temperature::Cold, Some(cold)), zstd);
+        assert_eq!(choose(Allowed::Auto, 0.4, Temperature::Cold, Some(zstd)), zstd);
+        assert_eq!(choose(Allowed::Auto, 0.3, Temperature::Cold, Some(zstd)), cold);
+    }
+
+    #[test]
+    fn what_is_not_allowed_is_not_chosen() {
+        for (allowed, compression) in
+            [(Allowed::Off, Compression::Off), (Allowed::Lz4, Compression::Lz4), (Allowed::Zstd, Compression::Zstd { level: 1 })]
+        {
+            let chosen = [0.0, 1.0].map(|pressure| choose(allowed, pressure, Temperature::Warm, None).compression);
+            assert_eq!(chosen, [compression; 2]);
+        }
     }
 
     proptest! {

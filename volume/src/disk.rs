@@ -1,6 +1,7 @@
 //! The local device or file that carries a log.
 
 use blockdev::Errno;
+use bytes::Bytes;
 
 use crate::environment::LocalFuture;
 
@@ -21,7 +22,8 @@ pub trait LogDisk {
 
     fn read(&self, offset: u64, len: usize) -> LocalFuture<'_, Result<Vec<u8>, Errno>>;
 
-    fn write(&self, offset: u64, bytes: Vec<u8>) -> LocalFuture<'_, Result<(), Errno>>;
+    /// Writes the parts one behind the other; their lengths may be any, only all together they fill sectors.
+    fn write(&self, offset: u64, parts: Vec<Bytes>) -> LocalFuture<'_, Result<(), Errno>>;
 
     /// Makes durable every write that was completed before this call.
     fn sync(&self) -> LocalFuture<'_, Result<(), Errno>>;

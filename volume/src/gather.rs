@@ -13,7 +13,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use dedup::body::{BODY_LEN_MAX, Body};
-use dedup::frame::Temperature;
+use dedup::frame::{Allowed, Temperature, choose};
 use dedup::hash::BlockHash;
 use dedup::location::{Location, SegmentHandle, Spot};
 use dedup::{BLOCK_LEN, Block};
@@ -388,8 +388,8 @@ impl<'a> Gathering<'a> {
         // After the blocks: reading those finds out where an ancestor has moved them.
         let hashes = self.hashes_of(handle).await?;
         let packing = match self.content {
-            Content::Data => dedup::frame::choose(self.core.log.fill() as f32, Temperature::Warm, None),
-            Content::Pages => dedup::frame::choose(0.0, Temperature::Warm, None),
+            Content::Data => choose(self.core.settings.compression, self.core.log.fill() as f32, Temperature::Warm, None),
+            Content::Pages => choose(Allowed::Auto, 0.0, Temperature::Warm, None),
         };
         let body = std::mem::replace(&mut self.body, Body::new(0));
         let packed = offload(&*self.core.chain.environment, move || {

@@ -52,6 +52,7 @@ mod view;
 
 pub use clone::{SnapshotView, clone_snapshot, delete_volume};
 pub use crypto::system_random;
+pub use dedup::frame::Allowed;
 pub use disk::LogDisk;
 pub use environment::{Environment, LocalFuture};
 pub use error::VolumeError;

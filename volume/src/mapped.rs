@@ -18,6 +18,7 @@ use backends::{EngineUse, LogUse};
 use blockdev::Errno;
 use bytes::Bytes;
 use dedup::BLOCK_LEN;
+use dedup::frame::Allowed;
 
 use crate::backlog::Backlog;
 use crate::chain::{Chain, Claimed};
@@ -34,7 +35,7 @@ use crate::reader::Reader;
 use crate::reduce::Secrets;
 use crate::root::{Checkpoint, Root};
 use crate::segment::{BLOCK, Place, Segment};
-use crate::signal::{Lock, Signal};
+use crate::signal::{Asked, Lock, Signal, answer};
 use crate::snapshots::SnapshotInfo;
 
 /// A step is cut early when so much of the log is in use.
@@ -62,6 +63,7 @@ pub struct Settings {
     pub accept_loss: bool,
     /// Segments after which a checkpoint is due.
     pub checkpoint_segments: u64,
+    pub compression: Allowed,
     /// Blocks that are stored already are not stored again.
     pub deduplicate: bool,
     /// For pages of the map that were read.
@@ -79,6 +81,7 @@ impl Default for Settings {
             segment_bytes: 32 << 20,
             accept_loss: false,
             checkpoint_segments: 64,
+            compression: Allowed::Auto,
             deduplicate: true,
             page_cache_bytes: 64 << 20,
             kept_bytes: 96 << 20,
@@ -216,6 +219,15 @@ impl MappedVolume {
         self.change(RecordKind::Write, offset, len, bytes).await
     }
 
+    /// The same for those who do not wait: `then` is called with what came of it, at once or later.
+    pub(crate) fn write_then(&self, offset: u64, bytes: Bytes, then: impl FnOnce(Result<(), Errno>) + 'static) {
+        let len = bytes.len() as u64;
+        match self.core.check_range(offset, len) {
+            Ok(()) => self.append_for(Asked::call(then), RecordKind::Write, offset, len, bytes),
+            Err(errno) => then(Err(errno)),
+        }
+    }
+
     /// Makes whole blocks read as zeroes; `discard`: because their content no longer matters.
     pub async fn zero(&self, offset: u64, len: u64, discard: bool) -> Result<(), Errno> {
         let kind = if discard { RecordKind::Discard } else { RecordKind::Zero };
@@ -224,11 +236,16 @@ impl MappedVolume {
 
     async fn change(&self, kind: RecordKind, offset: u64, len: u64, payload: Bytes) -> Result<(), Errno> {
         self.core.check_range(offset, len)?;
-        let answer = self.core.log.append(kind, offset, len, payload);
+        let (asked, answer) = answer();
+        self.append_for(asked, kind, offset, len, payload);
+        answer.get().await
+    }
+
+    fn append_for(&self, asked: Asked<Result<(), Errno>>, kind: RecordKind, offset: u64, len: u64, payload: Bytes) {
+        self.core.log.append_for(asked, kind, offset, len, payload);
         if self.core.log.fill() > PRESSURE && self.core.publishing.get() == 0 && self.core.backlog.is_taken() {
             self.core.backlog.cut();
         }
-        answer.get().await
     }
 
     /// Reads whole blocks.

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use blockdev::Errno;
 use bytes::Bytes;
-use dedup::frame::Temperature;
+use dedup::frame::{Temperature, choose};
 use dedup::location::{Location, SegmentHandle, Spot, UNIT_LEN};
 
 use crate::backlog::{Pending, Step};
@@ -160,7 +160,7 @@ impl Core {
             };
             runs.push((range.clone(), content));
         }
-        let packing = dedup::frame::choose(self.log.fill() as f32, Temperature::Warm, self.packing.get());
+        let packing = choose(self.settings.compression, self.log.fill() as f32, Temperature::Warm, self.packing.get());
         self.packing.set(Some(packing));
         let mut random = [0; 32];
         self.chain.environment.random(&mut random);
@@ -182,13 +182,9 @@ impl Core {
     }
 
     async fn pending_bytes(&self, range: &Range<u64>, run: &Pending) -> Result<Bytes, VolumeError> {
-        let mut bytes = vec![0; (range.end - range.start) as usize * BLOCK];
-        let read = self.read_pending(run, &mut bytes).await;
-        match read {
-            Ok(true) => Ok(bytes.into()),
-            Ok(false) => Err(VolumeError::log_io("read", run.payload.position, Errno::EIO)),
-            Err(errno) => Err(VolumeError::log_io("read", run.payload.position, errno)),
-        }
+        let lost = |errno| VolumeError::log_io("read", run.payload.position, errno);
+        let len = (range.end - range.start) as usize * BLOCK;
+        self.written_bytes(run, len).await.map_err(lost)?.ok_or_else(|| lost(Errno::EIO))
     }
 }
 

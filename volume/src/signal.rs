@@ -33,7 +33,7 @@ impl Signal {
 /// The two ends of one answer.
 pub(crate) fn answer<T>() -> (Asked<T>, Answer<T>) {
     let cell = Rc::new(AnswerCell { value: Cell::new(None), waker: Cell::new(None) });
-    (Asked(cell.clone()), Answer(cell))
+    (Asked(End::Cell(cell.clone())), Answer(cell))
 }
 
 struct AnswerCell<T> {
@@ -42,16 +42,31 @@ struct AnswerCell<T> {
 }
 
 /// The end that gives the answer.
-pub(crate) struct Asked<T>(Rc<AnswerCell<T>>);
+pub(crate) struct Asked<T>(End<T>);
+
+enum End<T> {
+    Cell(Rc<AnswerCell<T>>),
+    Call(Box<dyn FnOnce(T)>),
+}
 
 /// The end that waits for it.
 pub(crate) struct Answer<T>(Rc<AnswerCell<T>>);
 
 impl<T> Asked<T> {
+    /// An end whose answer nobody waits for: `then` is called with it.
+    pub(crate) fn call(then: impl FnOnce(T) + 'static) -> Asked<T> {
+        Asked(End::Call(Box::new(then)))
+    }
+
     pub(crate) fn give(self, value: T) {
-        self.0.value.set(Some(value));
-        if let Some(waker) = self.0.waker.take() {
-            waker.wake();
+        match self.0 {
+            End::Call(then) => then(value),
+            End::Cell(cell) => {
+                cell.value.set(Some(value));
+                if let Some(waker) = cell.waker.take() {
+                    waker.wake();
+                }
+            }
         }
     }
 }

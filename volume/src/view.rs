@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use blockdev::Errno;
+use bytes::Bytes;
 
 use crate::backlog::Pending;
 use crate::core::Core;
@@ -98,19 +99,23 @@ impl Core {
         Errno::EIO
     }
 
-    pub(crate) async fn read_pending(&self, run: &Pending, bytes: &mut [u8]) -> Result<bool, Errno> {
+    async fn read_pending(&self, run: &Pending, bytes: &mut [u8]) -> Result<bool, Errno> {
         if run.kind != RecordKind::Write {
             bytes.fill(0);
             return Ok(true);
         }
+        let found = self.written_bytes(run, bytes.len()).await?;
+        Ok(found.map(|found| bytes.copy_from_slice(&found)).is_some())
+    }
+
+    /// The first `len` bytes of a run that was written; `None` if its place in the log was given to newer ones meanwhile.
+    pub(crate) async fn written_bytes(&self, run: &Pending, len: usize) -> Result<Option<Bytes>, Errno> {
         let from = run.skip as usize * BLOCK;
         if let Some(payload) = run.kept() {
-            bytes.copy_from_slice(&payload[from..from + bytes.len()]);
-            return Ok(true);
+            return Ok(Some(payload.slice(from..from + len)));
         }
-        let Some(payload) = self.log.read(run.payload).await? else { return Ok(false) };
-        bytes.copy_from_slice(&payload[from..from + bytes.len()]);
-        Ok(true)
+        let payload = self.log.read(run.payload).await?;
+        Ok(payload.map(|payload| Bytes::from(payload).slice(from..from + len)))
     }
 
     /// What the layers say of some ranges, and the tree to ask for the rest.

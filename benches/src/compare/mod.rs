@@ -10,6 +10,7 @@
 
 mod files;
 mod idle;
+pub mod mapped;
 mod novastor;
 mod peers;
 mod process;

@@ -11,6 +11,8 @@ use super::{NULL_BYTES, Options, Workspace};
 
 pub const NAME: &str = "novastor";
 pub const POOL: &str = "bench";
+/// The policy of volumes whose data is stored as it is.
+pub const UNREDUCED: &str = "unreduced";
 const VOLUME: &str = "disk";
 const THREADS: usize = 2;
 
@@ -61,8 +63,24 @@ impl Daemon {
     }
 
     pub fn client(&self, arguments: &[&str]) -> Result<()> {
-        let admin = format!("unix:{}", self.folder.join("admin.sock").display());
-        process::run(Command::new(&self.binary).args(arguments).env("NOVASTOR_ADMIN", admin))
+        process::output(&mut self.command(arguments)).map(drop)
+    }
+
+    /// Runs the client; what it printed, as JSON.
+    pub fn ask(&self, arguments: &[&str]) -> Result<serde_json::Value> {
+        let printed = process::output(&mut self.command(arguments))?;
+        serde_json::from_slice(&printed).with_context(|| format!("{arguments:?} printed no JSON"))
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.binary);
+        command.args(arguments).env("NOVASTOR_ADMIN", format!("unix:{}", self.folder.join("admin.sock").display()));
+        command
+    }
+
+    /// Removes its folder, with all that is in its pool.
+    pub fn remove(self) -> Result<()> {
+        std::fs::remove_dir_all(&self.folder).with_context(|| format!("remove {}", self.folder.display()))
     }
 
     pub fn export_vhost_user(&self, volume: &str, socket: &Path) -> Result<()> {
@@ -79,7 +97,8 @@ impl Daemon {
         let path = if driver == "file" { format!("path = \"{folder}/pool\"\n") } else { String::new() };
         format!(
             "[daemon]\ndata_dir = \"{folder}/data\"\nadmin = \"unix:{folder}/admin.sock\"\n\
-             nbd = [\"unix:{}\"]\nthreads = {THREADS}\n\n[pool.{POOL}]\ndriver = \"{driver}\"\n{path}",
+             nbd = [\"unix:{}\"]\nthreads = {THREADS}\nlog_size = \"4GiB\"\n\n[pool.{POOL}]\ndriver = \"{driver}\"\n{path}\n\
+             [policy.{UNREDUCED}]\ncompression = \"none\"\ndedup = \"none\"\n",
             self.nbd_socket().display()
         )
     }

@@ -81,13 +81,13 @@ impl Drop for Running {
     }
 }
 
-/// Runs a command to its end; its standard error is part of the error.
-pub fn run(command: &mut Command) -> Result<()> {
+/// Runs a command to its end; what it printed. Its standard error is part of the error.
+pub fn output(command: &mut Command) -> Result<Vec<u8>> {
     let output = command.output().with_context(|| format!("start {}", command.get_program().display()))?;
     if !output.status.success() {
         bail!("{}: {}: {}", show(command), output.status, String::from_utf8_lossy(&output.stderr).trim());
     }
-    Ok(())
+    Ok(output.stdout)
 }
 
 /// The child gets SIGTERM when the thread that started it ends, however it ends.

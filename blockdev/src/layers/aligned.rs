@@ -19,7 +19,7 @@ use crate::buffer::Buffer;
 use crate::device::{BlockDevice, Capabilities, DeviceError, Geometry, IoQueue};
 use crate::errno::Errno;
 use crate::memory::Memory;
-use crate::reactor::{Handler, HandlerId, Reactor};
+use crate::reactor::{Handler, HandlerId, Reactor, ReactorHandle};
 use crate::request::{Completion, CompletionQueue, Extent, Op, Payload, Request};
 
 /// The most that goes through one buffer; a multiple of every block size.
@@ -75,6 +75,9 @@ impl<D: BlockDevice> BlockDevice for Aligned<D> {
 
     fn health(&self) -> Option<String> {
         self.below.health()
+    }
+    fn home(&self) -> Option<ReactorHandle> {
+        self.below.home()
     }
 }
 

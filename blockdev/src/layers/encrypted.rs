@@ -23,7 +23,7 @@ use crate::buffer::Buffer;
 use crate::device::{BlockDevice, Capabilities, DeviceError, Geometry, IoQueue};
 use crate::layers::xts::{XTS_KEY_LEN, Xts};
 use crate::memory::Memory;
-use crate::reactor::{Handler, HandlerId, Reactor};
+use crate::reactor::{Handler, HandlerId, Reactor, ReactorHandle};
 use crate::request::{Completion, CompletionQueue, Op, Payload, Request};
 
 /// Bytes that are encrypted under one number.
@@ -106,6 +106,9 @@ impl BlockDevice for Encrypted {
 
     fn health(&self) -> Option<String> {
         self.below.health()
+    }
+    fn home(&self) -> Option<ReactorHandle> {
+        self.below.home()
     }
 }
 

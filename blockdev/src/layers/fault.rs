@@ -13,7 +13,7 @@ use slab::Slab;
 
 use crate::device::{BlockDevice, Capabilities, DeviceError, Geometry, IoQueue};
 use crate::errno::Errno;
-use crate::reactor::{Handler, HandlerId, Reactor};
+use crate::reactor::{Handler, HandlerId, Reactor, ReactorHandle};
 use crate::request::Request;
 use crate::stats::OpClass;
 
@@ -123,6 +123,9 @@ impl BlockDevice for Faulty {
 
     fn health(&self) -> Option<String> {
         self.below.health()
+    }
+    fn home(&self) -> Option<ReactorHandle> {
+        self.below.home()
     }
 }
 

@@ -11,7 +11,7 @@ use slab::Slab;
 use crate::device::{BlockDevice, Capabilities, DeviceError, Geometry, IoQueue};
 use crate::errno::Errno;
 use crate::memory::Memory;
-use crate::reactor::{Handler, HandlerId, Reactor};
+use crate::reactor::{Handler, HandlerId, Reactor, ReactorHandle};
 use crate::request::{Completion, CompletionQueue, Op, Payload, Request};
 
 const CHUNK: u64 = 1 << 20;
@@ -65,6 +65,9 @@ impl BlockDevice for ZeroFill {
 
     fn health(&self) -> Option<String> {
         self.below.health()
+    }
+    fn home(&self) -> Option<ReactorHandle> {
+        self.below.home()
     }
 }
 

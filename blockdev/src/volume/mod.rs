@@ -26,7 +26,7 @@ use crate::errno::Errno;
 use crate::layers::aligned::Aligned;
 use crate::layers::zero_fill::ZeroFill;
 use crate::range_lock::RangeLock;
-use crate::reactor::Reactor;
+use crate::reactor::{Reactor, ReactorHandle};
 use crate::stats::{OpStats, Snapshot};
 use flush_gate::FlushGate;
 use later::LaterDiscards;
@@ -136,6 +136,11 @@ impl Volume {
 
     pub fn is_read_only(&self) -> bool {
         !self.capabilities().writable
+    }
+
+    /// The thread whose queues serve the volume with the least work, if they are not all alike.
+    pub fn home(&self) -> Option<ReactorHandle> {
+        self.device.home()
     }
 
     /// The calling data-plane thread's queue, made when first asked for and closed when its last user drops it. Users drop it

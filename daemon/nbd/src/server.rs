@@ -323,7 +323,7 @@ impl Shared {
         true
     }
 
-    /// Enters a client on the thread that has the fewest. `None` if it must not be served any more.
+    /// Enters a client on the thread that has the fewest, if possible on the home of its volume. `None` if it must not be served any more.
     fn register(&self, export: Arc<Export>, peer: String, tls_subject: Option<String>) -> Option<Arc<Client>> {
         let mut clients = self.clients.lock();
         if export.is_withdrawn() || self.stopping.load(Ordering::SeqCst) {
@@ -334,7 +334,9 @@ impl Shared {
             tracing::warn!("{peer} refused: {attached} NBD clients are attached, the most allowed");
             return None;
         }
-        let (thread, _) = clients.on_thread.iter().enumerate().min_by_key(|(_, load)| **load)?;
+        let home = export.volume().home();
+        let is_elsewhere = |thread: usize| !home.as_ref().is_some_and(|home| home.same_reactor(&self.reactors[thread]));
+        let (thread, _) = clients.on_thread.iter().enumerate().min_by_key(|(thread, load)| (**load, is_elsewhere(*thread)))?;
         clients.on_thread[thread] += 1;
         let client = Arc::new(Client {
             id: next_id(),

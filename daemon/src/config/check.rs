@@ -41,7 +41,7 @@ pub(super) fn not_yet(table: &DeTable<'_>, file: &str, text: &str) -> Vec<Proble
     for (name, entries) in named_tables(table, "policy") {
         for (key, _) in entries.iter().filter(|(key, _)| POLICY_LATER.contains(&key.get_ref().as_ref())) {
             let message = format!(
-                "policy {name}: `{}` is not in this version and would not be honoured: remove it; `durability` and `encryption` work",
+                "policy {name}: `{}` is not in this version and would not be honoured: remove it; `durability`, `compression`, `dedup` and `encryption` work",
                 key.get_ref()
             );
             refuse(key.span().start, message);

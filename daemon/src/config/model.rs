@@ -224,9 +224,11 @@ pub struct PolicyConfig {
     /// What a flush waits for. "remote": the backend has the data, as always with raw volumes; "local": the log in data_dir has it. The
     /// pool's by default.
     pub durability: Option<String>,
-    /// "auto": mapped volumes are compressed as hard as time allows, which is the default. Others are not in this version: volumes are refused.
+    /// How mapped volumes are compressed. "auto": as hard as time allows, which is the default; "zstd" or "lz4": always with that; "none": not.
+    /// What is stored already stays as it is until it is rewritten.
     pub compression: Option<String>,
-    /// Not in this version: volumes are refused.
+    /// Where mapped volumes look for blocks that are stored already. "volume": in themselves, which is the default; "none": nowhere. "tenant" is
+    /// not in this version: such volumes are refused.
     pub dedup: Option<String>,
     /// Volumes are encrypted; needs [keys].
     pub encryption: bool,

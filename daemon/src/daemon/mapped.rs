@@ -7,8 +7,8 @@ use backends::file::FilePool;
 use backends::{Layout, Pool, PoolError, VolumeRecord};
 use blockdev::ReactorHandle;
 use parking_lot::RwLock;
-use volume::Durability;
-use volume::pool::{MappedPool, MappedPoolOptions};
+use volume::pool::{MappedPool, MappedPoolOptions, VolumePolicy};
+use volume::{Allowed, Durability};
 
 use crate::config::{Config, PolicyConfig, PoolConfig};
 use crate::error::{Error, Result};
@@ -36,7 +36,7 @@ impl Host {
             homes: self.reactors.clone(),
             log_folder: self.data_dir.join("log").join(pool),
             log_size,
-            durability: Box::new(move |record| durability(&live.read().clone(), record, fallback)),
+            policy: Box::new(move |record| policy(&live.read().clone(), record, fallback)),
             encrypts: Box::new(move |record| {
                 let policies = &of_policies.read().policy;
                 record.policy.as_ref().and_then(|policy| policies.get(policy)).is_some_and(|policy| policy.encryption)
@@ -108,33 +108,49 @@ fn parse_durability(durability: &str) -> Durability {
     if durability == "local" { Durability::Local } else { Durability::Remote }
 }
 
-fn durability(config: &Config, record: &VolumeRecord, fallback: Durability) -> backends::pool::Result<Durability> {
-    let Some(name) = &record.policy else { return Ok(fallback) };
+/// One that was checked when the configuration was loaded.
+fn parse_compression(compression: &str) -> Allowed {
+    match compression {
+        "none" => Allowed::Off,
+        "lz4" => Allowed::Lz4,
+        "zstd" => Allowed::Zstd,
+        _ => Allowed::Auto,
+    }
+}
+
+fn policy(config: &Config, record: &VolumeRecord, fallback: Durability) -> backends::pool::Result<VolumePolicy> {
+    let silent = VolumePolicy { durability: fallback, compression: Allowed::Auto, deduplicate: true };
+    let Some(name) = &record.policy else { return Ok(silent) };
     let Some(policy) = config.policy.get(name) else {
         tracing::warn!(
             "volume {}: its policy {name} is not configured any more: flushes wait for the pool, until [policy.{name}] is there",
             record.name
         );
-        return Ok(Durability::Remote);
+        return Ok(VolumePolicy { durability: Durability::Remote, ..silent });
     };
     if let Some(why) = refusal(name, policy, record.layout) {
         return Err(PoolError::Unsupported(format!("volume {}: {why}", record.name)));
     }
-    Ok(policy.durability.as_deref().map_or(fallback, parse_durability))
+    Ok(VolumePolicy {
+        durability: policy.durability.as_deref().map_or(fallback, parse_durability),
+        compression: policy.compression.as_deref().map_or(Allowed::Auto, parse_compression),
+        deduplicate: policy.dedup.as_deref() != Some("none"),
+    })
 }
 
 /// Why a volume cannot be what a policy asks for.
 pub fn refusal(name: &str, policy: &PolicyConfig, layout: Layout) -> Option<String> {
     let asks = |key: &str, value: &str| format!("policy {name} asks for {key} = {value}, which");
-    let not_yet = "is not in this version: change the policy, or choose another";
     for (key, value) in [("compression", &policy.compression), ("dedup", &policy.dedup)] {
         match value.as_deref() {
             None => {}
             Some(value) if layout == Layout::Raw => {
                 return Some(format!("{} a raw volume never has: choose --layout mapped, or another policy", asks(key, value)));
             }
-            Some("auto") if key == "compression" => {}
-            Some(value) => return Some(format!("{} {not_yet}", asks(key, value))),
+            Some("tenant") => {
+                return Some(format!("{} is not in this version: change the policy, or choose another", asks(key, "tenant")));
+            }
+            Some(_) => {}
         }
     }
     None
@@ -170,11 +186,30 @@ mod tests {
         let of = |durability: Option<&str>| PolicyConfig { durability: durability.map(str::to_owned), ..PolicyConfig::default() };
         config.policy.insert("near".to_owned(), of(Some("local")));
         config.policy.insert("silent".to_owned(), of(None));
-        let found = |policy: Option<&str>, fallback| durability(&config, &record(policy), fallback).unwrap();
+        let found = |name: Option<&str>, fallback| policy(&config, &record(name), fallback).unwrap().durability;
         assert_eq!(found(None, Durability::Remote), Durability::Remote);
         assert_eq!(found(Some("near"), Durability::Remote), Durability::Local);
         assert_eq!(found(Some("silent"), Durability::Local), Durability::Local);
         assert_eq!(found(Some("gone"), Durability::Local), Durability::Remote, "nobody says that a log will do");
+    }
+
+    #[test]
+    fn reduction_is_as_the_policy_says() {
+        let mut config = Config::default();
+        let mut found = |compression: Option<&str>, dedup: Option<&str>| {
+            let of = PolicyConfig {
+                compression: compression.map(str::to_owned),
+                dedup: dedup.map(str::to_owned),
+                ..PolicyConfig::default()
+            };
+            config.policy.insert("p".to_owned(), of);
+            let policy = policy(&config, &record(Some("p")), Durability::Local).unwrap();
+            (policy.compression, policy.deduplicate)
+        };
+        assert_eq!(found(None, None), (Allowed::Auto, true));
+        assert_eq!(found(Some("none"), Some("none")), (Allowed::Off, false));
+        assert_eq!(found(Some("lz4"), Some("volume")), (Allowed::Lz4, true));
+        assert_eq!(found(Some("zstd"), None), (Allowed::Zstd, true));
     }
 
     #[test]
@@ -189,7 +224,8 @@ mod tests {
         assert_eq!(why(of("", "", false), Layout::Raw), "");
         assert_eq!(why(of("auto", "", false), Layout::Mapped), "");
         assert!(why(of("auto", "", false), Layout::Raw).contains("--layout mapped"));
-        assert!(why(of("lz4", "", false), Layout::Mapped).contains("compression = lz4"));
+        assert_eq!(why(of("lz4", "none", false), Layout::Mapped), "");
+        assert!(why(of("lz4", "", false), Layout::Raw).contains("compression = lz4"));
         assert!(why(of("", "tenant", false), Layout::Mapped).contains("dedup = tenant"));
         assert_eq!([Layout::Raw, Layout::Mapped].map(|layout| why(of("", "", true), layout)), ["", ""]);
     }

@@ -115,11 +115,13 @@ impl VhostUserExport {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
         }
         listener.set_nonblocking(true)?;
+        let is_home = |thread: &ReactorHandle| volume.home().is_some_and(|home| home.same_reactor(thread));
+        let home = data_plane.iter().position(is_home);
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let shared = Arc::new(Shared {
             name: format!("vhost-user export of {}", volume.name()).into(),
             stats: data_plane.iter().map(|_| Arc::default()).collect(),
-            first_thread: NEXT_THREAD.fetch_add(1, Ordering::Relaxed),
+            first_thread: home.unwrap_or_else(|| NEXT_THREAD.fetch_add(1, Ordering::Relaxed)),
             volume,
             options,
             data_plane,

@@ -187,18 +187,26 @@ fn close(number: u64, log: Option<Arc<dyn BlockDevice>>) {
     }));
 }
 
-/// Carries out a request on the home thread.
-pub(super) fn carry_out(number: u64, job: Job) {
-    // A job that is dropped answers with an error by itself.
+/// Carries out a request, on the home thread, and gives what it found. Of an engine that has gone nothing is given.
+pub(super) fn carry_out(number: u64, job: Job, give: impl FnOnce(Result<Found, Errno>) + 'static) {
     let Some((environment, content)) = find(number) else { return };
-    environment.spawn(Box::pin(async move {
-        let Job { op, offset, len, bytes, reply } = job;
-        let done = match content {
-            Content::Volume(volume) => on_volume(&volume, op, offset, len, bytes).await,
-            Content::View(view) => on_view(&view, op, offset, len).await,
-        };
-        reply.give(done);
-    }));
+    let Job { op, offset, len, bytes } = job;
+    match content {
+        Content::Volume(volume) if op == (Op::Write { fua: false }) && bytes.len() <= part_max(&volume) => {
+            volume.write_then(offset, bytes, move |done| give(done.map(|()| Found::Nothing)));
+        }
+        content => environment.spawn(Box::pin(async move {
+            give(match content {
+                Content::Volume(volume) => on_volume(&volume, op, offset, len, bytes).await,
+                Content::View(view) => on_view(&view, op, offset, len).await,
+            });
+        })),
+    }
+}
+
+/// Bytes of a write that go to the log together.
+fn part_max(volume: &MappedVolume) -> usize {
+    volume.write_max().min(WRITE_PART)
 }
 
 async fn on_volume(volume: &MappedVolume, op: Op, offset: u64, len: u64, bytes: Bytes) -> Result<Found, Errno> {
@@ -225,7 +233,7 @@ async fn on_view(view: &SnapshotView, op: Op, offset: u64, len: u64) -> Result<F
 }
 
 async fn write(volume: &MappedVolume, offset: u64, bytes: Bytes, fua: bool) -> Result<(), Errno> {
-    let part_len = volume.write_max().min(WRITE_PART);
+    let part_len = part_max(volume);
     for start in (0..bytes.len()).step_by(part_len) {
         let part = bytes.slice(start..bytes.len().min(start + part_len));
         volume.write(offset + start as u64, part).await?;

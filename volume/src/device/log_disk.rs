@@ -7,6 +7,7 @@ use blockdev::{
     BlockDevice, Buffer, BufferPool, Completion, CompletionQueue, DeviceError, Errno, Handler, HandlerId, IoQueue, Memory, Op,
     Payload, Reactor, Request,
 };
+use bytes::Bytes;
 use slab::Slab;
 
 use crate::disk::LogDisk;
@@ -114,11 +115,16 @@ impl LogDisk for DeviceLog {
         })
     }
 
-    fn write(&self, offset: u64, bytes: Vec<u8>) -> LocalFuture<'_, Result<(), Errno>> {
+    fn write(&self, offset: u64, parts: Vec<Bytes>) -> LocalFuture<'_, Result<(), Errno>> {
         Box::pin(async move {
-            let mut memory = Memory::from_buffer(self.inner.buffer(bytes.len()).await, bytes.len());
-            memory.copy_from(0, &bytes);
-            self.inner.run(Op::Write { fua: false }, offset, bytes.len(), Payload::Memory(memory)).await.map(drop)
+            let len = parts.iter().map(Bytes::len).sum();
+            let mut memory = Memory::from_buffer(self.inner.buffer(len).await, len);
+            let mut at = 0;
+            for part in parts {
+                memory.copy_from(at, &part);
+                at += part.len();
+            }
+            self.inner.run(Op::Write { fua: false }, offset, len, Payload::Memory(memory)).await.map(drop)
         })
     }
 

@@ -7,7 +7,7 @@
 //!        └──────── posted result ◀─────────────┘
 //! ```
 //!
-//! The engine lives on one thread, its home; queues on any thread send it their requests. Bytes are copied before they are sent: a guest may
+//! The engine lives on one thread, its home; queues on any thread send it their requests, and those of its own thread hand them over. Bytes are copied before they are sent: a guest may
 //! change its memory at any time, and what is hashed and stored must not change.
 
 mod engine;
@@ -251,6 +251,10 @@ impl BlockDevice for MappedDevice {
         Ok(())
     }
 
+    fn home(&self) -> Option<ReactorHandle> {
+        Some(self.home.thread().clone())
+    }
+
     fn health(&self) -> Option<String> {
         match self.home.ask(|volume| (volume.failed(), volume.last_read_error())) {
             Some((Some(error), _)) => Some(format!("{error}; no I/O succeeds until it is opened anew")),
@@ -303,6 +307,10 @@ impl BlockDevice for SnapshotDevice {
 
     fn open_queue(&self, reactor: &Rc<Reactor>) -> Result<Box<dyn IoQueue>, DeviceError> {
         Ok(Box::new(MappedQueue::new(reactor, self.home.thread().clone(), self.home.number())))
+    }
+
+    fn home(&self) -> Option<ReactorHandle> {
+        Some(self.home.thread().clone())
     }
 
     fn resize(&self, _size: u64) -> Result<(), DeviceError> {

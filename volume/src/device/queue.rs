@@ -1,4 +1,9 @@
-//! One thread's queue of a mapped volume: requests go to the engine's thread, results come back.
+//! One thread's queue of a mapped volume: requests go to the engine, results come back.
+//!
+//! ```text
+//!   on the engine's thread    submit ── Job ──────────────▶ engine ── Duty ──▶ completed
+//!   on another one            submit ── Job ── spawn ─────▶ engine ── Reply ── post ──▶ Duty ──▶ completed
+//! ```
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -10,14 +15,15 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use slab::Slab;
 
-/// A request on its way to the engine.
+use super::engine::carry_out;
+
+/// A request as the engine gets it.
 pub(super) struct Job {
     pub(super) op: Op,
     pub(super) offset: u64,
     pub(super) len: u64,
     /// Of a write.
     pub(super) bytes: Bytes,
-    pub(super) reply: Reply,
 }
 
 /// What a request found.
@@ -27,10 +33,33 @@ pub(super) enum Found {
     Extents(Vec<Extent>),
 }
 
+/// The duty to complete one request. Dropped, it completes with EIO.
+struct Duty(Option<(Payload, Completer)>);
+
+impl Duty {
+    fn complete(mut self, result: Result<Found, Errno>) {
+        let Some((mut payload, completer)) = self.0.take() else { return };
+        let result = result.map(|found| match (found, payload.memory_mut()) {
+            (Found::Bytes(bytes), Some(memory)) => memory.copy_from(0, &bytes),
+            (Found::Extents(extents), _) => payload = Payload::Extents(extents),
+            _ => {}
+        });
+        completer.complete(result, payload);
+    }
+}
+
+impl Drop for Duty {
+    fn drop(&mut self) {
+        if let Some((payload, completer)) = self.0.take() {
+            completer.complete(Err(Errno::EIO), payload);
+        }
+    }
+}
+
 type FoundByToken = Arc<Mutex<HashMap<u32, Found>>>;
 
-/// The duty to answer one request. Dropped unanswered, it fails with EIO.
-pub(super) struct Reply {
+/// The way of an answer back to the thread that asked. Dropped, it answers with EIO.
+struct Reply {
     to: ReactorHandle,
     queue: HandlerId,
     token: u32,
@@ -39,7 +68,7 @@ pub(super) struct Reply {
 }
 
 impl Reply {
-    pub(super) fn give(mut self, result: Result<Found, Errno>) {
+    fn give(mut self, result: Result<Found, Errno>) {
         self.is_given = true;
         let number = match result {
             Ok(Found::Nothing) => 0,
@@ -69,8 +98,9 @@ struct Inner {
     reactor: Rc<Reactor>,
     id: HandlerId,
     home: ReactorHandle,
+    is_home: bool,
     engine: u64,
-    waiting: RefCell<Slab<(Payload, Completer)>>,
+    waiting: RefCell<Slab<Duty>>,
     found: FoundByToken,
 }
 
@@ -79,6 +109,7 @@ impl MappedQueue {
         let inner = reactor.install(|id| Inner {
             reactor: reactor.clone(),
             id,
+            is_home: reactor.handle().same_reactor(&home),
             home,
             engine,
             waiting: RefCell::default(),
@@ -90,19 +121,20 @@ impl MappedQueue {
 
 impl IoQueue for MappedQueue {
     fn submit(&self, request: Request) {
-        let inner = &self.inner;
+        let (inner, engine) = (&self.inner, self.inner.engine);
         let (op, offset, len) = (request.op, request.offset, request.len);
         let (payload, completer) = request.into_parts();
-        let mut bytes = Bytes::new();
-        if let (Op::Write { .. }, Some(memory)) = (op, payload.memory()) {
-            let mut copy = vec![0; memory.len()];
-            memory.copy_to(0, &mut copy);
-            bytes = copy.into();
+        let bytes = match (op, payload.memory()) {
+            (Op::Write { .. }, Some(memory)) => memory.to_vec().into(),
+            _ => Bytes::new(),
+        };
+        let (job, duty) = (Job { op, offset, len, bytes }, Duty(Some((payload, completer))));
+        if inner.is_home {
+            return carry_out(engine, job, move |found| duty.complete(found));
         }
-        let token = inner.waiting.borrow_mut().insert((payload, completer)) as u32;
+        let token = inner.waiting.borrow_mut().insert(duty) as u32;
         let reply = Reply { to: inner.reactor.handle(), queue: inner.id, token, found: inner.found.clone(), is_given: false };
-        let (engine, job) = (inner.engine, Job { op, offset, len, bytes, reply });
-        inner.home.spawn(move |_| super::engine::carry_out(engine, job));
+        inner.home.spawn(move |_| carry_out(engine, job, move |found| reply.give(found)));
     }
 }
 
@@ -114,17 +146,11 @@ impl Drop for MappedQueue {
 
 impl Handler for Inner {
     fn completed(&self, token: u32, result: i32, _flags: u32) {
-        let Some((mut payload, completer)) = self.waiting.borrow_mut().try_remove(token as usize) else { return };
-        let found = self.found.lock().remove(&token);
-        if result < 0 {
-            return completer.complete(Err(Errno::from_raw(-result)), payload);
+        let duty = self.waiting.borrow_mut().try_remove(token as usize);
+        let found = self.found.lock().remove(&token).unwrap_or(Found::Nothing);
+        if let Some(duty) = duty {
+            duty.complete(if result < 0 { Err(Errno::from_raw(-result)) } else { Ok(found) });
         }
-        match (found, payload.memory_mut()) {
-            (Some(Found::Bytes(bytes)), Some(memory)) => memory.copy_from(0, &bytes),
-            (Some(Found::Extents(extents)), _) => payload = Payload::Extents(extents),
-            _ => {}
-        }
-        completer.complete(Ok(()), payload);
     }
 
     fn ready(&self) {}

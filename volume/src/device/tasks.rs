@@ -16,6 +16,8 @@ use crate::crypto::system_random;
 use crate::environment::{Environment, LocalFuture};
 
 const REDUCERS_COUNT: usize = 2;
+/// Whoever waits for an answer comes first; a log that fills makes them wait for the reducers.
+const REDUCERS_NICE: i32 = 10;
 
 /// Runs tasks on one reactor, from [`Tasks::start`] until [`Tasks::end`].
 pub(super) struct Tasks {
@@ -117,7 +119,7 @@ enum Work {
 /// The threads that make segments, shared by all volumes.
 fn reducers() -> &'static Offload {
     static REDUCERS: OnceLock<Offload> = OnceLock::new();
-    REDUCERS.get_or_init(|| Offload::start("reduce", REDUCERS_COUNT).expect("a thread can be started"))
+    REDUCERS.get_or_init(|| Offload::start_nice("reduce", REDUCERS_COUNT, REDUCERS_NICE).expect("a thread can be started"))
 }
 
 /// The environment of an engine. A handle of its own, so that tasks do not keep what runs them.

@@ -219,15 +219,19 @@ impl Log {
     /// at most [`Ring::payload_max`]; others have none.
     pub(crate) fn append(&self, kind: RecordKind, offset: u64, len: u64, payload: Bytes) -> Answer<Result<(), Errno>> {
         let (asked, answer) = answer();
+        self.append_for(asked, kind, offset, len, payload);
+        answer
+    }
+
+    /// The same for `asked`.
+    pub(crate) fn append_for(&self, asked: Asked<Result<(), Errno>>, kind: RecordKind, offset: u64, len: u64, payload: Bytes) {
         if let Some(errno) = self.failed.get() {
-            asked.give(Err(errno));
-            return answer;
+            return asked.give(Err(errno));
         }
         let crc = if payload.is_empty() || self.encryption.is_some() { 0 } else { crc32c(&payload) };
         let record = Record { kind, offset, len, crc, tag: Default::default() };
         self.queue.borrow_mut().push_back(Queued { record, payload, asked });
         self.changed.notify();
-        answer
     }
 
     /// Makes every record acknowledged so far durable.
@@ -308,17 +312,17 @@ impl Log {
                 Some(_) => Some(None),
                 None => self.next_batch().map(Some),
             };
-            let Some((offset, bytes, number)) = self.changed.wait_for(go_on).await else { return };
+            let Some((offset, parts, number)) = self.changed.wait_for(go_on).await else { return };
             let log = self.clone();
             self.environment.spawn(Box::pin(async move {
-                let written = log.disk.write(offset, bytes).await;
+                let written = log.disk.write(offset, parts).await;
                 log.written(number, written);
             }));
         }
     }
 
     /// Forms a batch of what waits, if it may be written now.
-    fn next_batch(&self) -> Option<(u64, Vec<u8>, u64)> {
+    fn next_batch(&self) -> Option<(u64, Vec<Bytes>, u64)> {
         let mut queue = self.queue.borrow_mut();
         if queue.is_empty() || self.in_flight.borrow().len() >= IN_FLIGHT_MAX {
             return None;
@@ -360,31 +364,39 @@ impl Log {
     }
 
     /// What to write, where, and the number of the batch, which is under way from now on.
-    fn begin(&self, mut header: BatchHeader, queued: Vec<Queued>) -> (u64, Vec<u8>, u64) {
-        let total = header.total_len(self.ring.sector);
-        let mut bytes = Vec::with_capacity(total);
-        bytes.resize(header.payload_at(self.ring.sector), 0);
+    fn begin(&self, mut header: BatchHeader, queued: Vec<Queued>) -> (u64, Vec<Bytes>, u64) {
+        let (total, payload_at) = (header.total_len(self.ring.sector), header.payload_at(self.ring.sector));
+        let mut parts = Vec::with_capacity(queued.len() + 2);
+        parts.push(Bytes::new());
         let (mut asked, mut payloads) = (Vec::with_capacity(queued.len()), Vec::with_capacity(queued.len()));
         for (index, queued) in queued.into_iter().enumerate() {
-            let at = bytes.len();
-            bytes.extend_from_slice(&queued.payload);
-            if let Some(Encryption { key, .. }) = self.encryption.as_ref().filter(|_| bytes.len() > at) {
-                header.records[index].tag = key.seal_payload(header.number, index, &mut bytes[at..]);
-            }
+            parts.push(self.as_written(&mut header, index, &queued.payload));
             asked.push(queued.asked);
             payloads.push(queued.payload);
         }
-        bytes.resize(total, 0);
         if let Some(Encryption { key, .. }) = &self.encryption {
             header.tag = key.header_tag(&header);
         }
-        let (encoded, chain) = header.encode();
-        bytes[..encoded.len()].copy_from_slice(&encoded);
+        let (mut encoded, chain) = header.encode();
+        encoded.resize(payload_at, 0);
+        parts[0] = encoded.into();
+        let filled: usize = parts.iter().map(Bytes::len).sum();
+        parts.push(vec![0; total - filled].into());
         let end = Tail { position: header.position + total as u64, number: header.number + 1, chain };
         self.next.set(end);
         let (offset, number) = (self.ring.offset(header.position), header.number);
         self.in_flight.borrow_mut().push_back(InFlight { header, end, asked, payloads, written: false });
-        (offset, bytes, number)
+        (offset, parts, number)
+    }
+
+    /// A payload as it stands on the disk; its record gets the tag.
+    fn as_written(&self, header: &mut BatchHeader, index: usize, payload: &Bytes) -> Bytes {
+        let Some(Encryption { key, .. }) = self.encryption.as_ref().filter(|_| !payload.is_empty()) else {
+            return payload.clone();
+        };
+        let mut sealed = payload.to_vec();
+        header.records[index].tag = key.seal_payload(header.number, index, &mut sealed);
+        sealed.into()
     }
 
     fn written(&self, number: u64, result: Result<(), Errno>) {
@@ -416,9 +428,9 @@ impl Log {
         }
         let header = self.header(upto, upto.position, Vec::new());
         let Some(position) = self.place_for(&header) else { return };
-        let (offset, bytes, number) = self.begin(BatchHeader { position, ..header }, Vec::new());
+        let (offset, parts, number) = self.begin(BatchHeader { position, ..header }, Vec::new());
         self.marked.set(self.next.get().position);
-        let written = self.disk.write(offset, bytes).await;
+        let written = self.disk.write(offset, parts).await;
         self.written(number, written);
         self.begin_sync();
     }

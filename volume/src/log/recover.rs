@@ -75,7 +75,7 @@ pub(crate) async fn make_durable(disk: &dyn LogDisk, ring: Ring, found: &[Found]
     for span in spans.chunk_by(in_one_go) {
         let (offset, len) = (span[0].0, span.iter().map(|(_, len)| len).sum());
         let bytes = disk.read(offset, len).await.map_err(|errno| VolumeError::log_io("read", offset, errno))?;
-        disk.write(offset, bytes).await.map_err(|errno| VolumeError::log_io("write", offset, errno))?;
+        disk.write(offset, vec![bytes.into()]).await.map_err(|errno| VolumeError::log_io("write", offset, errno))?;
     }
     disk.sync().await.map_err(|errno| VolumeError::log_io("sync", 0, errno))
 }

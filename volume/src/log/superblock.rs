@@ -74,7 +74,7 @@ impl Superblock {
         bytes[64..USED].copy_from_slice(&self.key_check);
         let crc = crc32c(&bytes[12..USED]);
         bytes[8..12].copy_from_slice(&crc.to_le_bytes());
-        disk.write(0, bytes).await.map_err(|errno| VolumeError::log_io("write", 0, errno))?;
+        disk.write(0, vec![bytes.into()]).await.map_err(|errno| VolumeError::log_io("write", 0, errno))?;
         disk.sync().await.map_err(|errno| VolumeError::log_io("sync", 0, errno))
     }
 }

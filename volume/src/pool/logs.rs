@@ -15,11 +15,12 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use backends::PoolError;
-use backends::file::{FileDevice, FileOptions, hold_unused};
+use backends::file::hold_unused;
 use backends::pool::Result;
 use blockdev::clock;
 use uuid::Uuid;
 
+use super::growing_log::GrowingLog;
 use crate::device::name_of;
 
 const NEW: &str = "new";
@@ -49,12 +50,12 @@ impl Logs {
     }
 
     /// Opens the log of a group, made empty if there is none. Blocks.
-    pub(super) fn open(&self, group: Uuid) -> Result<FileDevice> {
+    pub(super) fn open(&self, group: Uuid) -> Result<GrowingLog> {
         let path = self.path(group);
         if !path.exists() {
             self.make(&path).map_err(failed(format!("making the log {}", path.display())))?;
         }
-        Ok(FileDevice::open(&path, FileOptions { read_only: false, direct: true })?)
+        Ok(GrowingLog::open(&path)?)
     }
 
     fn make(&self, path: &Path) -> std::io::Result<()> {

@@ -19,6 +19,7 @@
 
 mod clones;
 mod groups;
+mod growing_log;
 mod key;
 mod logs;
 mod opening;
@@ -39,6 +40,7 @@ use backends::segments::SegmentStore;
 use backends::segments::drive::block_on;
 use backends::{EngineUse, Flattened, Layout, Pool, PoolError, PoolHealth, Usage, VolumeRecord, VolumeSpec, check_name};
 use blockdev::{BlockDevice, ReactorHandle};
+use dedup::frame::Allowed;
 use parking_lot::Mutex;
 use uuid::Uuid;
 
@@ -53,8 +55,17 @@ use store_records::StoreRecords;
 
 /// A store that several threads share.
 pub type SharedStore = Arc<dyn SegmentStore + Send + Sync>;
-/// What a volume's flushes wait for, or why it cannot be served as its policy says.
-pub type DurabilityOf = Box<dyn Fn(&VolumeRecord) -> Result<Durability> + Send + Sync>;
+/// What a volume's policy asks for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct VolumePolicy {
+    pub durability: Durability,
+    pub compression: Allowed,
+    /// Blocks that are stored already are not stored again.
+    pub deduplicate: bool,
+}
+
+/// The policy of a volume, or why it cannot be served as it says.
+pub type PolicyOf = Box<dyn Fn(&VolumeRecord) -> Result<VolumePolicy> + Send + Sync>;
 
 /// The key-encryption keys of this host, as they are configured now.
 pub type KeksOf = Box<dyn Fn() -> Result<Keks> + Send + Sync>;
@@ -70,7 +81,7 @@ pub struct MappedPoolOptions {
     pub log_folder: PathBuf,
     /// Bytes of a new log, a multiple of 4096, at least 1 MiB.
     pub log_size: u64,
-    pub durability: DurabilityOf,
+    pub policy: PolicyOf,
     /// Whether a new volume is to be encrypted.
     pub encrypts: Box<dyn Fn(&VolumeRecord) -> bool + Send + Sync>,
     pub keks: KeksOf,

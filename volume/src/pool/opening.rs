@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::records::moved_away;
 use super::segments::Opened;
-use super::{MappedPool, SEGMENT_BYTES_MAX};
+use super::{MappedPool, SEGMENT_BYTES_MAX, VolumePolicy};
 use crate::device::{MappedDevice, MappedOptions, OpenError};
 use crate::error::VolumeError;
 use crate::mapped::Settings;
@@ -24,8 +24,8 @@ use crate::reduce::Secrets;
 impl MappedPool {
     pub(super) fn engine(&self, record: &VolumeRecord, opened: &Opened, accept_loss: bool) -> Result<MappedOptions> {
         let segment_bytes = SEGMENT_BYTES_MAX.min(self.options.log_size / 4);
-        let durability = (self.options.durability)(record)?;
-        let settings = Settings { durability, segment_bytes, accept_loss, ..Settings::default() };
+        let VolumePolicy { durability, compression, deduplicate } = (self.options.policy)(record)?;
+        let settings = Settings { durability, segment_bytes, accept_loss, compression, deduplicate, ..Settings::default() };
         Ok(MappedOptions { settings, ..self.engine_of(record.uuid, opened)? })
     }
 

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use blockdev::Errno;
+use bytes::Bytes;
 
 use crate::bytes_at::{array_at, u64_at};
 use crate::disk::LogDisk;
@@ -188,7 +189,8 @@ impl LogDisk for SimulatedDisk {
         self.host.world.operation(self.process, read)
     }
 
-    fn write(&self, offset: u64, bytes: Vec<u8>) -> LocalFuture<'_, Result<(), Errno>> {
+    fn write(&self, offset: u64, parts: Vec<Bytes>) -> LocalFuture<'_, Result<(), Errno>> {
+        let bytes = parts.concat();
         let HostDisk { world, state, failures } = self.host.clone();
         let sector = state.borrow().sector;
         assert!(offset.is_multiple_of(sector as u64) && bytes.len().is_multiple_of(sector), "a misaligned write");

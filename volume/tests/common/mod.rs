@@ -12,9 +12,9 @@ use backends::{Layout, Pool, PoolError, VolumeSpec};
 use blockdev::client::Client;
 use blockdev::{DataPlane, DataPlaneOptions, Volume, VolumeOptions};
 use uuid::Uuid;
-use volume::Durability;
 use volume::keys::{Kek, Keks};
-use volume::pool::{MappedPool, MappedPoolOptions, SharedStore};
+use volume::pool::{MappedPool, MappedPoolOptions, SharedStore, VolumePolicy};
+use volume::{Allowed, Durability};
 
 pub const MIB: u64 = 1 << 20;
 
@@ -38,7 +38,7 @@ impl Host {
             homes: self.plane.handles().to_vec(),
             log_folder: self.folder.clone(),
             log_size: 2 * MIB,
-            durability: Box::new(move |_| Ok(durability)),
+            policy: Box::new(move |_| Ok(VolumePolicy { durability, compression: Allowed::Auto, deduplicate: true })),
             encrypts: Box::new(|record| record.policy.as_deref() == Some("secret")),
             keks: Box::new(|| Ok(Keks { current: Some(Kek::new([8; 32])), previous: None })),
         }
