@@ -22,7 +22,7 @@ use crate::environment::{LocalFuture, offload};
 use crate::error::VolumeError;
 use crate::extent_map::ExtentMap;
 use crate::map::merge::merge;
-use crate::map::{Page, PageSink, Pointer, Tree};
+use crate::map::{PAGES_PER_FRAME, Page, PageSink, Pointer, Tree};
 use crate::meta::{Meta, Snapshot, SnapshotId};
 use crate::names::{Family, Source};
 use crate::object::{self, Kind, Opened};
@@ -33,8 +33,8 @@ use crate::table::Content;
 
 /// Pages of one object.
 const PAGES_MAX: usize = 8192;
-/// Four neighbours are compressed, and read, together.
-const PACKING: Packing = Packing { compression: Compression::Zstd { level: 1 }, frame_blocks: 4 };
+/// Neighbours are compressed, and read, together.
+const PACKING: Packing = Packing { compression: Compression::Zstd { level: 1 }, frame_blocks: PAGES_PER_FRAME };
 
 /// What a checkpoint changes besides.
 #[derive(Clone, Copy, Default)]
@@ -171,12 +171,15 @@ impl Core {
         };
         let writer = PageWriter { core: self, filling: RefCell::default() };
         let (mut tree, mut trees) = (base, HashMap::new());
+        let damaged = |error| self.note_damage(error);
         for layer in &layers {
-            tree = merge(tree, self.blocks(), &layer.runs, &self.reader, &writer).await?;
+            tree = merge(tree, self.blocks(), &layer.runs, &self.reader, &writer, damaged).await?;
             trees.extend(layer.ends_with.map(|snapshot| (snapshot, tree)));
         }
         let size = change.size.unwrap_or(self.size());
-        let tree = merge(change.tree.unwrap_or(tree), size / BLOCK as u64, &ExtentMap::default(), &self.reader, &writer).await?;
+        let unchanged = ExtentMap::default();
+        let tree = change.tree.unwrap_or(tree);
+        let tree = merge(tree, size / BLOCK as u64, &unchanged, &self.reader, &writer, damaged).await?;
         writer.flush().await?;
 
         let doomed = self.doomed.borrow().clone();
@@ -235,6 +238,7 @@ impl Core {
         for handle in free {
             self.reader.tally.handles_released.add(1);
             self.reader.forget(handle);
+            self.unreadable.borrow_mut().remove(&handle);
             self.deduplication.restore(handle);
             self.reader.table.borrow_mut().reuse(handle);
         }

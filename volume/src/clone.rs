@@ -197,7 +197,7 @@ impl SnapshotView {
         let blocks = self.blocks(offset, len)?;
         let runs = self.tree.runs(&self.reader, blocks.clone(), usize::MAX).await?;
         let mut bytes = vec![0; (blocks.end - blocks.start) as usize * BLOCK_LEN];
-        let stored = runs.into_iter().filter(|(_, pointer)| pointer.location().is_some());
+        let stored = runs.into_iter().filter(|(_, pointer)| !pointer.is_nothing());
         let wanted: Vec<(usize, Pointer)> = stored.map(|(run, pointer)| ((run.start - blocks.start) as usize, pointer)).collect();
         self.reader.read(&wanted, &mut bytes).await?;
         Ok(bytes)

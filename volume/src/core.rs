@@ -7,7 +7,7 @@
 //! ```
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
 
 use blockdev::Errno;
@@ -98,6 +98,8 @@ pub(crate) struct Core {
     pub(crate) doomed: RefCell<Vec<Source>>,
     /// Forgotten handles and whoever may still follow pointers to them, in the order in which they were forgotten.
     pub(crate) limbo: RefCell<Vec<(Rc<()>, Vec<u32>)>>,
+    /// Handles of objects that a collection of garbage could not read.
+    pub(crate) unreadable: RefCell<HashSet<u32>>,
     /// Held while the tree or the table is being changed as a whole.
     pub(crate) house: Lock,
     /// Handles that steps on their way may refer to.
@@ -108,7 +110,7 @@ pub(crate) struct Core {
     pub(crate) written: Cell<u64>,
     pub(crate) live: Cell<u64>,
     pub(crate) failed: RefCell<Option<VolumeError>>,
-    /// Why a read failed last.
+    /// What was damaged when something was read last.
     pub(crate) last_unread: RefCell<Option<VolumeError>>,
     pub(crate) changed: Signal,
 }
@@ -155,10 +157,13 @@ impl Core {
         self.changed.wait_for(settled).await
     }
 
-    /// Name of an object of this epoch that does not exist yet.
+    /// Name of an object of this epoch that does not exist yet. The number of a gathered object is greater than those of this epoch's steps whose
+    /// changes its pages may have, so that the names alone tell what a page cannot refer to.
     pub(crate) fn new_source(&self, family: Family, counter: &Cell<u64>) -> Source {
-        let number = counter.replace(counter.get() + 1);
-        let root = self.keeper.root();
+        let (root, place) = (self.keeper.root(), self.map.borrow().place);
+        let is_later = family == Family::Gathered && place.epoch == root.epoch;
+        let number = counter.get().max(if is_later { place.sequence } else { 0 });
+        counter.set(number + 1);
         Source { group: root.group, family, epoch: root.epoch, number }
     }
 }

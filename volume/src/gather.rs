@@ -8,7 +8,8 @@
 //! ```
 //!
 //! Invariants: pages are not rewritten for it; a snapshot neither stalls it nor is changed by it. An object that a step on its way may
-//! refer to is left alone. What cannot be read is left where it is.
+//! refer to is left alone. What cannot be read is left where it is, and so is everything that a page which cannot be read may refer to: what
+//! was there when that page was written.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
@@ -25,6 +26,7 @@ use crate::error::VolumeError;
 use crate::map::{Pointer, Tree, spot_bits, spot_of};
 use crate::names::{Family, Source};
 use crate::object::Kind;
+use crate::reader::Moves;
 use crate::segment::Place;
 use crate::step_header::{Moved, StepHeader};
 use crate::table::{Content, Entry, State};
@@ -63,6 +65,29 @@ struct Uses {
     named: HashSet<u32>,
     /// Pointers that lead to each handle in the end.
     counts: HashMap<u32, u64>,
+    /// Pages that cannot be read may refer to these, and to everything in their objects.
+    kept: HashSet<u32>,
+}
+
+impl Uses {
+    fn live_blocks(&self, handle: u32, entry: &Entry) -> u64 {
+        let blocks = u64::from(entry.blocks);
+        if self.kept.contains(&handle) { blocks } else { self.counts.get(&handle).map_or(0, |count| blocks.min(*count)) }
+    }
+}
+
+/// Whether a page of one object may refer to another object.
+fn may_refer_to(page: &Entry, other: &Entry) -> bool {
+    if (page.owner, page.epoch) != (other.owner, other.epoch) {
+        // A clone's pages may refer to what its ancestors had, and pages of an epoch to what there was before it.
+        return other.owner > page.owner || other.owner == page.owner && other.epoch < page.epoch;
+    }
+    match other.family {
+        Family::Gathered => other.number <= page.number,
+        // The numbers of a page's object and of the steps it has are compared: see `Core::new_source`.
+        Family::Step => other.number < page.number,
+        Family::Meta => false,
+    }
 }
 
 /// What is to be done.
@@ -81,11 +106,6 @@ struct Candidate {
 }
 
 impl Candidate {
-    fn new(handle: u32, entry: &Entry, count: u64) -> Candidate {
-        let blocks = u64::from(entry.blocks);
-        Candidate { handle, is_own: entry.owner == 0, live: count.min(blocks), blocks }
-    }
-
     /// In use, 0 to 1.
     fn share(&self) -> f64 {
         self.live as f64 / self.blocks.max(1) as f64
@@ -168,9 +188,10 @@ impl Core {
             uses.named.insert(handle);
             *uses.counts.entry(reader.forward_of(handle).unwrap_or(handle)).or_default() += 1;
         };
-        self.mark(|pointer| count(pointer, &mut uses)).await?;
+        let unreadable = self.mark(|pointer| count(pointer, &mut uses)).await?;
         // From here to the end of choosing nothing else runs, so no hit slips in between.
         self.mark_layers(|pointer| count(pointer, &mut uses));
+        uses.kept = self.kept_for(&unreadable);
         let Chosen { forgotten, victims } = self.choose(&uses, which);
         let nothing_to_do = forgotten.is_empty() && victims.is_empty();
         if victims.len() == VICTIMS_MAX {
@@ -202,13 +223,33 @@ impl Core {
         Ok(done)
     }
 
-    /// Shows every pointer of every tree, each page's once.
-    async fn mark(&self, mut show: impl FnMut(Pointer)) -> Result<(), VolumeError> {
-        let mut known = HashSet::new();
+    /// Shows every pointer of every tree, each page's once. The answer is which pages cannot be read.
+    async fn mark(&self, mut show: impl FnMut(Pointer)) -> Result<Vec<Pointer>, VolumeError> {
+        let (mut known, mut unreadable) = (HashSet::new(), Vec::new());
         for tree in self.trees() {
-            tree.walk(&self.reader, &mut known, |pointer, _| show(pointer)).await?;
+            for (page, error) in tree.walk(&self.reader, &mut known, |pointer, _| show(pointer)).await? {
+                self.note_damage(error);
+                unreadable.push(page);
+            }
         }
-        Ok(())
+        Ok(unreadable)
+    }
+
+    /// What pages that cannot be read may refer to.
+    fn kept_for(&self, unreadable: &[Pointer]) -> HashSet<u32> {
+        let table = self.reader.table.borrow();
+        let entry_of = |page: &Pointer| table.get(page.location()?.segment.get());
+        let pages: Option<Vec<&Entry>> = unreadable.iter().map(entry_of).collect();
+        let may_be_needed = |entry: &Entry| pages.as_ref().is_none_or(|pages| pages.iter().any(|page| may_refer_to(page, entry)));
+        let mut kept = HashSet::new();
+        for (handle, entry) in table.used().filter(|(_, entry)| may_be_needed(entry)) {
+            kept.insert(handle);
+            kept.extend(match entry.state {
+                State::Forwarded(to) => Some(to),
+                State::Free | State::Live => None,
+            });
+        }
+        kept
     }
 
     fn trees(&self) -> Vec<Tree> {
@@ -229,24 +270,22 @@ impl Core {
     fn live_blocks(&self, uses: &Uses) -> u64 {
         let table = self.reader.table.borrow();
         let own = table.used().filter(|(_, entry)| entry.owner == 0 && entry.is_live());
-        own.map(|(handle, entry)| uses.counts.get(&handle).copied().unwrap_or(0).min(entry.blocks.into())).sum()
+        own.map(|(handle, entry)| uses.live_blocks(handle, entry)).sum()
     }
 
     fn choose(&self, uses: &Uses, which: Which) -> Chosen {
         let mut chosen = Chosen::default();
-        let (table, hit_uses) = (self.reader.table.borrow(), self.hit_uses.borrow());
+        let (table, hit_uses, unreadable) = (self.reader.table.borrow(), self.hit_uses.borrow(), self.unreadable.borrow());
         let mut candidates = Vec::new();
         for (handle, entry) in table.used() {
-            let count = uses.counts.get(&handle).copied().unwrap_or(0);
-            if hit_uses.contains_key(&handle) || self.is_in_history(entry) {
+            if hit_uses.contains_key(&handle) || uses.kept.contains(&handle) || self.is_in_history(entry) {
                 continue;
             }
-            let is_unused = count == 0 && !uses.named.contains(&handle);
-            match (entry.state, which) {
-                (State::Free, _) => {}
-                (State::Live | State::Forwarded(_), _) if is_unused => chosen.forgotten.push(handle),
-                (State::Live, _) => candidates.push(Candidate::new(handle, entry, count)),
-                (State::Forwarded(_), _) => {}
+            let live = uses.live_blocks(handle, entry);
+            if live == 0 && !uses.named.contains(&handle) {
+                chosen.forgotten.push(handle);
+            } else if entry.is_live() && !unreadable.contains(&handle) {
+                candidates.push(Candidate { handle, is_own: entry.owner == 0, live, blocks: entry.blocks.into() });
             }
         }
         chosen.victims = victims(candidates, which);
@@ -276,12 +315,10 @@ impl Core {
                 if entry.is_none_or(|entry| entry.content != content || !entry.is_live()) {
                     continue;
                 }
-                let spots = live.remove(handle).unwrap_or_default();
+                let Some(spots) = live.remove(handle) else { continue };
                 match gathering.add(*handle, &spots).await {
                     Ok(()) => done.blocks_moved += spots.len() as u64,
-                    // It cannot be read: it stays as it is.
-                    Err(VolumeError::ObjectDamaged { .. }) => self.deduplication.restore(*handle),
-                    Err(error) => return Err(error),
+                    Err(error) => self.leave(*handle, error)?,
                 }
             }
             gathering.store().await?;
@@ -303,13 +340,38 @@ impl Core {
                 forwarded.push(Location { segment, spot });
             }
         };
-        self.mark(&mut note).await?;
+        // A page that was readable the first time may be so no more.
+        let unreadable = self.mark(&mut note).await?;
         self.mark_layers(&mut note);
+        for kept in self.kept_for(&unreadable) {
+            if live.remove(&kept).is_some() {
+                self.deduplication.restore(kept);
+            }
+        }
         for location in forwarded {
-            let Location { segment, spot } = self.reader.resolve(location).await?;
-            live.entry(segment.get()).or_default().insert(spot_bits(spot));
+            let Some(to) = self.reader.forward_of(location.segment.get()).filter(|to| live.contains_key(to)) else { continue };
+            match self.reader.resolve(location).await {
+                Ok(Location { segment, spot }) => {
+                    live.entry(segment.get()).and_modify(|spots| spots.extend([spot_bits(spot)]));
+                }
+                Err(error) => {
+                    live.remove(&to);
+                    self.leave(to, error)?;
+                }
+            }
         }
         Ok(live)
+    }
+
+    /// A victim that cannot be read stays as it is.
+    fn leave(&self, victim: u32, error: VolumeError) -> Result<(), VolumeError> {
+        if !matches!(error, VolumeError::ObjectDamaged { .. }) {
+            return Err(error);
+        }
+        self.note_damage(error);
+        self.unreadable.borrow_mut().insert(victim);
+        self.deduplication.restore(victim);
+        Ok(())
     }
 
     /// No page refers to these handles. Objects of one's own are deleted after the next checkpoint.
@@ -387,6 +449,7 @@ impl<'a> Gathering<'a> {
         }
         // After the blocks: reading those finds out where an ancestor has moved them.
         let hashes = self.hashes_of(handle).await?;
+        let moves = reader.moves_into(handle).await?;
         let packing = match self.content {
             Content::Data => dedup::frame::choose(self.core.log.fill() as f32, Temperature::Warm, None),
             Content::Pages => dedup::frame::choose(0.0, Temperature::Warm, None),
@@ -402,7 +465,8 @@ impl<'a> Gathering<'a> {
         if places.len() != spots.len() {
             return Err(VolumeError::ObjectDamaged { object: "an object being gathered".into(), why: "its blocks do not fit" });
         }
-        self.note(handle, spots, &places, &hashes).await
+        self.note(handle, spots, (&places, &hashes, &moves));
+        Ok(())
     }
 
     async fn hashes_of(&self, handle: u32) -> Result<HashMap<u32, BlockHash>, VolumeError> {
@@ -414,17 +478,11 @@ impl<'a> Gathering<'a> {
     }
 
     /// Notes in the header what came from where: from the victim, and from those that were forwarded to it.
-    async fn note(
-        &mut self,
-        handle: u32,
-        spots: &BTreeSet<u32>,
-        places: &[Spot],
-        hashes: &HashMap<u32, BlockHash>,
-    ) -> Result<(), VolumeError> {
+    fn note(&mut self, handle: u32, spots: &BTreeSet<u32>, (places, hashes, moves): (&[Spot], &HashMap<u32, BlockHash>, &Moves)) {
         let now: BTreeMap<u32, Spot> = spots.iter().copied().zip(places.iter().copied()).collect();
-        let Some(source) = self.core.reader.table.borrow().source(handle) else { return Ok(()) };
+        let Some(source) = self.core.reader.table.borrow().source(handle) else { return };
         self.push_moves(source, now.iter().map(|(from, to)| (*from, *to)));
-        for (origin, moves) in self.core.reader.moves_into(handle).await?.iter() {
+        for (origin, moves) in moves {
             if self.core.reader.table.borrow().handle_of(origin).is_some() {
                 self.push_moves(*origin, moves.iter().filter_map(|(from, at)| Some((*from, *now.get(at)?))));
             }
@@ -433,7 +491,6 @@ impl<'a> Gathering<'a> {
         self.header.stored.extend(stored);
         self.blocks += spots.len();
         self.victims.push(handle);
-        Ok(())
     }
 
     fn push_moves(&mut self, source: Source, moves: impl Iterator<Item = (u32, Spot)>) {

@@ -184,7 +184,7 @@ impl MappedVolume {
         self.core.failure()
     }
 
-    /// Why a read failed last, if one did.
+    /// What could not be read when it was needed last, for a client, a checkpoint or a collection of garbage.
     pub fn last_read_error(&self) -> Option<VolumeError> {
         self.core.last_unread.borrow().clone()
     }
@@ -380,6 +380,7 @@ fn new_core(
         next_meta: Cell::new(0),
         doomed: RefCell::new(doomed),
         limbo: RefCell::default(),
+        unreadable: RefCell::default(),
         house: Lock::default(),
         hit_uses: RefCell::default(),
         checkpoint_wanted: Cell::new(false),

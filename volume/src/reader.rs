@@ -95,7 +95,8 @@ impl Reader {
         }
     }
 
-    /// Reads blocks: each pointer leads to a block that goes to `out` as block number `index`. Those that lead nowhere are passed over.
+    /// Reads blocks: each pointer leads to a block that goes to `out` as block number `index`. Those that lead nowhere are passed
+    /// over; those that are hidden cannot be read.
     pub(crate) async fn read(&self, wanted: &[(usize, Pointer)], out: &mut [u8]) -> Result<(), VolumeError> {
         let _looking = self.looking();
         for _ in 0..MOVES_MAX {
@@ -193,6 +194,11 @@ impl Reader {
     async fn try_read(&self, wanted: &[(usize, Pointer)], out: &mut [u8]) -> Result<(), Failure> {
         let mut found = Vec::with_capacity(wanted.len());
         for (index, pointer) in wanted {
+            if let Some((page, _)) = pointer.hiding() {
+                self.page(page).await?;
+                // It can be read again, so what was found there is out of date.
+                return Err(VolumeError::Moved.into());
+            }
             if let Some(location) = pointer.location() {
                 found.push((*index, self.follow(location).await?));
             }
@@ -241,7 +247,9 @@ impl Reader {
         Ok(())
     }
 
+    /// What its header in clear said may be wrong, too: it is read anew the next time.
     fn damaged_frame(&self, location: Location) -> VolumeError {
+        self.opened.borrow_mut().remove(&location.segment.get());
         match self.source(location.segment.get()) {
             Ok(source) => VolumeError::ObjectDamaged { object: source.path(), why: "a frame of it is damaged" },
             Err(error) => error,

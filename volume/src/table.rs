@@ -121,6 +121,15 @@ impl Table {
         (0..).zip(&self.entries).filter(|(_, entry)| entry.state != State::Free)
     }
 
+    /// Handles of objects that are there.
+    pub(crate) fn live(&self) -> impl Iterator<Item = u32> {
+        self.used().filter(|(_, entry)| entry.is_live()).map(|(handle, _)| handle)
+    }
+
+    pub(crate) fn is_live(&self, handle: u32) -> bool {
+        self.get(handle).is_some_and(Entry::is_live)
+    }
+
     pub(crate) fn get(&self, handle: u32) -> Option<&Entry> {
         self.entries.get(handle as usize).filter(|entry| entry.state != State::Free)
     }

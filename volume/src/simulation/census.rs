@@ -60,7 +60,8 @@ async fn read_all(reader: &Reader, trees: &[Tree]) -> Result<BTreeSet<u32>, Stri
     let mut pointers: HashSet<Pointer> = HashSet::new();
     for tree in trees {
         let walked = tree.walk(reader, &mut HashSet::new(), |pointer, _| pointers.extend([pointer])).await;
-        walked.map_err(|error| format!("a tree cannot be walked: {error}"))?;
+        let unreadable = walked.map_err(|error| format!("a tree cannot be walked: {error}"))?;
+        unreadable.into_values().next().map_or(Ok(()), |error| Err(format!("a page cannot be read: {error}")))?;
     }
     let mut block = [0; BLOCK_LEN];
     for pointer in &pointers {

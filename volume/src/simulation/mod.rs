@@ -11,6 +11,8 @@ mod cases;
 mod census;
 mod client;
 mod contents;
+#[cfg(test)]
+mod damage;
 mod disk;
 #[cfg(test)]
 mod encrypted_log;
@@ -18,6 +20,7 @@ mod family;
 mod history;
 mod idle_rot;
 mod race;
+mod rotten;
 mod seen;
 mod store;
 mod world;
@@ -44,8 +47,8 @@ const TRIES: u32 = 10;
 /// Long enough for an opening to put its house in order.
 const REST: Duration = Duration::from_secs(2);
 /// Runs the schedule of a seed. The error says what was broken.
-/// With `trace`, its lives are told on standard error. Of ten, one is a race of several hosts, one a log that rots while idle, and three are
-/// families of clones.
+/// With `trace`, its lives are told on standard error. Of ten, one is a race of several hosts, one a log that rots while idle, three are
+/// families of clones, and one is a pool that rots.
 pub fn run(seed: u64, trace: bool) -> Result<Seen, String> {
     if seed.is_multiple_of(10) {
         let (openings, flushes) = race::run(seed)?;
@@ -57,6 +60,9 @@ pub fn run(seed: u64, trace: bool) -> Result<Seen, String> {
     }
     if (2..5).contains(&(seed % 10)) {
         return family::run(seed, trace);
+    }
+    if seed % 10 == 5 {
+        return rotten::run(seed, trace);
     }
     Schedule::new(seed, trace).run()
 }

@@ -48,6 +48,8 @@ counts! {
     flattened: "clones flattened",
     refusals: "deletions refused because of clones",
     volumes_deleted: "volumes deleted",
+    damaged: "objects damaged in the pool",
+    reads_failed: "reads that failed because of that",
     scans: "volumes scanned, and their objects counted",
 }
 

@@ -29,6 +29,8 @@ struct State {
     objects: BTreeMap<String, Bytes>,
     roots: BTreeMap<String, (Bytes, u64)>,
     next_tag: u64,
+    /// What damaged objects were before.
+    damaged: BTreeMap<String, Bytes>,
     /// Of every encrypted object that ever was, even of those that are deleted.
     salts: BTreeMap<[u8; 32], String>,
 }
@@ -82,6 +84,56 @@ impl SharedStore {
         bytes[bit / 8] ^= 1 << (bit % 8);
         *object = bytes.into();
         Some(name)
+    }
+}
+
+impl SharedStore {
+    /// Of some object that may be, a bit flips, or the end is lost, or all of it: its name, or `None` if there is none.
+    pub fn damage(&self, may_be: impl Fn(&str, usize) -> bool) -> Option<String> {
+        let random = &self.world.random;
+        let names: Vec<String> = {
+            let state = self.state.borrow();
+            let found = state.objects.iter().filter(|(name, object)| may_be(name, object.len()));
+            found.map(|(name, _)| name.clone()).collect()
+        };
+        let name = names.get(random.below(names.len().max(1) as u64) as usize)?;
+        self.change(name, |bytes| match random.below(10) {
+            0 => bytes.clear(),
+            1 => bytes.truncate(random.below(bytes.len() as u64) as usize),
+            _ => {
+                let bit = random.below(bytes.len() as u64 * 8) as usize;
+                bytes[bit / 8] ^= 1 << (bit % 8);
+            }
+        });
+        Some(name.clone())
+    }
+
+    /// Changes what is there under a name; without any bytes, nothing is there.
+    pub fn change(&self, name: &str, change: impl FnOnce(&mut Vec<u8>)) {
+        let mut state = self.state.borrow_mut();
+        let Some(before) = state.objects.remove(name) else { return };
+        let mut bytes = before.to_vec();
+        change(&mut bytes);
+        if bytes == before {
+            state.objects.insert(name.to_owned(), before);
+            return;
+        }
+        if !bytes.is_empty() {
+            state.objects.insert(name.to_owned(), bytes.into());
+        }
+        state.damaged.entry(name.to_owned()).or_insert(before);
+    }
+
+    /// Objects that are damaged, and that nobody has deleted since.
+    pub fn damaged(&self) -> usize {
+        self.state.borrow().damaged.len()
+    }
+
+    /// Puts all of them back as they were.
+    pub fn repair(&self) {
+        let mut state = self.state.borrow_mut();
+        let damaged = std::mem::take(&mut state.damaged);
+        state.objects.extend(damaged);
     }
 }
 
@@ -160,6 +212,7 @@ impl SegmentStore for SimulatedStore {
         let name = name.to_owned();
         self.changes(move |state| {
             state.objects.remove(&name);
+            state.damaged.remove(&name);
             Ok(())
         })
     }
