@@ -105,7 +105,8 @@ impl PageWriter<'_> {
     /// Everything that was added is in the store afterwards.
     async fn flush(&self) -> Result<(), VolumeError> {
         let Some(Filling { source, handle, body, pages }) = self.filling.borrow_mut().take() else { return Ok(()) };
-        let bytes = self.core.store_object(source, Kind::Step, StepHeader::default().encode(), body, handle.get()).await?;
+        let (bytes, opened) = self.core.store_object(source, Kind::Step, StepHeader::default().encode(), body).await?;
+        self.core.reader.opened(handle.get(), opened);
         self.core.reader.table.borrow_mut().set_size(handle.get(), pages as u32, bytes);
         Ok(())
     }
@@ -134,15 +135,14 @@ pub(crate) fn pack(mut body: Body, blocks: &[&Block], packing: Packing) -> (Body
 }
 
 impl Core {
-    /// Seals an object and stores it; its bytes. It can be read through its handle afterwards.
+    /// Seals an object and stores it: its bytes, and how it is read.
     pub(crate) async fn store_object(
         &self,
         source: Source,
         kind: Kind,
         inner: Vec<u8>,
         body: Body,
-        handle: u32,
-    ) -> Result<u32, VolumeError> {
+    ) -> Result<(u32, Opened), VolumeError> {
         let mut random = [0; 32];
         self.chain.environment.random(&mut random);
         let sealer = self.chain.secrets.sealer(self.keeper.root().domain);
@@ -151,8 +151,7 @@ impl Core {
         let damaged = |_| VolumeError::ObjectDamaged { object: source.path(), why: "it could not be sealed" };
         let object::Sealed { header, body, opener } = sealed.map_err(damaged)?;
         self.chain.publish(&source, &header, &body).await?;
-        self.reader.opened(handle, Opened { body_at: header.len() as u64, opener });
-        Ok((header.len() + body.len()) as u32)
+        Ok(((header.len() + body.len()) as u32, Opened { body_at: header.len() as u64, opener }))
     }
 
     /// Brings the tree up to what the pool has.
@@ -234,6 +233,7 @@ impl Core {
         // Whoever looked before an earlier forgetting may follow what was forgotten later, too.
         let mut limbo = self.limbo.borrow_mut();
         let done = limbo.iter().take_while(|(looking, _)| Rc::strong_count(looking) == 1).count();
+        self.reader.tally.handles_held.add(limbo[done..].iter().map(|(_, handles)| handles.len() as u64).sum());
         let free: Vec<u32> = limbo.drain(..done).flat_map(|(_, handles)| handles).collect();
         for handle in free {
             self.reader.tally.handles_released.add(1);

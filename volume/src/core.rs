@@ -100,6 +100,10 @@ pub(crate) struct Core {
     pub(crate) limbo: RefCell<Vec<(Rc<()>, Vec<u32>)>>,
     /// Handles of objects that a collection of garbage could not read.
     pub(crate) unreadable: RefCell<HashSet<u32>>,
+    /// What steps have referred to of other objects since marking began, while marking goes on.
+    pub(crate) noted_hits: RefCell<Option<Vec<Pointer>>>,
+    /// Held by whoever collects garbage. Whoever holds the house does not ask for it.
+    pub(crate) gathering: Lock,
     /// Held while the tree or the table is being changed as a whole.
     pub(crate) house: Lock,
     /// Handles that steps on their way may refer to.

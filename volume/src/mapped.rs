@@ -10,7 +10,6 @@
 //! One thread owns it. Overlapping requests are the caller's to order.
 
 use std::cell::{Cell, RefCell};
-use std::num::NonZeroUsize;
 use std::rc::Rc;
 
 use backends::segments::SegmentStore;
@@ -161,6 +160,7 @@ impl MappedVolume {
         let spawn = |task| parts.environment.spawn(task);
         spawn(Box::pin(core.clone().publish_steps()));
         spawn(Box::pin(core.clone().keep_house()));
+        spawn(Box::pin(core.clone().collect_garbage()));
         spawn(Box::pin(core.clone().watch_quiet()));
         spawn(Box::pin(core.clone().finish_deletions(core.half_deleted())));
         spawn(Box::pin(core.clone().watch_root()));
@@ -356,7 +356,7 @@ fn new_core(
 ) -> Result<Rc<Core>, VolumeError> {
     let Claimed { root, tag, meta, segments } = claimed;
     let Meta { tree, parent, table, doomed, snapshots } = meta;
-    let pages_max = NonZeroUsize::new(settings.page_cache_bytes / BLOCK_LEN).unwrap_or(NonZeroUsize::MIN);
+    let pages_max = settings.page_cache_bytes / BLOCK_LEN;
     let map = Map { tree, layers: Vec::new(), open: Layer::default(), segments: 0, place: root.checkpoint.place, log_end: from };
     let indexed = settings.deduplicate.then_some(root.size.max(INDEXED_MIN));
     let committed = snapshots.into_iter().map(|snapshot| (snapshot.name.clone(), SnapshotState::Committed(snapshot)));
@@ -381,6 +381,8 @@ fn new_core(
         doomed: RefCell::new(doomed),
         limbo: RefCell::default(),
         unreadable: RefCell::default(),
+        noted_hits: RefCell::default(),
+        gathering: Lock::default(),
         house: Lock::default(),
         hit_uses: RefCell::default(),
         checkpoint_wanted: Cell::new(false),

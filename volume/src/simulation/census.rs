@@ -6,7 +6,6 @@
 //! ```
 
 use std::collections::{BTreeSet, HashSet};
-use std::num::NonZeroUsize;
 
 use dedup::BLOCK_LEN;
 
@@ -31,7 +30,7 @@ pub async fn scan(parts: &Parts, volume: &MappedVolume) -> Result<(), String> {
     let trees: Vec<Tree> = std::iter::once(meta.tree).chain(meta.snapshots.iter().map(|snapshot| snapshot.tree)).collect();
     // Reading finds out where ancestors have moved what they have, and notes it in the reader's table.
     let table = meta.table;
-    let reader = Reader::new(&chain, &root, table.clone(), NonZeroUsize::MIN);
+    let reader = Reader::new(&chain, &root, table.clone(), 1);
     let named = read_all(&reader, &trees).await?;
 
     let mut used: BTreeSet<u32> = named.clone();

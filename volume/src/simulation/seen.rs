@@ -38,6 +38,7 @@ counts! {
     blocks_moved: "blocks moved",
     forwards: "blocks read where they were moved to",
     foreign_forwards: "objects of ancestors found to have moved",
+    handles_held: "times that a handle was not released because of a reader",
     handles_released: "handles released for other objects",
     snapshots_made: "snapshots made",
     snapshots_deleted: "snapshots deleted",
@@ -63,6 +64,7 @@ impl Seen {
             blocks_moved: tally.blocks_moved.get(),
             forwards: tally.forwards.get(),
             foreign_forwards: tally.foreign_forwards.get(),
+            handles_held: tally.handles_held.get(),
             handles_released: tally.handles_released.get(),
             ..Seen::default()
         }

@@ -20,7 +20,7 @@ use crate::simulation::world::{Fate, ProcessId, World};
 /// In the header in clear.
 const PROTECTION_AT: usize = 60;
 const SALT_AT: usize = 64;
-/// Out of a thousand reads, so many take long: until so many other things have happened.
+/// Out of a thousand operations, so many take long unless a schedule wants more: until so many other things have happened.
 const SLOW: u64 = 30;
 const ROUNDS_MAX: u64 = 100;
 
@@ -52,16 +52,22 @@ pub struct SharedStore {
     world: Rc<World>,
     state: Rc<RefCell<State>>,
     faults: Rc<Cell<u64>>,
+    slow: Rc<Cell<u64>>,
 }
 
 impl SharedStore {
     pub fn new(world: &Rc<World>) -> SharedStore {
-        SharedStore { world: world.clone(), state: Rc::default(), faults: Rc::default() }
+        SharedStore { world: world.clone(), state: Rc::default(), faults: Rc::default(), slow: Rc::new(Cell::new(SLOW)) }
     }
 
     /// Lost replies out of a thousand operations.
     pub fn set_faults(&self, per_mille: u64) {
         self.faults.set(per_mille);
+    }
+
+    /// Operations out of a thousand that take long.
+    pub fn set_slow(&self, per_mille: u64) {
+        self.slow.set(per_mille);
     }
 
     pub fn opened_by(&self, process: ProcessId) -> SimulatedStore {
@@ -146,8 +152,7 @@ pub struct SimulatedStore {
 impl SimulatedStore {
     /// `apply` happens once, or never.
     fn changes<'a, T: 'static>(&self, apply: impl FnOnce(&mut State) -> Result<T, StoreError> + 'static) -> StoreFuture<'a, T> {
-        let SharedStore { world, state, faults } = self.shared.clone();
-        let waiting = world.clone();
+        let SharedStore { world, state, faults, .. } = self.shared.clone();
         let run = move |fate| {
             if fate == Fate::Happens && !world.random.per_mille(faults.get()) {
                 return Some(apply(&mut state.borrow_mut()));
@@ -160,24 +165,29 @@ impl SimulatedStore {
             }
             (fate == Fate::Happens).then(unknown)
         };
-        waiting.operation(self.process, run)
+        self.late(run)
     }
 
     fn looks<'a, T: 'static>(&self, look: impl FnOnce(&State) -> Result<T, StoreError> + 'static) -> StoreFuture<'a, T> {
-        let SharedStore { world, state, faults } = self.shared.clone();
-        let waiting = world.clone();
+        let SharedStore { world, state, faults, .. } = self.shared.clone();
         let run = move |fate| match fate {
             Fate::ProcessDied => None,
             Fate::Happens if world.random.per_mille(faults.get()) => Some(unknown()),
             Fate::Happens => Some(look(&state.borrow())),
         };
-        let rounds = if waiting.random.per_mille(SLOW) { waiting.random.below(ROUNDS_MAX) } else { 0 };
-        let process = self.process;
+        self.late(run)
+    }
+
+    /// Something that happens later, and sometimes a long time later.
+    fn late<'a, T: 'static>(&self, run: impl FnOnce(Fate) -> Option<Result<T, StoreError>> + 'static) -> StoreFuture<'a, T> {
+        let (world, process) = (self.shared.world.clone(), self.process);
+        let is_slow = world.random.per_mille(self.shared.slow.get());
+        let rounds = if is_slow { world.random.below(ROUNDS_MAX) } else { 0 };
         Box::pin(async move {
             for _ in 0..rounds {
-                waiting.operation(process, |fate| (fate == Fate::Happens).then_some(())).await;
+                world.operation(process, |fate| (fate == Fate::Happens).then_some(())).await;
             }
-            waiting.operation(process, run).await
+            world.operation(process, run).await
         })
     }
 }
