@@ -74,8 +74,10 @@ pub(crate) struct Step {
 pub(crate) struct Backlog {
     index: RefCell<ExtentMap<Pending>>,
     cut: RefCell<VecDeque<Step>>,
-    /// Steps that were cut and are not yet in the pool.
-    outstanding: Cell<usize>,
+    /// The blocks of each step that was cut and is not yet in the pool, oldest first.
+    outstanding: RefCell<VecDeque<Vec<Range<u64>>>>,
+    /// What the open step has changed, in the order in which it did.
+    open_blocks: RefCell<Vec<Range<u64>>>,
     open_from: Cell<u64>,
     open_bytes: Cell<u64>,
     open_marker: Cell<Option<PayloadPlace>>,
@@ -93,7 +95,8 @@ impl Backlog {
         Backlog {
             index: RefCell::default(),
             cut: RefCell::default(),
-            outstanding: Cell::new(0),
+            outstanding: RefCell::default(),
+            open_blocks: RefCell::default(),
             open_from: Cell::new(end.position),
             open_bytes: Cell::new(0),
             open_marker: Cell::new(None),
@@ -110,10 +113,11 @@ impl Backlog {
         if end.position == from {
             return;
         }
+        let blocks = joined(self.open_blocks.take());
         let index = self.index.borrow();
-        let runs = index.iter().filter(|(_, run)| run.batch >= from).map(|(blocks, run)| (blocks, run.clone())).collect();
+        let runs = blocks.iter().flat_map(|blocks| index.within(blocks.clone())).collect();
         self.cut.borrow_mut().push_back(Step { runs, end, marker: self.open_marker.take() });
-        self.outstanding.set(self.outstanding.get() + 1);
+        self.outstanding.borrow_mut().push_back(blocks);
         self.open_from.set(end.position);
         self.open_bytes.set(0);
         self.changed.notify();
@@ -141,8 +145,11 @@ impl Backlog {
 
     /// The pool has one step more: everything before `end`.
     pub(crate) fn published(&self, end: Tail) {
-        self.outstanding.set(self.outstanding.get() - 1);
-        self.index.borrow_mut().retain(|run| run.batch >= end.position);
+        let mut index = self.index.borrow_mut();
+        for blocks in self.outstanding.borrow_mut().pop_front().into_iter().flatten() {
+            let of_step = index.within(blocks).filter(|(_, run)| run.batch < end.position).map(|(blocks, _)| blocks);
+            of_step.collect::<Vec<_>>().into_iter().for_each(|blocks| index.remove(blocks));
+        }
     }
 
     fn keep(&self, bytes: Bytes) -> Option<Rc<Kept>> {
@@ -171,6 +178,7 @@ impl Follower for Backlog {
             batch: record.batch,
             kept: record.bytes.and_then(|bytes| self.keep(bytes)),
         };
+        self.open_blocks.borrow_mut().push(blocks.clone());
         self.index.borrow_mut().insert(blocks, run);
     }
 
@@ -186,8 +194,81 @@ impl Follower for Backlog {
 
     /// Steps that are on their way will make room.
     fn no_room(&self) {
-        if self.outstanding.get() == 0 {
+        if self.outstanding.borrow().is_empty() {
             self.cut();
+        }
+    }
+}
+
+/// The same blocks in order, as few ranges as possible.
+fn joined(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut joined: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    use crate::log::PayloadSeal;
+
+    fn logged(kind: RecordKind, blocks: Range<u64>, batch: u64) -> Logged {
+        let (offset, len) = (blocks.start * BLOCK as u64, (blocks.end - blocks.start) * BLOCK as u64);
+        let seal = PayloadSeal { epoch: 0, number: 0, index: 0, tag: [0; 16] };
+        let payload = PayloadPlace { position: batch, len: 0, crc: 0, seal };
+        Logged { kind, offset, len, payload, bytes: None, batch }
+    }
+
+    proptest! {
+        /// Against a model that looks at every block: the batch that changed it last.
+        #[test]
+        fn steps_have_what_changed_since_the_one_before(actions in proptest::collection::vec((0_u8..4, 0_u64..60, 1_u64..9), 1..60)) {
+            let backlog = Backlog::new(Tail::default(), u64::MAX, 0);
+            let mut model = [None; 70];
+            let (mut position, mut from, mut steps) = (0, 0, VecDeque::new());
+            for (action, first, len) in actions {
+                match action {
+                    0 | 1 => {
+                        let batch = position;
+                        for blocks in [first..first + len, first + 1..first + 2] {
+                            backlog.logged(logged(RecordKind::Write, blocks.clone(), batch));
+                            model[blocks.start as usize..blocks.end as usize].fill(Some(batch));
+                        }
+                        position += 10;
+                        backlog.batch_ended(Tail { position, ..Tail::default() });
+                    }
+                    2 => {
+                        backlog.cut();
+                        if position > from {
+                            steps.push_back((from, position, model));
+                            from = position;
+                        }
+                    }
+                    _ => if let Some((from, end, then)) = steps.pop_front() {
+                        let step = backlog.cut.borrow_mut().pop_front().unwrap();
+                        let mut found = [None; 70];
+                        for (blocks, run) in step.runs {
+                            found[blocks.start as usize..blocks.end as usize].fill(Some(run.batch));
+                        }
+                        prop_assert_eq!(found, then.map(|batch| batch.filter(|batch| *batch >= from)));
+                        backlog.published(Tail { position: end, ..Tail::default() });
+                        model.iter_mut().for_each(|batch| *batch = batch.filter(|batch| *batch >= end));
+                    }
+                }
+                let mut found = [None; 70];
+                for (blocks, run) in backlog.within(0..70) {
+                    found[blocks.start as usize..blocks.end as usize].fill(Some(run.batch));
+                }
+                prop_assert_eq!(found, model);
+            }
         }
     }
 }

@@ -22,7 +22,7 @@ use crate::environment::{LocalFuture, offload};
 use crate::error::VolumeError;
 use crate::extent_map::ExtentMap;
 use crate::map::merge::merge;
-use crate::map::{Page, PageSink, Pointer, Tree};
+use crate::map::{PAGES_PER_FRAME, Page, PageSink, Pointer, Tree};
 use crate::meta::{Meta, Snapshot, SnapshotId};
 use crate::names::{Family, Source};
 use crate::object::{self, Kind, Opened};
@@ -33,8 +33,8 @@ use crate::table::Content;
 
 /// Pages of one object.
 const PAGES_MAX: usize = 8192;
-/// Four neighbours are compressed, and read, together.
-const PACKING: Packing = Packing { compression: Compression::Zstd { level: 1 }, frame_blocks: 4 };
+/// Neighbours are compressed, and read, together.
+const PACKING: Packing = Packing { compression: Compression::Zstd { level: 1 }, frame_blocks: PAGES_PER_FRAME };
 
 /// What a checkpoint changes besides.
 #[derive(Clone, Copy, Default)]
@@ -105,7 +105,8 @@ impl PageWriter<'_> {
     /// Everything that was added is in the store afterwards.
     async fn flush(&self) -> Result<(), VolumeError> {
         let Some(Filling { source, handle, body, pages }) = self.filling.borrow_mut().take() else { return Ok(()) };
-        let bytes = self.core.store_object(source, Kind::Step, StepHeader::default().encode(), body, handle.get()).await?;
+        let (bytes, opened) = self.core.store_object(source, Kind::Step, StepHeader::default().encode(), body).await?;
+        self.core.reader.opened(handle.get(), opened);
         self.core.reader.table.borrow_mut().set_size(handle.get(), pages as u32, bytes);
         Ok(())
     }
@@ -134,15 +135,14 @@ pub(crate) fn pack(mut body: Body, blocks: &[&Block], packing: Packing) -> (Body
 }
 
 impl Core {
-    /// Seals an object and stores it; its bytes. It can be read through its handle afterwards.
+    /// Seals an object and stores it: its bytes, and how it is read.
     pub(crate) async fn store_object(
         &self,
         source: Source,
         kind: Kind,
         inner: Vec<u8>,
         body: Body,
-        handle: u32,
-    ) -> Result<u32, VolumeError> {
+    ) -> Result<(u32, Opened), VolumeError> {
         let mut random = [0; 32];
         self.chain.environment.random(&mut random);
         let sealer = self.chain.secrets.sealer(self.keeper.root().domain);
@@ -151,8 +151,7 @@ impl Core {
         let damaged = |_| VolumeError::ObjectDamaged { object: source.path(), why: "it could not be sealed" };
         let object::Sealed { header, body, opener } = sealed.map_err(damaged)?;
         self.chain.publish(&source, &header, &body).await?;
-        self.reader.opened(handle, Opened { body_at: header.len() as u64, opener });
-        Ok((header.len() + body.len()) as u32)
+        Ok(((header.len() + body.len()) as u32, Opened { body_at: header.len() as u64, opener }))
     }
 
     /// Brings the tree up to what the pool has.
@@ -171,12 +170,15 @@ impl Core {
         };
         let writer = PageWriter { core: self, filling: RefCell::default() };
         let (mut tree, mut trees) = (base, HashMap::new());
+        let damaged = |error| self.note_damage(error);
         for layer in &layers {
-            tree = merge(tree, self.blocks(), &layer.runs, &self.reader, &writer).await?;
+            tree = merge(tree, self.blocks(), &layer.runs, &self.reader, &writer, damaged).await?;
             trees.extend(layer.ends_with.map(|snapshot| (snapshot, tree)));
         }
         let size = change.size.unwrap_or(self.size());
-        let tree = merge(change.tree.unwrap_or(tree), size / BLOCK as u64, &ExtentMap::default(), &self.reader, &writer).await?;
+        let unchanged = ExtentMap::default();
+        let tree = change.tree.unwrap_or(tree);
+        let tree = merge(tree, size / BLOCK as u64, &unchanged, &self.reader, &writer, damaged).await?;
         writer.flush().await?;
 
         let doomed = self.doomed.borrow().clone();
@@ -231,10 +233,12 @@ impl Core {
         // Whoever looked before an earlier forgetting may follow what was forgotten later, too.
         let mut limbo = self.limbo.borrow_mut();
         let done = limbo.iter().take_while(|(looking, _)| Rc::strong_count(looking) == 1).count();
+        self.reader.tally.handles_held.add(limbo[done..].iter().map(|(_, handles)| handles.len() as u64).sum());
         let free: Vec<u32> = limbo.drain(..done).flat_map(|(_, handles)| handles).collect();
         for handle in free {
             self.reader.tally.handles_released.add(1);
             self.reader.forget(handle);
+            self.unreadable.borrow_mut().remove(&handle);
             self.deduplication.restore(handle);
             self.reader.table.borrow_mut().reuse(handle);
         }

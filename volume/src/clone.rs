@@ -1,6 +1,5 @@
 //! What is done to volumes that nobody needs to have open: clones of snapshots, views of snapshots, and the end of a volume.
 
-use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use dedup::BLOCK_LEN;
@@ -20,7 +19,7 @@ use crate::root::Root;
 use crate::segment::BLOCK;
 
 /// Pages that a view keeps.
-const VIEW_PAGES: NonZeroUsize = NonZeroUsize::new(1024).expect("it is not 0");
+const VIEW_PAGES: usize = 1024;
 /// Runs of a view's map looked at for one answer about extents.
 const RUNS_MAX: usize = 32_768;
 /// How often flattening looks again for what moved away while it was copied.
@@ -136,11 +135,11 @@ impl MappedVolume {
         let core = &self.core;
         let Some(parent) = core.parent.get() else { return Ok(false) };
         core.chain.refuse_clones().await?;
-        let _alone = core.house.hold().await;
+        let _gathering = core.gathering.hold().await;
         let mut left = None;
         // What the ancestor has moved away is found where it is now by the next try.
         for _ in 0..FLATTEN_TRIES {
-            core.gather_alone(Which::Inherited).await?;
+            core.collect_alone(Which::Inherited).await?;
             left = core.inherited();
             if left.is_none() {
                 break;
@@ -152,6 +151,7 @@ impl MappedVolume {
         }
         // A clone made meanwhile may know only where the blocks were; one that is made later knows where they are.
         core.chain.refuse_clones().await?;
+        let _alone = core.house.hold().await;
         let pin = Pin { snapshot: parent.snapshot, clone: core.chain.group };
         Chain { group: parent.group, ..core.chain.clone() }.set_pin(pin, false).await?;
         core.parent.set(None);
@@ -197,7 +197,7 @@ impl SnapshotView {
         let blocks = self.blocks(offset, len)?;
         let runs = self.tree.runs(&self.reader, blocks.clone(), usize::MAX).await?;
         let mut bytes = vec![0; (blocks.end - blocks.start) as usize * BLOCK_LEN];
-        let stored = runs.into_iter().filter(|(_, pointer)| pointer.location().is_some());
+        let stored = runs.into_iter().filter(|(_, pointer)| !pointer.is_nothing());
         let wanted: Vec<(usize, Pointer)> = stored.map(|(run, pointer)| ((run.start - blocks.start) as usize, pointer)).collect();
         self.reader.read(&wanted, &mut bytes).await?;
         Ok(bytes)

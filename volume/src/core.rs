@@ -7,7 +7,7 @@
 //! ```
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
 
 use blockdev::Errno;
@@ -98,6 +98,12 @@ pub(crate) struct Core {
     pub(crate) doomed: RefCell<Vec<Source>>,
     /// Forgotten handles and whoever may still follow pointers to them, in the order in which they were forgotten.
     pub(crate) limbo: RefCell<Vec<(Rc<()>, Vec<u32>)>>,
+    /// Handles of objects that a collection of garbage could not read.
+    pub(crate) unreadable: RefCell<HashSet<u32>>,
+    /// What steps have referred to of other objects since marking began, while marking goes on.
+    pub(crate) noted_hits: RefCell<Option<Vec<Pointer>>>,
+    /// Held by whoever collects garbage. Whoever holds the house does not ask for it.
+    pub(crate) gathering: Lock,
     /// Held while the tree or the table is being changed as a whole.
     pub(crate) house: Lock,
     /// Handles that steps on their way may refer to.
@@ -108,7 +114,7 @@ pub(crate) struct Core {
     pub(crate) written: Cell<u64>,
     pub(crate) live: Cell<u64>,
     pub(crate) failed: RefCell<Option<VolumeError>>,
-    /// Why a read failed last.
+    /// What was damaged when something was read last.
     pub(crate) last_unread: RefCell<Option<VolumeError>>,
     pub(crate) changed: Signal,
 }
@@ -155,10 +161,13 @@ impl Core {
         self.changed.wait_for(settled).await
     }
 
-    /// Name of an object of this epoch that does not exist yet.
+    /// Name of an object of this epoch that does not exist yet. The number of a gathered object is greater than those of this epoch's steps whose
+    /// changes its pages may have, so that the names alone tell what a page cannot refer to.
     pub(crate) fn new_source(&self, family: Family, counter: &Cell<u64>) -> Source {
-        let number = counter.replace(counter.get() + 1);
-        let root = self.keeper.root();
+        let (root, place) = (self.keeper.root(), self.map.borrow().place);
+        let is_later = family == Family::Gathered && place.epoch == root.epoch;
+        let number = counter.get().max(if is_later { place.sequence } else { 0 });
+        counter.set(number + 1);
         Source { group: root.group, family, epoch: root.epoch, number }
     }
 }

@@ -65,16 +65,13 @@ impl<V: Run> ExtentMap<V> {
         })
     }
 
+    #[cfg(test)]
     pub(crate) fn iter(&self) -> impl Iterator<Item = (Range<u64>, &V)> + '_ {
         self.runs.iter().map(|(&start, run)| (start..run.end, &run.value))
     }
 
     pub(crate) fn is_empty(&self) -> bool {
         self.runs.is_empty()
-    }
-
-    pub(crate) fn retain(&mut self, mut keep: impl FnMut(&V) -> bool) {
-        self.runs.retain(|_, run| keep(&run.value));
     }
 }
 

@@ -19,22 +19,34 @@ const QUIET: Duration = Duration::from_secs(5);
 const RESTING: u32 = 6;
 
 impl Core {
-    /// Checkpoints when they are due, and collects garbage when it is worth it, to the end of the volume.
+    /// Checkpoints when they are due, to the end of the volume.
     pub(crate) async fn keep_house(self: Rc<Self>) {
         loop {
             let due = || {
                 let wanted = self.checkpoint_wanted.get() || self.map.borrow().segments >= self.settings.checkpoint_segments;
-                (wanted || self.gather_wanted.get().is_some() || self.failed_errno().is_some()).then_some(())
+                (wanted || self.failed_errno().is_some()).then_some(())
             };
             self.changed.wait_for(due).await;
             if self.failed_errno().is_some() {
                 return;
             }
-            let done = match self.gather_wanted.take() {
-                Some(which) => self.collect(which).await.map(drop),
-                None => self.checkpoint().await,
-            };
-            if let Err(error) = done {
+            if let Err(error) = self.checkpoint().await {
+                return self.fail(error);
+            }
+        }
+    }
+
+    /// Collects garbage when it is worth it, to the end of the volume.
+    pub(crate) async fn collect_garbage(self: Rc<Self>) {
+        loop {
+            let due = || (self.gather_wanted.get().is_some() || self.failed_errno().is_some()).then_some(());
+            self.changed.wait_for(due).await;
+            if self.failed_errno().is_some() {
+                return;
+            }
+            if let Some(which) = self.gather_wanted.take()
+                && let Err(error) = self.collect(which).await
+            {
                 return self.fail(error);
             }
         }

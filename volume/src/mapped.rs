@@ -10,7 +10,6 @@
 //! One thread owns it. Overlapping requests are the caller's to order.
 
 use std::cell::{Cell, RefCell};
-use std::num::NonZeroUsize;
 use std::rc::Rc;
 
 use backends::segments::SegmentStore;
@@ -164,6 +163,7 @@ impl MappedVolume {
         let spawn = |task| parts.environment.spawn(task);
         spawn(Box::pin(core.clone().publish_steps()));
         spawn(Box::pin(core.clone().keep_house()));
+        spawn(Box::pin(core.clone().collect_garbage()));
         spawn(Box::pin(core.clone().watch_quiet()));
         spawn(Box::pin(core.clone().finish_deletions(core.half_deleted())));
         spawn(Box::pin(core.clone().watch_root()));
@@ -187,7 +187,7 @@ impl MappedVolume {
         self.core.failure()
     }
 
-    /// Why a read failed last, if one did.
+    /// What could not be read when it was needed last, for a client, a checkpoint or a collection of garbage.
     pub fn last_read_error(&self) -> Option<VolumeError> {
         self.core.last_unread.borrow().clone()
     }
@@ -373,7 +373,7 @@ fn new_core(
 ) -> Result<Rc<Core>, VolumeError> {
     let Claimed { root, tag, meta, segments } = claimed;
     let Meta { tree, parent, table, doomed, snapshots } = meta;
-    let pages_max = NonZeroUsize::new(settings.page_cache_bytes / BLOCK_LEN).unwrap_or(NonZeroUsize::MIN);
+    let pages_max = settings.page_cache_bytes / BLOCK_LEN;
     let map = Map { tree, layers: Vec::new(), open: Layer::default(), segments: 0, place: root.checkpoint.place, log_end: from };
     let indexed = settings.deduplicate.then_some(root.size.max(INDEXED_MIN));
     let committed = snapshots.into_iter().map(|snapshot| (snapshot.name.clone(), SnapshotState::Committed(snapshot)));
@@ -397,6 +397,9 @@ fn new_core(
         next_meta: Cell::new(0),
         doomed: RefCell::new(doomed),
         limbo: RefCell::default(),
+        unreadable: RefCell::default(),
+        noted_hits: RefCell::default(),
+        gathering: Lock::default(),
         house: Lock::default(),
         hit_uses: RefCell::default(),
         checkpoint_wanted: Cell::new(false),

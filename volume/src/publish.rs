@@ -122,7 +122,13 @@ impl Core {
                 }
             };
             for (block, spot) in blocks.zip(spots.by_ref()) {
-                map.open.runs.insert(block..block + 1, pointer(segment, *spot));
+                let pointer = pointer(segment, *spot);
+                map.open.runs.insert(block..block + 1, pointer);
+                if segment != pointers.own
+                    && let Some(noted) = &mut *self.noted_hits.borrow_mut()
+                {
+                    noted.push(pointer);
+                }
             }
         }
         if let Some(marker) = &step.marker {

@@ -30,7 +30,7 @@ use crate::names::{Group, Source};
 use crate::object::{self, CLEAR_LEN, Object, Opened};
 use crate::root::Root;
 use crate::step_header::StepHeader;
-use crate::table::{Entry, State, Table};
+use crate::table::{State, Table};
 use crate::tally::Tally;
 
 /// Bytes read in vain rather than by two requests.
@@ -67,7 +67,8 @@ pub(crate) struct Reader {
     opened: RefCell<HashMap<u32, Rc<Opened>>>,
     moves: RefCell<HashMap<u32, Rc<Moves>>>,
     frames: RefCell<FrameReader>,
-    cache: RefCell<LruCache<Pointer, Rc<Page>>>,
+    /// `None`: pages are read anew each time.
+    cache: RefCell<Option<LruCache<Pointer, Rc<Page>>>>,
     /// Pages that are not in the store yet.
     fresh: RefCell<BTreeMap<Pointer, Rc<Page>>>,
     /// How often an ancestor's object was found to have moved.
@@ -78,7 +79,7 @@ pub(crate) struct Reader {
 }
 
 impl Reader {
-    pub(crate) fn new(chain: &Chain, root: &Root, table: Table, pages_max: NonZeroUsize) -> Reader {
+    pub(crate) fn new(chain: &Chain, root: &Root, table: Table, pages_max: usize) -> Reader {
         Reader {
             table: RefCell::new(table),
             chain: chain.clone(),
@@ -87,7 +88,7 @@ impl Reader {
             opened: RefCell::default(),
             moves: RefCell::default(),
             frames: RefCell::default(),
-            cache: RefCell::new(LruCache::new(pages_max)),
+            cache: RefCell::new(NonZeroUsize::new(pages_max).map(LruCache::new)),
             fresh: RefCell::default(),
             ancestors_moved: Cell::new(0),
             looking: RefCell::default(),
@@ -95,7 +96,8 @@ impl Reader {
         }
     }
 
-    /// Reads blocks: each pointer leads to a block that goes to `out` as block number `index`. Those that lead nowhere are passed over.
+    /// Reads blocks: each pointer leads to a block that goes to `out` as block number `index`. Those that lead nowhere are passed
+    /// over; those that are hidden cannot be read.
     pub(crate) async fn read(&self, wanted: &[(usize, Pointer)], out: &mut [u8]) -> Result<(), VolumeError> {
         let _looking = self.looking();
         for _ in 0..MOVES_MAX {
@@ -129,6 +131,7 @@ impl Reader {
         self.moves.borrow_mut().remove(&handle);
         let is_of = |pointer: &Pointer| pointer.location().is_some_and(|location| location.segment.get() == handle);
         let mut cache = self.cache.borrow_mut();
+        let Some(cache) = &mut *cache else { return };
         let gone: Vec<Pointer> = cache.iter().map(|(pointer, _)| *pointer).filter(is_of).collect();
         gone.iter().for_each(|pointer| drop(cache.pop(pointer)));
     }
@@ -140,9 +143,8 @@ impl Reader {
 
     /// All pages are in the store now.
     pub(crate) fn settle_fresh(&self) {
-        let mut cache = self.cache.borrow_mut();
         let fresh = std::mem::take(&mut *self.fresh.borrow_mut());
-        fresh.into_iter().for_each(|(pointer, page)| drop(cache.put(pointer, page)));
+        fresh.into_iter().for_each(|(pointer, page)| self.cache_page(pointer, page));
     }
 
     /// Where a block is now.
@@ -193,6 +195,11 @@ impl Reader {
     async fn try_read(&self, wanted: &[(usize, Pointer)], out: &mut [u8]) -> Result<(), Failure> {
         let mut found = Vec::with_capacity(wanted.len());
         for (index, pointer) in wanted {
+            if let Some((page, _)) = pointer.hiding() {
+                self.page(page).await?;
+                // It can be read again, so what was found there is out of date.
+                return Err(VolumeError::Moved.into());
+            }
             if let Some(location) = pointer.location() {
                 found.push((*index, self.follow(location).await?));
             }
@@ -241,7 +248,9 @@ impl Reader {
         Ok(())
     }
 
+    /// What its header in clear said may be wrong, too: it is read anew the next time.
     fn damaged_frame(&self, location: Location) -> VolumeError {
+        self.opened.borrow_mut().remove(&location.segment.get());
         match self.source(location.segment.get()) {
             Ok(source) => VolumeError::ObjectDamaged { object: source.path(), why: "a frame of it is damaged" },
             Err(error) => error,
@@ -348,23 +357,28 @@ impl Reader {
     /// The objects whose blocks a handle's object has.
     fn forwarded_to(&self, handle: u32) -> Vec<Source> {
         let table = self.table.borrow();
-        let is_there = |entry: &Entry| entry.state == State::Forwarded(handle);
-        table.used().filter(|(_, entry)| is_there(entry)).filter_map(|(from, _)| table.source(from)).collect()
+        table.forwarded_to(handle).iter().filter_map(|from| table.source(*from)).collect()
     }
 
     async fn read_page(&self, pointer: Pointer) -> Result<Rc<Page>, VolumeError> {
         if let Some(page) = self.fresh.borrow().get(&pointer) {
             return Ok(page.clone());
         }
-        if let Some(page) = self.cache.borrow_mut().get(&pointer) {
+        if let Some(page) = self.cache.borrow_mut().as_mut().and_then(|cache| cache.get(&pointer)) {
             return Ok(page.clone());
         }
         let mut block = [0; BLOCK_LEN];
         self.read(&[(0, pointer)], &mut block).await?;
         let damaged = || VolumeError::ObjectDamaged { object: "a page of the volume's map".into(), why: "it is no page" };
         let page = Rc::new(Page::decode(&block).ok_or_else(damaged)?);
-        self.cache.borrow_mut().put(pointer, page.clone());
+        self.cache_page(pointer, page.clone());
         Ok(page)
+    }
+
+    fn cache_page(&self, pointer: Pointer, page: Rc<Page>) {
+        if let Some(cache) = &mut *self.cache.borrow_mut() {
+            cache.put(pointer, page);
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Reading everything that a volume and its snapshots hold, to find what has rotted.
 //!
 //! ```text
-//!   the volume: every run of its tree        a snapshot: the ranges in which it differs from the volume
+//!   the header of every object        the volume: every run of its tree        a snapshot: the ranges in which it differs from the volume
 //! ```
 //!
 //! Each frame that is read is checked by its seal. Nothing is changed.
@@ -27,12 +27,13 @@ impl Core {
         self.checkpoint().await?;
         let head = self.map.borrow().tree;
         let mut findings = Vec::new();
+        self.scrub_headers(&mut findings).await?;
         self.scrub_range("the volume", &head, 0..self.blocks(), &mut findings).await?;
         for (name, tree, blocks) in self.snapshot_trees() {
             let mut from = 0;
             while from < blocks && findings.len() < FINDINGS_MAX {
                 let _looking = self.reader.looking();
-                let ranges = head.diff(&tree, &self.reader, from, RANGES_MAX, |one, other| one == other).await?;
+                let ranges = head.diff(&tree, &self.reader, from, RANGES_MAX).await?;
                 from = if ranges.len() < RANGES_MAX { blocks } else { ranges.last().map_or(blocks, |range| range.end) };
                 for range in ranges {
                     let range = range.start..range.end.min(blocks);
@@ -41,6 +42,21 @@ impl Core {
             }
         }
         Ok(findings)
+    }
+
+    /// Reads what objects say of what is in them: garbage collection needs it, and reading what it has moved.
+    async fn scrub_headers(&self, findings: &mut Vec<String>) -> Result<(), VolumeError> {
+        let handles: Vec<u32> = self.reader.table.borrow().live().collect();
+        for handle in handles {
+            let _looking = self.reader.looking();
+            match self.reader.step_of(handle).await {
+                Ok(_) | Err(VolumeError::Moved) => {}
+                Err(VolumeError::ObjectDamaged { .. }) if !self.reader.table.borrow().is_live(handle) => {}
+                Err(VolumeError::ObjectDamaged { object, why }) => tell(findings, format!("{object} is damaged: {why}")),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     fn snapshot_trees(&self) -> Vec<(String, Tree, u64)> {
@@ -69,8 +85,7 @@ impl Core {
                     continue;
                 }
             };
-            let stored: Vec<(Range<u64>, Pointer)> =
-                runs.into_iter().filter(|(_, pointer)| pointer.location().is_some()).collect();
+            let stored: Vec<(Range<u64>, Pointer)> = runs.into_iter().filter(|(_, pointer)| !pointer.is_nothing()).collect();
             for part in stored.chunks(READ_BLOCKS) {
                 self.scrub_blocks(what, part, findings).await?;
             }
@@ -103,12 +118,17 @@ impl Core {
 fn note(findings: &mut Vec<String>, what: &str, blocks: &Range<u64>, error: &VolumeError) -> Result<(), VolumeError> {
     match error {
         VolumeError::Moved => {}
-        VolumeError::ObjectDamaged { object, why } if findings.len() < FINDINGS_MAX => {
+        VolumeError::ObjectDamaged { object, why } => {
             let (from, to) = (blocks.start * BLOCK as u64, blocks.end * BLOCK as u64);
-            findings.push(format!("{what}: bytes {from} to {to} cannot be read: {object} is damaged: {why}"));
+            tell(findings, format!("{what}: bytes {from} to {to} cannot be read: {object} is damaged: {why}"));
         }
-        VolumeError::ObjectDamaged { .. } => {}
         error => return Err(error.clone()),
     }
     Ok(())
+}
+
+fn tell(findings: &mut Vec<String>, finding: String) {
+    if findings.len() < FINDINGS_MAX {
+        findings.push(finding);
+    }
 }

@@ -30,6 +30,19 @@ impl Signal {
     }
 }
 
+/// Lets others go on first.
+pub(crate) async fn give_way() {
+    let mut has_waited = false;
+    poll_fn(|context| {
+        if std::mem::replace(&mut has_waited, true) {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
 /// The two ends of one answer.
 pub(crate) fn answer<T>() -> (Asked<T>, Answer<T>) {
     let cell = Rc::new(AnswerCell { value: Cell::new(None), waker: Cell::new(None) });

@@ -15,7 +15,6 @@ use crate::core::{Core, SnapshotState};
 use crate::environment::random_id;
 use crate::error::VolumeError;
 use crate::log::RecordKind;
-use crate::map::Pointer;
 use crate::mapped::Durability;
 use crate::meta::Snapshot;
 use crate::names::group_path;
@@ -181,8 +180,7 @@ impl Core {
             }
         };
         let block = BLOCK as u64;
-        let same = |one: Pointer, other: Pointer| one == other;
-        let ranges = before.tree.diff(&after, &self.reader, from / block, ranges_max, same).await?;
+        let ranges = before.tree.diff(&after, &self.reader, from / block, ranges_max).await?;
         Ok(ranges.into_iter().map(|range| range.start * block..range.end * block).collect())
     }
 

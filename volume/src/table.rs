@@ -48,6 +48,10 @@ impl Entry {
     pub(crate) fn is_live(&self) -> bool {
         self.state == State::Live
     }
+
+    fn own_blocks(&self) -> u64 {
+        if self.owner == 0 && self.is_live() { self.blocks.into() } else { 0 }
+    }
 }
 
 const FREE: Entry = Entry {
@@ -69,11 +73,20 @@ pub(crate) struct Table {
     entries: Vec<Entry>,
     by_source: HashMap<Source, u32>,
     free: Vec<u32>,
+    /// Handles that were forwarded, by where they lead to.
+    forwarded: HashMap<u32, Vec<u32>>,
+    /// Of the volume's own live objects.
+    stored_blocks: u64,
 }
 
 impl Table {
     pub(crate) fn new(group: Group) -> Table {
-        Table { groups: vec![group], entries: Vec::new(), by_source: HashMap::new(), free: Vec::new() }
+        Table::of(vec![group], Vec::new())
+    }
+
+    fn of(groups: Vec<Group>, entries: Vec<Entry>) -> Table {
+        let (by_source, free, forwarded) = (HashMap::new(), Vec::new(), HashMap::new());
+        Table { groups, entries, by_source, free, forwarded, stored_blocks: 0 }
     }
 
     /// A table as it was stored. `None` if it contradicts itself.
@@ -89,8 +102,12 @@ impl Table {
         if groups.is_empty() || entries.len() > HANDLES_MAX || !entries.iter().all(is_sound) {
             return None;
         }
-        let mut table = Table { groups, entries, by_source: HashMap::new(), free: Vec::new() };
+        let mut table = Table::of(groups, entries);
+        table.stored_blocks = table.entries.iter().map(Entry::own_blocks).sum();
         for handle in (0..table.entries.len() as u32).rev() {
+            if let State::Forwarded(to) = table.entries[handle as usize].state {
+                table.forwarded.entry(to).or_default().push(handle);
+            }
             match table.source(handle) {
                 Some(source) => drop(table.by_source.insert(source, handle)),
                 None => table.free.push(handle),
@@ -119,6 +136,15 @@ impl Table {
     /// Handles that stand for something, and for what.
     pub(crate) fn used(&self) -> impl Iterator<Item = (u32, &Entry)> {
         (0..).zip(&self.entries).filter(|(_, entry)| entry.state != State::Free)
+    }
+
+    /// Handles of objects that are there.
+    pub(crate) fn live(&self) -> impl Iterator<Item = u32> {
+        self.used().filter(|(_, entry)| entry.is_live()).map(|(handle, _)| handle)
+    }
+
+    pub(crate) fn is_live(&self, handle: u32) -> bool {
+        self.get(handle).is_some_and(Entry::is_live)
     }
 
     pub(crate) fn get(&self, handle: u32) -> Option<&Entry> {
@@ -159,35 +185,65 @@ impl Table {
             }
             None => return None,
         };
-        self.entries[handle as usize] = entry;
+        self.put(handle, entry);
         self.by_source.insert(source, handle);
         Some(handle)
     }
 
+    /// Every change of an entry.
+    fn put(&mut self, handle: u32, entry: Entry) {
+        let place = &mut self.entries[handle as usize];
+        self.stored_blocks = self.stored_blocks + entry.own_blocks() - place.own_blocks();
+        *place = entry;
+    }
+
     /// What turned out to be in an object that was being written.
     pub(crate) fn set_size(&mut self, handle: u32, blocks: u32, bytes: u32) {
-        if let Some(entry) = self.entries.get_mut(handle as usize) {
-            (entry.blocks, entry.bytes) = (blocks, bytes);
+        if let Some(entry) = self.entries.get(handle as usize) {
+            self.put(handle, Entry { blocks, bytes, ..*entry });
         }
     }
 
     /// The blocks of `from`, and all that were forwarded to it, are in the object of `to` from now on.
     pub(crate) fn forward(&mut self, from: u32, to: u32) {
-        for entry in &mut self.entries {
-            if entry.state == State::Forwarded(from) {
-                entry.state = State::Forwarded(to);
+        self.unlink(from);
+        let mut moved = self.forwarded.remove(&from).unwrap_or_default();
+        moved.push(from);
+        for handle in &moved {
+            if let Some(entry) = self.entries.get(*handle as usize) {
+                self.put(*handle, Entry { state: State::Forwarded(to), ..*entry });
             }
         }
-        if let Some(entry) = self.entries.get_mut(from as usize) {
-            entry.state = State::Forwarded(to);
+        self.forwarded.entry(to).or_default().extend(moved);
+    }
+
+    /// The handles that were forwarded to this one.
+    pub(crate) fn forwarded_to(&self, handle: u32) -> &[u32] {
+        self.forwarded.get(&handle).map_or(&[], Vec::as_slice)
+    }
+
+    /// It leads nowhere else any more.
+    fn unlink(&mut self, handle: u32) {
+        let Some(State::Forwarded(to)) = self.get(handle).map(|entry| entry.state) else { return };
+        if let Some(forwarded) = self.forwarded.get_mut(&to) {
+            forwarded.retain(|from| *from != handle);
+            if forwarded.is_empty() {
+                self.forwarded.remove(&to);
+            }
         }
+    }
+
+    /// In the volume's own live objects.
+    pub(crate) fn stored_blocks(&self) -> u64 {
+        self.stored_blocks
     }
 
     /// No page refers to the handle any more. It is not given to another object before [`Table::reuse`].
     pub(crate) fn forget(&mut self, handle: u32) {
         if let Some(source) = self.source(handle) {
+            self.unlink(handle);
             self.by_source.remove(&source);
-            self.entries[handle as usize] = FREE;
+            self.put(handle, FREE);
         }
     }
 
@@ -222,6 +278,35 @@ mod tests {
         assert!(![a, b, c].contains(&add(&mut table, 3)));
         table.reuse(a);
         assert_eq!(add(&mut table, 4), a);
+    }
+
+    #[test]
+    fn what_is_counted_and_linked_is_what_a_table_from_its_entries_would_say() {
+        let check = |table: &Table| {
+            let again = Table::from_parts(table.groups.clone(), table.entries.clone()).unwrap();
+            let sorted = |table: &Table| {
+                let links = table.forwarded.iter().map(|(to, from)| (*to, from.iter().copied().collect()));
+                links.collect::<std::collections::BTreeMap<u32, std::collections::BTreeSet<u32>>>()
+            };
+            assert_eq!((sorted(&again), again.stored_blocks()), (sorted(table), table.stored_blocks()));
+        };
+        let mut table = Table::new([1; 16]);
+        let handles: Vec<u32> =
+            (0..6).map(|number| table.add(source(1, number), Content::Data, 4 + number as u32, 100).unwrap()).collect();
+        assert_eq!(table.stored_blocks(), 39);
+        for (from, to) in [(0, 1), (2, 1), (1, 3), (4, 3)] {
+            table.forward(handles[from], handles[to]);
+            check(&table);
+        }
+        assert_eq!((table.stored_blocks(), table.forwarded_to(handles[3]).len()), (16, 4));
+        table.set_size(handles[3], 20, 1);
+        check(&table);
+        for handle in [handles[0], handles[5], handles[4]] {
+            table.forget(handle);
+            check(&table);
+        }
+        assert_eq!(table.stored_blocks(), 20);
+        check(&table.for_clone([2; 16]).unwrap());
     }
 
     #[test]

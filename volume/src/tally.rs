@@ -29,6 +29,8 @@ pub(crate) struct Tally {
     pub(crate) forwards: Count,
     /// Objects of ancestors that turned out to have moved.
     pub(crate) foreign_forwards: Count,
+    /// Handles that nothing leads to, and that a reader may still follow.
+    pub(crate) handles_held: Count,
     /// Handles that other objects may have from then on.
     pub(crate) handles_released: Count,
 }

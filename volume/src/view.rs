@@ -79,7 +79,7 @@ impl Core {
         for range in above.open {
             runs.extend(above.tree.runs(&self.reader, range, usize::MAX).await?);
         }
-        runs.retain(|(_, pointer)| pointer.location().is_some());
+        runs.retain(|(_, pointer)| !pointer.is_nothing());
         runs.sort_unstable_by_key(|(range, _)| range.start);
         let wanted: Vec<(usize, Pointer)> =
             runs.into_iter().map(|(range, pointer)| ((range.start - blocks.start) as usize, pointer)).collect();
@@ -93,10 +93,15 @@ impl Core {
         Ok(Some(bytes))
     }
 
-    /// What could not be read is an error for its reader, and noted for whoever asks for the volume's health.
+    /// What could not be read is an error for its reader, and noted.
     fn unread(&self, error: VolumeError) -> Errno {
-        self.last_unread.replace(Some(error));
+        self.note_damage(error);
         Errno::EIO
+    }
+
+    /// For whoever asks for the volume's health.
+    pub(crate) fn note_damage(&self, error: VolumeError) {
+        self.last_unread.replace(Some(error));
     }
 
     async fn read_pending(&self, run: &Pending, bytes: &mut [u8]) -> Result<bool, Errno> {
@@ -148,18 +153,22 @@ impl Core {
             }
             let before = self.version();
             match self.try_extents(blocks.clone()).await {
-                Ok(extents) => return Ok(extents),
+                // What seemed damaged may only have moved.
+                Ok((_, true)) if self.version() != before && tries < TRIES_MAX => tries += 1,
+                Ok((extents, _)) => return Ok(extents),
                 Err(error) if self.may_have_moved(&error, before, &mut tries) => {}
                 Err(error) => return Err(self.unread(error)),
             }
         }
     }
 
-    async fn try_extents(&self, blocks: Range<u64>) -> Result<Vec<blockdev::Extent>, VolumeError> {
+    /// What is hidden by a damaged page counts as data, and the answer says whether there is such.
+    async fn try_extents(&self, blocks: Range<u64>) -> Result<(Vec<blockdev::Extent>, bool), VolumeError> {
         let _looking = self.reader.looking();
         let mut kinds = ExtentMap::default();
         let pending = self.backlog.within(blocks.clone());
         let above = self.above(hidden_by(&pending, blocks.clone()));
+        let mut is_damaged = false;
         // Beyond where the tree was followed to, nothing is known.
         let mut known = blocks.end;
         for range in above.open {
@@ -169,6 +178,7 @@ impl Core {
             }
             let runs = above.tree.runs(&self.reader, wanted.clone(), EXTENTS_MAX * 8).await?;
             known = known.min(runs.last().map_or(wanted.end, |(run, _)| if run.end < wanted.end { run.end } else { known }));
+            is_damaged |= runs.iter().any(|(_, pointer)| pointer.hiding().is_some());
             runs.into_iter().for_each(|(run, pointer)| kinds.insert(run, Kind(kind_of(pointer))));
         }
         above.runs.into_iter().for_each(|(run, pointer)| kinds.insert(run, Kind(kind_of(pointer))));
@@ -180,7 +190,7 @@ impl Core {
             };
             kinds.insert(range, Kind(kind));
         }
-        Ok(joined(&kinds, blocks.start..known))
+        Ok((joined(&kinds, blocks.start..known), is_damaged))
     }
 }
 

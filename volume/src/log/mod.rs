@@ -23,7 +23,8 @@ use blockdev::Errno;
 use bytes::Bytes;
 
 pub(crate) use cipher::LogCipher;
-use cipher::{LogSalt, OpeningKey, PayloadSeal};
+pub(crate) use cipher::PayloadSeal;
+use cipher::{LogSalt, OpeningKey};
 pub(crate) use format::{BatchHeader, LogId, RecordKind, Tail};
 use format::{PAYLOAD_MAX, RECORDS_MAX, Record};
 pub(crate) use recover::{is_unused, make_durable, recover, refuse_if_beheaded};

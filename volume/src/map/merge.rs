@@ -9,7 +9,8 @@ use std::ops::Range;
 use crate::environment::LocalFuture;
 use crate::error::VolumeError;
 use crate::extent_map::ExtentMap;
-use crate::map::tree::{blocks_under, height_for};
+use crate::map::sight::{Sight, Under};
+use crate::map::tree::{Node, blocks_under, height_for};
 use crate::map::{FANOUT, Page, PageSink, Pages, Pointer, Tree};
 
 /// What became of a node.
@@ -21,24 +22,28 @@ enum Merged {
 
 struct Merge<'a> {
     changes: &'a ExtentMap<Pointer>,
-    pages: &'a dyn Pages,
+    sight: Sight<'a>,
     sink: &'a dyn PageSink,
 }
 
-/// The tree with `changes` made, with room for `blocks` blocks. Nothing is stored at or beyond `blocks`, before or after.
+/// The tree with `changes` made, with room for `blocks` blocks. Nothing is stored at or beyond `blocks`, before or after. Pages that cannot be
+/// read, and under which something changes, hide what does not; why they cannot be read is told to `damaged`.
 pub(crate) async fn merge(
     tree: Tree,
     blocks: u64,
     changes: &ExtentMap<Pointer>,
     pages: &dyn Pages,
     sink: &dyn PageSink,
+    damaged: impl FnMut(VolumeError),
 ) -> Result<Tree, VolumeError> {
-    let merge = Merge { changes, pages, sink };
-    let height = height_for(blocks).max(tree.height);
-    let root = merge.raise(tree, height).await?;
-    let merged = merge.node(root, height, 0).await?;
+    let merge = Merge { changes, sight: Sight::new(pages), sink };
+    let level = height_for(blocks).max(tree.height);
+    let pointer = merge.raise(tree, level).await?;
+    let merged = merge.node(Node { pointer, level, first: 0 }).await?;
     let root = merge.stored(merged).await?;
-    merge.lower(Tree { root, height }, height_for(blocks)).await
+    let tree = merge.lower(Tree { root, height: level }, height_for(blocks)).await?;
+    merge.sight.into_unreadable().into_values().for_each(damaged);
+    Ok(tree)
 }
 
 impl Merge<'_> {
@@ -48,37 +53,44 @@ impl Merge<'_> {
         (run == *range && pointer.location().is_none()).then_some(pointer)
     }
 
-    fn node(&self, pointer: Pointer, level: u32, first: u64) -> LocalFuture<'_, Result<Merged, VolumeError>> {
+    fn node(&self, node: Node) -> LocalFuture<'_, Result<Merged, VolumeError>> {
         Box::pin(async move {
-            let range = first..first.saturating_add(blocks_under(level));
+            let range = node.blocks();
             if let Some(pointer) = self.covered(&range) {
                 return Ok(Merged::Known(pointer));
             }
-            let touched = self.touched(&range, level);
+            let touched = self.touched(&range, node.level);
             if touched.is_empty() {
-                return Ok(Merged::Known(pointer));
+                return Ok(Merged::Known(node.pointer));
             }
-            let mut page = match pointer.location() {
-                Some(_) => Box::new((*self.pages.page(pointer).await?).clone()),
-                None => Box::new(Page::filled(pointer)),
-            };
-            if level == 1 {
+            let mut page = Box::new(self.sight.under(node).await?.into_page());
+            self.reveal(&mut page, node).await?;
+            if node.level == 1 {
                 for (run, pointer) in self.changes.within(range) {
-                    page.0[(run.start - first) as usize..(run.end - first) as usize].fill(pointer);
+                    page.0[(run.start - node.first) as usize..(run.end - node.first) as usize].fill(pointer);
                 }
             } else {
-                self.children(&mut page, level, first, touched).await?;
+                self.children(&mut page, node, touched).await?;
             }
             Ok(page.only().map_or_else(|| Merged::New(page), Merged::Known))
         })
     }
 
+    /// Nothing stays hidden that can be seen.
+    async fn reveal(&self, page: &mut Page, node: Node) -> Result<(), VolumeError> {
+        for index in 0..FANOUT {
+            if page.0[index].hiding().is_some() {
+                page.0[index] = self.sight.revealed(node.child(page.0[index], index)).await?;
+            }
+        }
+        Ok(())
+    }
+
     /// Replaces the pointers to the children that change.
-    async fn children(&self, page: &mut Page, level: u32, first: u64, touched: Vec<usize>) -> Result<(), VolumeError> {
+    async fn children(&self, page: &mut Page, node: Node, touched: Vec<usize>) -> Result<(), VolumeError> {
         let (mut places, mut new) = (Vec::new(), Vec::new());
         for index in touched {
-            let child = self.node(page.0[index], level - 1, first + index as u64 * blocks_under(level - 1)).await?;
-            match child {
+            match self.node(node.child(page.0[index], index)).await? {
                 Merged::Known(pointer) => page.0[index] = pointer,
                 Merged::New(child) => {
                     places.push(index);
@@ -119,9 +131,11 @@ impl Merge<'_> {
     /// Takes pages above the root away until the tree is so low.
     async fn lower(&self, mut tree: Tree, height: u32) -> Result<Tree, VolumeError> {
         while tree.height > height {
-            if tree.root.location().is_some() {
-                tree.root = self.pages.page(tree.root).await?.pointers()[0];
-            }
+            let root = Node { pointer: tree.root, level: tree.height, first: 0 };
+            tree.root = match self.sight.under(root).await? {
+                Under::Page(page) => page.pointers()[0],
+                Under::Nothing(pointer) | Under::Hidden(pointer) => pointer,
+            };
             tree.height -= 1;
         }
         Ok(tree)
@@ -230,7 +244,7 @@ mod tests {
                     }
                 }
                 changes.iter().for_each(|(range, pointer)| model.insert(range, *pointer));
-                tree = done(merge(tree, BLOCKS, &changes, &memory, &memory));
+                tree = done(merge(tree, BLOCKS, &changes, &memory, &memory, |_| ()));
                 versions.push((tree, model.clone()));
             }
             for (tree, model) in &versions {
@@ -241,7 +255,7 @@ mod tests {
                 prop_assert_eq!(seen, stored.collect::<HashSet<_>>());
             }
             for (before, after) in versions.iter().zip(&versions[1..]) {
-                let found = done(before.0.diff(&after.0, &memory, 0, usize::MAX, |a, b| a == b));
+                let found = done(before.0.diff(&after.0, &memory, 0, usize::MAX));
                 prop_assert_eq!(found, differences(&before.1, &after.1));
             }
         }
@@ -251,13 +265,13 @@ mod tests {
             let memory = Memory::default();
             let mut changes = ExtentMap::default();
             changes.insert(block..block + 1, pointer(2, 5));
-            let tree = done(merge(Tree::empty(small), small, &changes, &memory, &memory));
+            let tree = done(merge(Tree::empty(small), small, &changes, &memory, &memory, |_| ()));
             let none = ExtentMap::default();
-            let grown = done(merge(tree, large, &none, &memory, &memory));
+            let grown = done(merge(tree, large, &none, &memory, &memory, |_| ()));
             prop_assert_eq!(grown.height, height_for(large));
             prop_assert_eq!(done(grown.runs(&memory, block..block + 1, 9)), [(block..block + 1, pointer(2, 5))]);
-            prop_assert!(done(tree.diff(&grown, &memory, 0, 9, |a, b| a == b)).is_empty());
-            let shrunk = done(merge(grown, small, &none, &memory, &memory));
+            prop_assert!(done(tree.diff(&grown, &memory, 0, 9)).is_empty());
+            let shrunk = done(merge(grown, small, &none, &memory, &memory, |_| ()));
             prop_assert_eq!(shrunk, tree);
         }
     }
@@ -299,11 +313,11 @@ mod tests {
         let blocks = (4_u64 << 40) / 4096;
         let mut changes = ExtentMap::default();
         (0..64).for_each(|number| changes.insert(number * (1 << 24)..number * (1 << 24) + 1, pointer(2, number as u32)));
-        let tree = done(merge(Tree::empty(blocks), blocks, &changes, &memory, &memory));
+        let tree = done(merge(Tree::empty(blocks), blocks, &changes, &memory, &memory, |_| ()));
         let before = memory.pages.borrow().len();
         let mut trim = ExtentMap::default();
         trim.insert(1..blocks - 1, Pointer::HOLE);
-        let trimmed = done(merge(tree, blocks, &trim, &memory, &memory));
+        let trimmed = done(merge(tree, blocks, &trim, &memory, &memory, |_| ()));
         assert_eq!(memory.pages.borrow().len() - before, 4);
         assert_eq!(done(trimmed.runs(&memory, 0..blocks, 9)), [(0..1, pointer(2, 0)), (1..blocks, Pointer::HOLE)]);
     }

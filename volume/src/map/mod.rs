@@ -4,13 +4,17 @@
 //!   Tree { root, height }
 //!     └─▶ inner page: 512 pointers ─▶ … ─▶ leaf page: 512 pointers ─▶ blocks          a leaf covers 2 MiB
 //!
-//!   pointer   flags 2 │ handle 30 │ unit 20 │ block 4 │ class 8          flags: 0 hole, 1 zeroes, 2 stored
+//!   pointer   flags 2 │ handle 30 │ unit 20 │ block 4 │ class 8          flags: 0 hole, 1 zeroes, 2 stored, 3 hidden
 //! ```
 //!
 //! Invariants: pages never change; a changed tree shares what did not change with the one before. A hole or zeroes may stand for a whole
 //! subtree. A page without anything stored and of one kind only is never kept: its parent says so.
+//!
+//! When something changes under a page that cannot be read, a new page takes its place, in which pointers that did not change are *hidden*: each leads to
+//! the page that cannot be read, which has the pointer for this place. Should that page be readable again, they all are.
 
 pub(crate) mod merge;
+mod sight;
 pub(crate) mod tree;
 
 use std::rc::Rc;
@@ -26,7 +30,12 @@ pub(crate) use tree::Tree;
 
 /// Pointers in a page.
 pub(crate) const FANOUT: usize = BLOCK_LEN / 8;
+/// Pages that are compressed together. Of their spots, only so many block numbers are used.
+pub(crate) const PAGES_PER_FRAME: usize = 4;
 const HANDLE_BITS: u32 = 30;
+/// In the bits of a hidden pointer, above those of the page's number in its frame: how much higher the page stands.
+const ABOVE_SHIFT: u32 = 10;
+const ABOVE_MAX: u32 = 3;
 
 /// Where a block or a page is, if it is anywhere.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -38,6 +47,7 @@ impl Pointer {
     /// Written, with zeroes.
     pub(crate) const ZERO: Pointer = Pointer(1 << 62);
     const STORED: u64 = 2 << 62;
+    const HIDDEN: u64 = 3 << 62;
 
     pub(crate) fn to(location: Location) -> Pointer {
         Pointer(Self::STORED | u64::from(location.segment.get()) << 32 | u64::from(spot_bits(location.spot)))
@@ -50,10 +60,30 @@ impl Pointer {
         handle.filter(|_| is_stored).map(|segment| Location { segment, spot: spot_of(self.0 as u32) })
     }
 
+    /// What stands in `page`, which cannot be read. The new pointer is in a page `above` levels below that one. `None`: that is more than a pointer
+    /// can say, or `page` leads to no page.
+    pub(crate) fn hidden_by(page: Pointer, above: u32) -> Option<Pointer> {
+        let number = page.location()?.spot.block();
+        (usize::from(number) < PAGES_PER_FRAME && above <= ABOVE_MAX)
+            .then_some(Pointer(page.0 | Self::HIDDEN | u64::from(above << ABOVE_SHIFT)))
+    }
+
+    /// The page that could not be read, and how many levels it is above the page that has this pointer.
+    pub(crate) fn hiding(self) -> Option<(Pointer, u32)> {
+        let above = (self.0 as u32 >> ABOVE_SHIFT) & ABOVE_MAX;
+        let page = self.0 & !(1 << 62) & !u64::from(ABOVE_MAX << ABOVE_SHIFT);
+        (self.0 >> 62 == Self::HIDDEN >> 62).then_some((Pointer(page), above))
+    }
+
+    /// A hole, or zeroes.
+    pub(crate) fn is_nothing(self) -> bool {
+        self == Pointer::HOLE || self == Pointer::ZERO
+    }
+
     /// `None` for bits that no pointer has.
     pub(crate) fn from_bits(bits: u64) -> Option<Pointer> {
         let pointer = Pointer(bits);
-        (pointer == Pointer::HOLE || pointer == Pointer::ZERO || pointer.location().is_some()).then_some(pointer)
+        (pointer.is_nothing() || bits >= Self::STORED).then_some(pointer)
     }
 
     pub(crate) fn bits(self) -> u64 {
@@ -111,7 +141,7 @@ impl Page {
     /// The one kind of nothing that the page is full of.
     fn only(&self) -> Option<Pointer> {
         let first = self.0[0];
-        (first.location().is_none() && self.0.iter().all(|pointer| *pointer == first)).then_some(first)
+        (first.is_nothing() && self.0.iter().all(|pointer| *pointer == first)).then_some(first)
     }
 }
 
@@ -143,6 +173,19 @@ mod tests {
         }
 
         #[test]
+        fn hidden_pointers_come_back(handle in 0_u32..1 << 30, unit in 0_u32..1 << 20, block in 0_u8..16, class: u8, above in 0_u32..8) {
+            let spot = Spot::new(unit, block, LengthClass(class)).unwrap();
+            let page = Pointer::to(Location { segment: SegmentHandle::new(handle).unwrap(), spot });
+            let hidden = Pointer::hidden_by(page, above);
+            prop_assert_eq!(hidden.is_some(), block < 4 && above <= 3);
+            if let Some(hidden) = hidden {
+                prop_assert_eq!(hidden.hiding(), Some((page, above)));
+                prop_assert_eq!((hidden.location(), hidden.is_nothing(), page.hiding()), (None, false, None));
+                prop_assert_eq!(Pointer::from_bits(hidden.bits()), Some(hidden));
+            }
+        }
+
+        #[test]
         fn a_page_comes_back_and_no_other_bytes_are_one(number in 0..FANOUT, bits: u64) {
             let mut page = Page::filled(Pointer::ZERO);
             page.0[number] = Pointer(Pointer::STORED | 77);
@@ -157,7 +200,7 @@ mod tests {
     fn what_leads_nowhere_has_no_location() {
         assert_eq!([Pointer::HOLE, Pointer::ZERO].map(Pointer::location), [None; 2]);
         assert_eq!(Pointer::from_bits(1), None);
-        assert_eq!(Pointer::from_bits(3 << 62), None);
+        assert_eq!(Pointer::from_bits(1 << 62 | 5), None);
         assert_eq!(Page::filled(Pointer::ZERO).only(), Some(Pointer::ZERO));
     }
 }

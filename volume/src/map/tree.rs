@@ -1,9 +1,11 @@
 //! Reading a tree: what a range of blocks is mapped to, everything that a tree refers to, and how two trees differ.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
+use std::rc::Rc;
 
 use crate::error::VolumeError;
+use crate::map::sight::{Sight, Under};
 use crate::map::{FANOUT, Page, Pages, Pointer};
 
 /// One version of a map.
@@ -16,22 +18,29 @@ pub(crate) struct Tree {
 
 /// A pointer of a tree on the way through it.
 #[derive(Clone, Copy, Debug)]
-struct Node {
-    pointer: Pointer,
+pub(super) struct Node {
+    pub(super) pointer: Pointer,
     /// 0: of a block.
-    level: u32,
+    pub(super) level: u32,
     /// The first block under it.
-    first: u64,
+    pub(super) first: u64,
 }
 
 impl Node {
-    fn blocks(&self) -> Range<u64> {
+    pub(super) fn blocks(&self) -> Range<u64> {
         self.first..self.first.saturating_add(blocks_under(self.level))
     }
 
-    fn child(&self, pointer: Pointer, index: usize) -> Node {
+    pub(super) fn child(&self, pointer: Pointer, index: usize) -> Node {
         let level = self.level - 1;
         Node { pointer, level, first: self.first + index as u64 * blocks_under(level) }
+    }
+
+    /// The page that hides this node, as a node.
+    fn hiding(&self) -> Option<Node> {
+        let (pointer, above) = self.pointer.hiding()?;
+        let level = self.level + 1 + above;
+        Some(Node { pointer, level, first: self.first - self.first % blocks_under(level) })
     }
 }
 
@@ -56,7 +65,7 @@ impl Tree {
     }
 
     /// What the blocks of a range are mapped to: runs in order and without gaps, of the whole range, or of its beginning if there are more than
-    /// `runs_max`. Runs of holes or zeroes are as long as possible, others have one block.
+    /// `runs_max`. Runs of holes, of zeroes and of what is hidden by a page that cannot be read are as long as possible, others have one block.
     pub(crate) async fn runs(
         &self,
         pages: &dyn Pages,
@@ -64,6 +73,7 @@ impl Tree {
         runs_max: usize,
     ) -> Result<Vec<(Range<u64>, Pointer)>, VolumeError> {
         let mut runs: Vec<(Range<u64>, Pointer)> = Vec::new();
+        let sight = Sight::new(pages);
         let mut waiting = vec![self.top()];
         while let Some(node) = waiting.pop() {
             let blocks = node.blocks();
@@ -71,79 +81,93 @@ impl Tree {
             if inside.is_empty() {
                 continue;
             }
-            if node.level > 0 && node.pointer.location().is_some() {
-                let page = pages.page(node.pointer).await?;
-                let children = page.pointers().iter().enumerate().map(|(index, pointer)| node.child(*pointer, index));
-                let overlaps = |child: &Node| child.first < range.end && child.blocks().end > range.start;
-                waiting.extend(children.filter(overlaps).collect::<Vec<_>>().into_iter().rev());
-                continue;
-            }
+            let under = if node.level > 0 { sight.under(node).await? } else { Under::Nothing(sight.revealed(node).await?) };
+            let found = match under {
+                Under::Page(page) => {
+                    let children = page.pointers().iter().enumerate().map(|(index, pointer)| node.child(*pointer, index));
+                    let overlaps = |child: &Node| child.first < range.end && child.blocks().end > range.start;
+                    waiting.extend(children.filter(overlaps).collect::<Vec<_>>().into_iter().rev());
+                    continue;
+                }
+                Under::Nothing(pointer) | Under::Hidden(pointer) => pointer,
+            };
             let is_full = runs.len() == runs_max;
             match runs.last_mut() {
-                Some((last, pointer)) if *pointer == node.pointer && pointer.location().is_none() => last.end = inside.end,
+                Some((last, pointer)) if *pointer == found && pointer.location().is_none() => last.end = inside.end,
                 _ if is_full => break,
-                _ => runs.push((inside, node.pointer)),
+                _ => runs.push((inside, found)),
             }
         }
         Ok(runs)
     }
 
     /// Shows every stored pointer, those to pages (`true`) before what is under them. Pages that are in `known` already are passed over; all
-    /// others are in it afterwards.
+    /// others are in it afterwards. A page that hides others counts as a whole. The answer is which pages could not be read, and why: nobody
+    /// knows what is under those.
     pub(crate) async fn walk(
         &self,
         pages: &dyn Pages,
         known: &mut HashSet<Pointer>,
         mut show: impl FnMut(Pointer, bool),
-    ) -> Result<(), VolumeError> {
+    ) -> Result<BTreeMap<Pointer, VolumeError>, VolumeError> {
+        let sight = Sight::new(pages);
         let mut waiting = vec![self.top()];
         while let Some(node) = waiting.pop() {
-            if node.pointer.location().is_none() || node.level > 0 && !known.insert(node.pointer) {
+            let node = node.hiding().unwrap_or(node);
+            if node.pointer.is_nothing() || !known.insert(node.pointer) {
                 continue;
             }
-            show(node.pointer, node.level > 0);
-            if node.level > 0 {
-                let page = pages.page(node.pointer).await?;
-                let stored = page.pointers().iter().enumerate().filter(|(_, pointer)| pointer.location().is_some());
-                if node.level == 1 {
-                    stored.for_each(|(_, pointer)| show(*pointer, false));
+            show(node.pointer, true);
+            let Under::Page(page) = sight.under(node).await? else { continue };
+            for (index, pointer) in page.pointers().iter().enumerate().filter(|(_, pointer)| !pointer.is_nothing()) {
+                if node.level > 1 || pointer.hiding().is_some() {
+                    waiting.push(node.child(*pointer, index));
                 } else {
-                    waiting.extend(stored.map(|(index, pointer)| node.child(*pointer, index)));
+                    show(*pointer, false);
                 }
             }
         }
-        Ok(())
+        Ok(sight.into_unreadable())
     }
 
     /// The ranges of blocks for which two trees have different pointers, in order and joined; at most `ranges_max` of them, from `from` on.
-    /// Pointers that `same` holds for are not different.
     pub(crate) async fn diff(
         &self,
         other: &Tree,
         pages: &dyn Pages,
         from: u64,
         ranges_max: usize,
-        same: impl Fn(Pointer, Pointer) -> bool,
     ) -> Result<Vec<Range<u64>>, VolumeError> {
         let height = self.height.max(other.height);
+        let sight = Sight::new(pages);
         let mut ranges: Vec<Range<u64>> = Vec::new();
         let mut waiting = vec![(self.raised(height), other.raised(height))];
         while let Some((left, right)) = waiting.pop() {
-            let blocks = left.blocks();
-            if left.pointer == right.pointer || blocks.end <= from {
+            let blocks = left.node.blocks();
+            if left.node.pointer == right.node.pointer || blocks.end <= from {
                 continue;
             }
-            let ends = left.pointer.location().is_none() && right.pointer.location().is_none();
-            if left.level > 0 && !ends {
-                let (of_left, of_right) = (children(pages, left).await?, children(pages, right).await?);
-                waiting.extend(of_left.into_iter().zip(of_right).rev());
-            } else if left.level > 0 || !same(left.pointer, right.pointer) {
-                let is_full = ranges.len() == ranges_max;
-                match ranges.last_mut() {
-                    Some(last) if last.end == blocks.start => last.end = blocks.end,
-                    _ if is_full => break,
-                    _ => ranges.push(blocks.start.max(from)..blocks.end),
+            let is_same = if left.node.level == 0 {
+                sight.revealed(left.node).await? == sight.revealed(right.node).await?
+            } else {
+                match (left.under(&sight).await?, right.under(&sight).await?) {
+                    (Under::Nothing(one) | Under::Hidden(one), Under::Nothing(other) | Under::Hidden(other)) => one == other,
+                    (of_left, of_right) => {
+                        let (of_left, of_right) = (of_left.into_page(), of_right.into_page());
+                        waiting
+                            .extend((0..FANOUT).rev().map(|index| (left.child(&of_left, index), right.child(&of_right, index))));
+                        continue;
+                    }
                 }
+            };
+            if is_same {
+                continue;
+            }
+            let is_full = ranges.len() == ranges_max;
+            match ranges.last_mut() {
+                Some(last) if last.end == blocks.start => last.end = blocks.end,
+                _ if is_full => break,
+                _ => ranges.push(blocks.start.max(from)..blocks.end),
             }
         }
         Ok(ranges)
@@ -151,42 +175,33 @@ impl Tree {
 
     /// The top of the tree as it would be if the tree were higher: the nodes above it are virtual.
     fn raised(&self, height: u32) -> Raised {
-        Raised { pointer: self.root, level: height, first: 0, height: self.height }
+        Raised { node: Node { pointer: self.root, level: height, first: 0 }, height: self.height }
     }
 }
 
 /// A node of a tree that is compared with a higher one.
 #[derive(Clone, Copy)]
 struct Raised {
-    pointer: Pointer,
-    level: u32,
-    first: u64,
+    node: Node,
     /// Of its tree: above it, only the first child is there.
     height: u32,
 }
 
 impl Raised {
-    fn blocks(&self) -> Range<u64> {
-        Node { pointer: self.pointer, level: self.level, first: self.first }.blocks()
+    fn is_virtual(&self) -> bool {
+        self.node.level > self.height && self.node.first == 0
     }
-}
 
-async fn children(pages: &dyn Pages, node: Raised) -> Result<Vec<Raised>, VolumeError> {
-    let page = match node.pointer.location() {
-        _ if node.level > node.height && node.first == 0 => {
-            let mut page = Page::filled(Pointer::HOLE);
-            page.0[0] = node.pointer;
-            page
+    async fn under(&self, sight: &Sight<'_>) -> Result<Under, VolumeError> {
+        if !self.is_virtual() {
+            return sight.under(self.node).await;
         }
-        Some(_) => (*pages.page(node.pointer).await?).clone(),
-        None => Page::filled(node.pointer),
-    };
-    let level = node.level - 1;
-    let child = |(index, pointer): (usize, &Pointer)| Raised {
-        pointer: *pointer,
-        level,
-        first: node.first + index as u64 * blocks_under(level),
-        height: node.height,
-    };
-    Ok(page.pointers().iter().enumerate().map(child).collect())
+        let mut page = Page::filled(Pointer::HOLE);
+        page.0[0] = self.node.pointer;
+        Ok(Under::Page(Rc::new(page)))
+    }
+
+    fn child(&self, page: &Page, index: usize) -> Raised {
+        Raised { node: self.node.child(page.pointers()[index], index), height: self.height }
+    }
 }

@@ -6,7 +6,6 @@
 //! ```
 
 use std::collections::{BTreeSet, HashSet};
-use std::num::NonZeroUsize;
 
 use dedup::BLOCK_LEN;
 
@@ -31,7 +30,7 @@ pub async fn scan(parts: &Parts, volume: &MappedVolume) -> Result<(), String> {
     let trees: Vec<Tree> = std::iter::once(meta.tree).chain(meta.snapshots.iter().map(|snapshot| snapshot.tree)).collect();
     // Reading finds out where ancestors have moved what they have, and notes it in the reader's table.
     let table = meta.table;
-    let reader = Reader::new(&chain, &root, table.clone(), NonZeroUsize::MIN);
+    let reader = Reader::new(&chain, &root, table.clone(), 1);
     let named = read_all(&reader, &trees).await?;
 
     let mut used: BTreeSet<u32> = named.clone();
@@ -60,7 +59,8 @@ async fn read_all(reader: &Reader, trees: &[Tree]) -> Result<BTreeSet<u32>, Stri
     let mut pointers: HashSet<Pointer> = HashSet::new();
     for tree in trees {
         let walked = tree.walk(reader, &mut HashSet::new(), |pointer, _| pointers.extend([pointer])).await;
-        walked.map_err(|error| format!("a tree cannot be walked: {error}"))?;
+        let unreadable = walked.map_err(|error| format!("a tree cannot be walked: {error}"))?;
+        unreadable.into_values().next().map_or(Ok(()), |error| Err(format!("a page cannot be read: {error}")))?;
     }
     let mut block = [0; BLOCK_LEN];
     for pointer in &pointers {

@@ -155,11 +155,12 @@ impl Client {
             return;
         };
         let mut history = self.before.borrow().clone();
-        match history.recover(&content, self.kept, self.settings.durability == Durability::Local) {
+        let is_local = self.settings.durability == Durability::Local;
+        match history.recover(&content, self.kept, is_local) {
             Err(violation) => return verdict.judge(Err(violation)),
             Ok(found) => {
                 let names: Vec<String> = volume.snapshots().into_iter().map(|snapshot| snapshot.name).collect();
-                if let Err(violation) = history.recover_snapshots(&names, self.kept) {
+                if let Err(violation) = history.recover_snapshots(&names, self.kept, is_local) {
                     return verdict.judge(Err(violation));
                 }
                 let history = Rc::new(RefCell::new(history));
@@ -290,18 +291,18 @@ impl Worker {
             18..20 => return self.delete_snapshot().await,
             20..22 => return self.done(self.volume.checkpoint().await),
             22..25 => return self.done(self.volume.gather(random.below(11) as f64 / 10.0).await.map(drop)),
+            25..35 => return self.race().await,
             _ => {}
         }
         let taken = self.history.borrow_mut().take_range(random, LONGEST);
         let Some(blocks) = taken else { return Some(()) };
         let went_on = match kind {
-            25..45 => self.read(&blocks).await,
+            35..45 => self.read(&blocks).await,
             45..58 => self.change(&blocks, true).await,
             _ => self.change(&blocks, false).await,
         };
-        if went_on.is_none() && self.volume.failed().is_none() {
-            let why = self.volume.last_read_error();
-            self.verdict.complain(format!("a request for blocks {blocks:?} failed, but the volume did not: {why:?}"));
+        if went_on.is_none() {
+            self.complain_of(&blocks);
         }
         // A change that failed may still be in the log: its blocks stay taken.
         went_on?;
@@ -351,6 +352,29 @@ impl Worker {
         let bytes = self.volume.read(offset, len).await.ok()?;
         self.verdict.judge(self.history.borrow().check_read(blocks, &bytes));
         Some(())
+    }
+
+    /// Reads what others may be changing.
+    async fn race(&self) -> Option<()> {
+        let random = &self.world.random;
+        let longest = if random.per_mille(500) { LONGEST } else { BLOCKS_MAX };
+        let blocks = self.history.borrow().any_range(random, longest);
+        let began = self.history.borrow().read_begins();
+        let (offset, len) = place(&blocks);
+        let Ok(bytes) = self.volume.read(offset, len).await else {
+            self.complain_of(&blocks);
+            return None;
+        };
+        self.verdict.judge(self.history.borrow().check_racing_read(&blocks, &bytes, began));
+        Some(())
+    }
+
+    /// Of a request that failed, if the volume did not.
+    fn complain_of(&self, blocks: &Range<u64>) {
+        if self.volume.failed().is_none() {
+            let why = self.volume.last_read_error();
+            self.verdict.complain(format!("a request for blocks {blocks:?} failed, but the volume did not: {why:?}"));
+        }
     }
 
     async fn change(&self, blocks: &Range<u64>, zeroes: bool) -> Option<()> {

@@ -109,16 +109,20 @@ impl History {
         self.now.len() as u64
     }
 
+    pub fn any_range(&self, random: &Random, longest: u64) -> Range<u64> {
+        let start = random.below(self.blocks());
+        start..(start + 1 + random.below(longest)).min(self.blocks())
+    }
+
     /// A range that no request is using; it is the caller's until it is released.
     pub fn take_range(&mut self, random: &Random, longest: u64) -> Option<Range<u64>> {
-        let start = random.below(self.blocks());
-        let end = (start + 1 + random.below(longest)).min(self.blocks());
-        let cells = &mut self.busy[start as usize..end as usize];
+        let range = self.any_range(random, longest);
+        let cells = &mut self.busy[range.start as usize..range.end as usize];
         if cells.iter().any(|busy| *busy) {
             return None;
         }
         cells.fill(true);
-        Some(start..end)
+        Some(range)
     }
 
     pub fn release(&mut self, blocks: &Range<u64>) {
@@ -210,7 +214,8 @@ impl History {
     }
 
     /// Checks which snapshots an opening finds. Those that are gone are forgotten.
-    pub fn recover_snapshots(&mut self, found: &[String], kept: Kept) -> Result<(), String> {
+    /// `durable`: what was found is as good as acknowledged.
+    pub fn recover_snapshots(&mut self, found: &[String], kept: Kept, durable: bool) -> Result<(), String> {
         let known = |name: &String| self.snapshots.iter().any(|snapshot| snapshot.name == *name);
         if let Some(name) = found.iter().find(|name| !known(name)) {
             return Err(format!("there is a snapshot {name}, which nobody asked for"));
@@ -229,7 +234,8 @@ impl History {
         // A deletion that was interrupted goes on, and may be refused in the end.
         let is_kept = |snapshot: &Snapshot| found.contains(&snapshot.name) || snapshot.fate >= Fate::Doomed;
         self.snapshots.retain(is_kept);
-        for snapshot in self.snapshots.iter_mut().filter(|snapshot| found.contains(&snapshot.name)) {
+        let is_certain = |snapshot: &Snapshot| found.contains(&snapshot.name) && (durable || snapshot.fate > Fate::Asked);
+        for snapshot in self.snapshots.iter_mut().filter(|snapshot| is_certain(snapshot)) {
             snapshot.fate = Fate::Made;
         }
         Ok(())
@@ -275,6 +281,27 @@ impl History {
             let found = version_of(block, bytes)?;
             if found != expected {
                 return Err(format!("block {block} reads as version {found}, but version {expected} was acknowledged"));
+            }
+        }
+        Ok(())
+    }
+
+    /// What a read that begins now finds at least.
+    pub fn read_begins(&self) -> usize {
+        self.acknowledged
+    }
+
+    /// Checks a range that others may have changed while it was read: each block holds what it held when the read began, or what was written since.
+    pub fn check_racing_read(&self, blocks: &Range<u64>, bytes: &[u8], began: usize) -> Result<(), String> {
+        let (before, since) = self.changes.split_at(began.min(self.changes.len()));
+        for (block, bytes) in blocks.clone().zip(bytes.chunks_exact(BLOCK)) {
+            let found = version_of(block, bytes)?;
+            let at_first = || self.first.get(block as usize).copied().unwrap_or(0);
+            let expected = before.iter().rev().find_map(|change| change.of(block)).unwrap_or_else(at_first);
+            if found != expected && !since.iter().any(|change| change.of(block) == Some(found)) {
+                return Err(format!(
+                    "block {block} reads as version {found}, which it did not hold any more, or not yet; it was {expected}"
+                ));
             }
         }
         Ok(())

@@ -11,13 +11,17 @@ mod cases;
 mod census;
 mod client;
 mod contents;
+#[cfg(test)]
+mod damage;
 mod disk;
 #[cfg(test)]
 mod encrypted_log;
 mod family;
 mod history;
 mod idle_rot;
+mod late;
 mod race;
+mod rotten;
 mod seen;
 mod store;
 mod world;
@@ -44,8 +48,8 @@ const TRIES: u32 = 10;
 /// Long enough for an opening to put its house in order.
 const REST: Duration = Duration::from_secs(2);
 /// Runs the schedule of a seed. The error says what was broken.
-/// With `trace`, its lives are told on standard error. Of ten, one is a race of several hosts, one a log that rots while idle, and three are
-/// families of clones.
+/// With `trace`, its lives are told on standard error. Of ten, one is a race of several hosts, one a log that rots while idle, three are
+/// families of clones, one is a pool that rots, and one has readers that are late.
 pub fn run(seed: u64, trace: bool) -> Result<Seen, String> {
     if seed.is_multiple_of(10) {
         let (openings, flushes) = race::run(seed)?;
@@ -57,6 +61,12 @@ pub fn run(seed: u64, trace: bool) -> Result<Seen, String> {
     }
     if (2..5).contains(&(seed % 10)) {
         return family::run(seed, trace);
+    }
+    if seed % 10 == 5 {
+        return rotten::run(seed, trace);
+    }
+    if seed % 10 == 6 {
+        return late::run(seed);
     }
     Schedule::new(seed, trace).run()
 }
@@ -137,6 +147,7 @@ impl Schedule {
     fn life(&mut self) -> Result<(), String> {
         self.seen.lives += 1;
         self.store.set_faults(self.faults);
+        self.store.set_slow(if self.world.random.per_mille(400) { 400 } else { 30 });
         if self.world.random.per_mille(150) {
             self.settings.durability = random_durability(&self.world);
         }
@@ -199,6 +210,7 @@ impl Schedule {
     /// Nothing fails any more: the volume must open, be right, and go on.
     fn last_life(&mut self) -> Result<(), String> {
         self.store.set_faults(0);
+        self.store.set_slow(0);
         self.disk.failures = 0;
         for _ in 0..TRIES {
             let (process, verdict) = self.start();

@@ -38,6 +38,7 @@ counts! {
     blocks_moved: "blocks moved",
     forwards: "blocks read where they were moved to",
     foreign_forwards: "objects of ancestors found to have moved",
+    handles_held: "times that a handle was not released because of a reader",
     handles_released: "handles released for other objects",
     snapshots_made: "snapshots made",
     snapshots_deleted: "snapshots deleted",
@@ -48,6 +49,8 @@ counts! {
     flattened: "clones flattened",
     refusals: "deletions refused because of clones",
     volumes_deleted: "volumes deleted",
+    damaged: "objects damaged in the pool",
+    reads_failed: "reads that failed because of that",
     scans: "volumes scanned, and their objects counted",
 }
 
@@ -61,6 +64,7 @@ impl Seen {
             blocks_moved: tally.blocks_moved.get(),
             forwards: tally.forwards.get(),
             foreign_forwards: tally.foreign_forwards.get(),
+            handles_held: tally.handles_held.get(),
             handles_released: tally.handles_released.get(),
             ..Seen::default()
         }

@@ -20,7 +20,7 @@ use crate::simulation::world::{Fate, ProcessId, World};
 /// In the header in clear.
 const PROTECTION_AT: usize = 60;
 const SALT_AT: usize = 64;
-/// Out of a thousand reads, so many take long: until so many other things have happened.
+/// Out of a thousand operations, so many take long unless a schedule wants more: until so many other things have happened.
 const SLOW: u64 = 30;
 const ROUNDS_MAX: u64 = 100;
 
@@ -29,6 +29,8 @@ struct State {
     objects: BTreeMap<String, Bytes>,
     roots: BTreeMap<String, (Bytes, u64)>,
     next_tag: u64,
+    /// What damaged objects were before.
+    damaged: BTreeMap<String, Bytes>,
     /// Of every encrypted object that ever was, even of those that are deleted.
     salts: BTreeMap<[u8; 32], String>,
 }
@@ -50,16 +52,22 @@ pub struct SharedStore {
     world: Rc<World>,
     state: Rc<RefCell<State>>,
     faults: Rc<Cell<u64>>,
+    slow: Rc<Cell<u64>>,
 }
 
 impl SharedStore {
     pub fn new(world: &Rc<World>) -> SharedStore {
-        SharedStore { world: world.clone(), state: Rc::default(), faults: Rc::default() }
+        SharedStore { world: world.clone(), state: Rc::default(), faults: Rc::default(), slow: Rc::new(Cell::new(SLOW)) }
     }
 
     /// Lost replies out of a thousand operations.
     pub fn set_faults(&self, per_mille: u64) {
         self.faults.set(per_mille);
+    }
+
+    /// Operations out of a thousand that take long.
+    pub fn set_slow(&self, per_mille: u64) {
+        self.slow.set(per_mille);
     }
 
     pub fn opened_by(&self, process: ProcessId) -> SimulatedStore {
@@ -85,6 +93,56 @@ impl SharedStore {
     }
 }
 
+impl SharedStore {
+    /// Of some object that may be, a bit flips, or the end is lost, or all of it: its name, or `None` if there is none.
+    pub fn damage(&self, may_be: impl Fn(&str, usize) -> bool) -> Option<String> {
+        let random = &self.world.random;
+        let names: Vec<String> = {
+            let state = self.state.borrow();
+            let found = state.objects.iter().filter(|(name, object)| may_be(name, object.len()));
+            found.map(|(name, _)| name.clone()).collect()
+        };
+        let name = names.get(random.below(names.len().max(1) as u64) as usize)?;
+        self.change(name, |bytes| match random.below(10) {
+            0 => bytes.clear(),
+            1 => bytes.truncate(random.below(bytes.len() as u64) as usize),
+            _ => {
+                let bit = random.below(bytes.len() as u64 * 8) as usize;
+                bytes[bit / 8] ^= 1 << (bit % 8);
+            }
+        });
+        Some(name.clone())
+    }
+
+    /// Changes what is there under a name; without any bytes, nothing is there.
+    pub fn change(&self, name: &str, change: impl FnOnce(&mut Vec<u8>)) {
+        let mut state = self.state.borrow_mut();
+        let Some(before) = state.objects.remove(name) else { return };
+        let mut bytes = before.to_vec();
+        change(&mut bytes);
+        if bytes == before {
+            state.objects.insert(name.to_owned(), before);
+            return;
+        }
+        if !bytes.is_empty() {
+            state.objects.insert(name.to_owned(), bytes.into());
+        }
+        state.damaged.entry(name.to_owned()).or_insert(before);
+    }
+
+    /// Objects that are damaged, and that nobody has deleted since.
+    pub fn damaged(&self) -> usize {
+        self.state.borrow().damaged.len()
+    }
+
+    /// Puts all of them back as they were.
+    pub fn repair(&self) {
+        let mut state = self.state.borrow_mut();
+        let damaged = std::mem::take(&mut state.damaged);
+        state.objects.extend(damaged);
+    }
+}
+
 /// The store as one process reaches it.
 pub struct SimulatedStore {
     shared: SharedStore,
@@ -94,8 +152,7 @@ pub struct SimulatedStore {
 impl SimulatedStore {
     /// `apply` happens once, or never.
     fn changes<'a, T: 'static>(&self, apply: impl FnOnce(&mut State) -> Result<T, StoreError> + 'static) -> StoreFuture<'a, T> {
-        let SharedStore { world, state, faults } = self.shared.clone();
-        let waiting = world.clone();
+        let SharedStore { world, state, faults, .. } = self.shared.clone();
         let run = move |fate| {
             if fate == Fate::Happens && !world.random.per_mille(faults.get()) {
                 return Some(apply(&mut state.borrow_mut()));
@@ -108,24 +165,29 @@ impl SimulatedStore {
             }
             (fate == Fate::Happens).then(unknown)
         };
-        waiting.operation(self.process, run)
+        self.late(run)
     }
 
     fn looks<'a, T: 'static>(&self, look: impl FnOnce(&State) -> Result<T, StoreError> + 'static) -> StoreFuture<'a, T> {
-        let SharedStore { world, state, faults } = self.shared.clone();
-        let waiting = world.clone();
+        let SharedStore { world, state, faults, .. } = self.shared.clone();
         let run = move |fate| match fate {
             Fate::ProcessDied => None,
             Fate::Happens if world.random.per_mille(faults.get()) => Some(unknown()),
             Fate::Happens => Some(look(&state.borrow())),
         };
-        let rounds = if waiting.random.per_mille(SLOW) { waiting.random.below(ROUNDS_MAX) } else { 0 };
-        let process = self.process;
+        self.late(run)
+    }
+
+    /// Something that happens later, and sometimes a long time later.
+    fn late<'a, T: 'static>(&self, run: impl FnOnce(Fate) -> Option<Result<T, StoreError>> + 'static) -> StoreFuture<'a, T> {
+        let (world, process) = (self.shared.world.clone(), self.process);
+        let is_slow = world.random.per_mille(self.shared.slow.get());
+        let rounds = if is_slow { world.random.below(ROUNDS_MAX) } else { 0 };
         Box::pin(async move {
             for _ in 0..rounds {
-                waiting.operation(process, |fate| (fate == Fate::Happens).then_some(())).await;
+                world.operation(process, |fate| (fate == Fate::Happens).then_some(())).await;
             }
-            waiting.operation(process, run).await
+            world.operation(process, run).await
         })
     }
 }
@@ -160,6 +222,7 @@ impl SegmentStore for SimulatedStore {
         let name = name.to_owned();
         self.changes(move |state| {
             state.objects.remove(&name);
+            state.damaged.remove(&name);
             Ok(())
         })
     }

@@ -123,7 +123,7 @@ impl Host {
         let recovered = history.recover(&content, kept, is_local);
         family.tell(|| format!("host {}: {:02x?} opens with {recovered:?} changes", self.0.process, &member.group[..8]));
         family.judge(recovered.map(drop));
-        family.judge(history.recover_snapshots(&names, kept));
+        family.judge(history.recover_snapshots(&names, kept, is_local));
         member.kept.set(crate::simulation::history::Kept::Acknowledged);
         Ok(Some(volume))
     }

@@ -1,0 +1,140 @@
+//! Copying what is in use of victims into new objects.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use dedup::body::{BODY_LEN_MAX, Body};
+use dedup::frame::{Allowed, Temperature, choose};
+use dedup::hash::BlockHash;
+use dedup::location::{Location, SegmentHandle, Spot};
+use dedup::{BLOCK_LEN, Block};
+
+use crate::checkpoint::pack;
+use crate::core::Core;
+use crate::environment::offload;
+use crate::error::VolumeError;
+use crate::map::{Pointer, spot_bits, spot_of};
+use crate::names::{Family, Source};
+use crate::object::{Kind, Opened};
+use crate::reader::Moves;
+use crate::step_header::{Moved, StepHeader};
+use crate::table::Content;
+
+/// Blocks of one object.
+const BLOCKS_MAX: usize = 8192;
+/// Blocks read at once.
+const READ_BLOCKS: usize = 256;
+
+/// A new object with what is in use of its victims. It is in the store, and in no table.
+pub(super) struct Written {
+    pub(super) source: Source,
+    pub(super) content: Content,
+    pub(super) blocks: u32,
+    pub(super) bytes: u32,
+    pub(super) opened: Opened,
+    pub(super) header: StepHeader,
+    pub(super) victims: Vec<u32>,
+}
+
+/// An object that blocks are gathered in.
+pub(super) struct Gathering<'a> {
+    core: &'a Core,
+    content: Content,
+    body: Body,
+    blocks: usize,
+    header: StepHeader,
+    victims: Vec<u32>,
+    /// Objects that are in the store.
+    written: Vec<Written>,
+}
+
+impl<'a> Gathering<'a> {
+    pub(super) fn new(core: &'a Core, content: Content) -> Gathering<'a> {
+        let (body, header) = (Body::new(BODY_LEN_MAX), StepHeader::default());
+        Gathering { core, content, body, blocks: 0, header, victims: Vec::new(), written: Vec::new() }
+    }
+
+    /// Copies blocks of a victim. Nothing is added if one of them cannot be read.
+    pub(super) async fn add(&mut self, handle: u32, spots: &BTreeSet<u32>) -> Result<(), VolumeError> {
+        if self.blocks + spots.len() > BLOCKS_MAX {
+            self.store().await?;
+        }
+        let reader = &self.core.reader;
+        let segment = SegmentHandle::new(handle).expect("a handle of the table");
+        let mut content = vec![0; spots.len() * BLOCK_LEN];
+        let wanted: Vec<(usize, Pointer)> =
+            spots.iter().map(|bits| Pointer::to(Location { segment, spot: spot_of(*bits) })).enumerate().collect();
+        for part in wanted.chunks(READ_BLOCKS) {
+            reader.read(part, &mut content).await?;
+        }
+        // After the blocks: reading those finds out where an ancestor has moved them.
+        let hashes = self.hashes_of(handle).await?;
+        let moves = reader.moves_into(handle).await?;
+        let packing = match self.content {
+            Content::Data => choose(self.core.settings.compression, self.core.log.fill() as f32, Temperature::Warm, None),
+            Content::Pages => choose(Allowed::Auto, 0.0, Temperature::Warm, None),
+        };
+        let body = std::mem::replace(&mut self.body, Body::new(0));
+        let packed = offload(&*self.core.chain.environment, move || {
+            let blocks: Vec<&Block> = content.as_chunks::<BLOCK_LEN>().0.iter().collect();
+            pack(body, &blocks, packing)
+        })
+        .await;
+        let (body, places) = packed.ok_or(VolumeError::Panicked)?;
+        self.body = body;
+        if places.len() != spots.len() {
+            return Err(VolumeError::ObjectDamaged { object: "an object being gathered".into(), why: "its blocks do not fit" });
+        }
+        self.note(handle, spots, (&places, &hashes, &moves));
+        Ok(())
+    }
+
+    async fn hashes_of(&self, handle: u32) -> Result<HashMap<u32, BlockHash>, VolumeError> {
+        if self.content == Content::Pages {
+            return Ok(HashMap::new());
+        }
+        let step = self.core.reader.step_of(handle).await?;
+        Ok(step.stored.iter().map(|(hash, spot)| (spot_bits(*spot), *hash)).collect())
+    }
+
+    /// Notes in the header what came from where: from the victim, and from those that were forwarded to it.
+    fn note(&mut self, handle: u32, spots: &BTreeSet<u32>, (places, hashes, moves): (&[Spot], &HashMap<u32, BlockHash>, &Moves)) {
+        let now: BTreeMap<u32, Spot> = spots.iter().copied().zip(places.iter().copied()).collect();
+        let Some(source) = self.core.reader.table.borrow().source(handle) else { return };
+        self.push_moves(source, now.iter().map(|(from, to)| (*from, *to)));
+        for (origin, moves) in moves {
+            if self.core.reader.table.borrow().handle_of(origin).is_some() {
+                self.push_moves(*origin, moves.iter().filter_map(|(from, at)| Some((*from, *now.get(at)?))));
+            }
+        }
+        let stored = now.iter().filter_map(|(from, to)| Some((*hashes.get(from)?, *to)));
+        self.header.stored.extend(stored);
+        self.blocks += spots.len();
+        self.victims.push(handle);
+    }
+
+    fn push_moves(&mut self, source: Source, moves: impl Iterator<Item = (u32, Spot)>) {
+        let number = self.header.sources.len() as u32;
+        self.header.sources.push(source);
+        self.header.moved.extend(moves.map(|(from, to)| Moved { source: number, from: spot_of(from), to }));
+    }
+
+    /// Everything that was copied is in these objects.
+    pub(super) async fn finish(mut self) -> Result<Vec<Written>, VolumeError> {
+        self.store().await?;
+        Ok(self.written)
+    }
+
+    /// Stores what was gathered.
+    async fn store(&mut self) -> Result<(), VolumeError> {
+        let whole = std::mem::replace(self, Gathering::new(self.core, self.content));
+        let Gathering { core, content, body, blocks, header, victims, written } = whole;
+        self.written = written;
+        if victims.is_empty() {
+            return Ok(());
+        }
+        let source = core.new_source(Family::Gathered, &core.next_gathered);
+        let (bytes, opened) = core.store_object(source, Kind::Step, header.encode(), body).await?;
+        self.written.push(Written { source, content, blocks: blocks as u32, bytes, opened, header, victims });
+        Ok(())
+    }
+}

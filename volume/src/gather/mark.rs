@@ -1,0 +1,251 @@
+//! Finding out what is in use: every pointer of every tree and layer, each page read once, while others go on.
+//!
+//! What is added meanwhile comes from steps: their own objects are new, and what else they refer to is noted as they are applied.
+
+use std::cell::Cell;
+use std::collections::{HashMap, HashSet};
+use std::rc::Rc;
+
+use crate::core::{Core, Layer, SnapshotState};
+use crate::environment::LocalFuture;
+use crate::error::VolumeError;
+use crate::gather::Which;
+use crate::map::{Page, Pages, Pointer, Tree};
+use crate::names::Family;
+use crate::reader::Reader;
+use crate::signal::give_way;
+use crate::table::{Entry, State, Table};
+
+/// Pages, and runs of a layer, looked at in one go.
+const PAGES_AT_ONCE: u32 = 16;
+const RUNS_AT_ONCE: usize = 4_096;
+/// Pointers that are kept in memory: 16 MiB. With more, only how many lead to the fullest objects is remembered, and these are not rewritten.
+const POINTERS_MAX: usize = 1 << 20;
+
+pub(super) type Pointers = HashSet<Pointer>;
+
+/// What leads to an object's blocks.
+enum Live {
+    Known(Pointers),
+    /// More than is kept, or all of it.
+    Counted(u64),
+}
+
+/// How handles are used.
+pub(super) struct Uses {
+    /// Handles that were there when marking began.
+    before: HashSet<u32>,
+    /// Pages refer to these.
+    named: HashSet<u32>,
+    /// By the handle that a pointer leads to in the end.
+    live: HashMap<u32, Live>,
+    /// Pages that cannot be read may refer to these, and to everything in their objects.
+    kept: HashSet<u32>,
+    /// Whether ancestors' objects are to be rewritten, and not the volume's own.
+    inherited: bool,
+    pointers: usize,
+}
+
+impl Uses {
+    fn new(table: &Table, which: Which) -> Uses {
+        Uses {
+            before: table.used().map(|(handle, _)| handle).collect(),
+            named: HashSet::new(),
+            live: HashMap::new(),
+            kept: HashSet::new(),
+            inherited: which == Which::Inherited,
+            pointers: 0,
+        }
+    }
+
+    /// Whether the object may be rewritten, so that it matters what of it is in use.
+    pub(super) fn tracks(&self, entry: &Entry) -> bool {
+        self.inherited == (entry.owner != 0)
+    }
+
+    /// Whether it is not known that nothing, or what, refers to it.
+    pub(super) fn may_be_needed(&self, handle: u32) -> bool {
+        !self.before.contains(&handle) || self.kept.contains(&handle)
+    }
+
+    pub(super) fn is_unused(&self, handle: u32) -> bool {
+        !self.named.contains(&handle) && !self.live.contains_key(&handle)
+    }
+
+    pub(super) fn live_blocks(&self, handle: u32, entry: &Entry) -> u64 {
+        let blocks = u64::from(entry.blocks);
+        if self.may_be_needed(handle) {
+            return blocks;
+        }
+        match self.live.get(&handle) {
+            None => 0,
+            Some(Live::Known(pointers)) => blocks.min(pointers.len() as u64),
+            Some(Live::Counted(count)) => blocks.min(*count),
+        }
+    }
+
+    /// What leads to an object's blocks, if that is known.
+    pub(super) fn take(&mut self, handle: u32) -> Option<Pointers> {
+        match self.live.remove(&handle) {
+            None => Some(Pointers::new()),
+            Some(Live::Known(pointers)) => Some(pointers),
+            Some(Live::Counted(_)) => None,
+        }
+    }
+
+    fn note(&mut self, pointer: Pointer, table: &Table) {
+        let Some(location) = pointer.location() else { return };
+        let handle = location.segment.get();
+        self.named.insert(handle);
+        let Some(entry) = table.get(handle) else { return };
+        let (to, target) = match entry.state {
+            State::Forwarded(to) => (to, table.get(to).unwrap_or(entry)),
+            State::Live | State::Free => (handle, entry),
+        };
+        let unknown = if self.tracks(target) { Live::Known(Pointers::new()) } else { Live::Counted(0) };
+        match self.live.entry(to).or_insert(unknown) {
+            Live::Counted(count) => *count += 1,
+            Live::Known(pointers) => {
+                self.pointers += usize::from(pointers.insert(pointer));
+                let count = pointers.len();
+                if !self.inherited && count >= target.blocks as usize {
+                    self.pointers -= count;
+                    self.live.insert(to, Live::Counted(count as u64));
+                }
+            }
+        }
+        if self.pointers > POINTERS_MAX && !self.inherited {
+            self.keep_emptiest(table);
+        }
+    }
+
+    /// Of the fullest objects, only the number of pointers is remembered.
+    fn keep_emptiest(&mut self, table: &Table) {
+        let share = |handle: u32, pointers: &Pointers| {
+            pointers.len() as f64 / table.get(handle).map_or(1.0, |entry| f64::from(entry.blocks.max(1)))
+        };
+        let known = self.live.iter().filter_map(|(handle, live)| match live {
+            Live::Known(pointers) => Some((share(*handle, pointers), *handle)),
+            Live::Counted(_) => None,
+        });
+        let mut fullest: Vec<(f64, u32)> = known.collect();
+        fullest.sort_by(|one, other| other.0.total_cmp(&one.0).then(one.1.cmp(&other.1)));
+        for (_, handle) in fullest {
+            if self.pointers <= POINTERS_MAX / 2 {
+                break;
+            }
+            let Some(pointers) = self.take(handle) else { continue };
+            self.pointers -= pointers.len();
+            self.live.insert(handle, Live::Counted(pointers.len() as u64));
+        }
+    }
+}
+
+/// Whether a page of one object may refer to another object.
+fn may_refer_to(page: &Entry, other: &Entry) -> bool {
+    if (page.owner, page.epoch) != (other.owner, other.epoch) {
+        // A clone's pages may refer to what its ancestors had, and pages of an epoch to what there was before it.
+        return other.owner > page.owner || other.owner == page.owner && other.epoch < page.epoch;
+    }
+    match other.family {
+        Family::Gathered => other.number <= page.number,
+        // The numbers of a page's object and of the steps it has are compared: see `Core::new_source`.
+        Family::Step => other.number < page.number,
+        Family::Meta => false,
+    }
+}
+
+/// Pages for somebody who is in no hurry.
+struct Unhurried<'a> {
+    reader: &'a Reader,
+    in_a_row: Cell<u32>,
+}
+
+impl Pages for Unhurried<'_> {
+    fn page(&self, pointer: Pointer) -> LocalFuture<'_, Result<Rc<Page>, VolumeError>> {
+        Box::pin(async move {
+            self.in_a_row.set(self.in_a_row.get() + 1);
+            if self.in_a_row.get() == PAGES_AT_ONCE {
+                self.in_a_row.set(0);
+                give_way().await;
+            }
+            self.reader.page(pointer).await
+        })
+    }
+}
+
+impl Core {
+    /// What refers to what: complete at the moment when the answer comes.
+    pub(super) async fn mark(&self, which: Which) -> Result<Uses, VolumeError> {
+        let (mut uses, trees, layers) = {
+            // Nothing refers to the new pages of a checkpoint that is under way.
+            let _between_checkpoints = self.house.hold().await;
+            self.noted_hits.replace(Some(Vec::new()));
+            (Uses::new(&self.reader.table.borrow(), which), self.trees(), self.closed_layers())
+        };
+        let marked = self.mark_all(&mut uses, trees, layers).await;
+        let noted = self.noted_hits.take().unwrap_or_default();
+        let unreadable = marked?;
+        let table = self.reader.table.borrow();
+        noted.into_iter().for_each(|pointer| uses.note(pointer, &table));
+        drop(table);
+        uses.kept = self.kept_for(&unreadable);
+        Ok(uses)
+    }
+
+    /// The answer is which pages cannot be read.
+    async fn mark_all(&self, uses: &mut Uses, trees: Vec<Tree>, layers: Vec<Rc<Layer>>) -> Result<Vec<Pointer>, VolumeError> {
+        let table = &self.reader.table;
+        let (mut known, mut unreadable) = (HashSet::new(), Vec::new());
+        let pages = Unhurried { reader: &self.reader, in_a_row: Cell::new(0) };
+        for tree in trees {
+            for (page, error) in tree.walk(&pages, &mut known, |pointer, _| uses.note(pointer, &table.borrow())).await? {
+                self.note_damage(error);
+                unreadable.push(page);
+            }
+        }
+        for layer in layers {
+            let mut from = 0;
+            loop {
+                let runs: Vec<(std::ops::Range<u64>, Pointer)> = layer.runs.within(from..u64::MAX).take(RUNS_AT_ONCE).collect();
+                let Some((last, _)) = runs.last() else { break };
+                from = last.end;
+                runs.iter().for_each(|(_, pointer)| uses.note(*pointer, &table.borrow()));
+                give_way().await;
+            }
+        }
+        Ok(unreadable)
+    }
+
+    fn trees(&self) -> Vec<Tree> {
+        let snapshots = self.snapshots.borrow();
+        let committed = snapshots.values().filter_map(|state| match state {
+            SnapshotState::Committed(snapshot) => Some(snapshot.tree),
+            SnapshotState::Reserved | SnapshotState::Pending(_) => None,
+        });
+        std::iter::once(self.map.borrow().tree).chain(committed).collect()
+    }
+
+    /// All layers, which change no more.
+    fn closed_layers(&self) -> Vec<Rc<Layer>> {
+        let mut map = self.map.borrow_mut();
+        map.close_layer(None);
+        map.layers.clone()
+    }
+
+    /// What pages that cannot be read may refer to.
+    fn kept_for(&self, unreadable: &[Pointer]) -> HashSet<u32> {
+        let table = self.reader.table.borrow();
+        let entry_of = |page: &Pointer| table.get(page.location()?.segment.get());
+        let pages: Option<Vec<&Entry>> = unreadable.iter().map(entry_of).collect();
+        let may_be_needed = |entry: &Entry| pages.as_ref().is_none_or(|pages| pages.iter().any(|page| may_refer_to(page, entry)));
+        let mut kept = HashSet::new();
+        for (handle, entry) in table.used().filter(|(_, entry)| may_be_needed(entry)) {
+            kept.insert(handle);
+            if let State::Forwarded(to) = entry.state {
+                kept.insert(to);
+            }
+        }
+        kept
+    }
+}

@@ -1,0 +1,303 @@
+//! Collecting garbage: objects that nothing refers to are deleted, and those little of which is in use are rewritten.
+//!
+//! ```text
+//!   mark      every pointer of every tree and layer: which handles are used, and where        others go on meanwhile
+//!   choose    unused handles are forgotten; emptyish objects are victims, and take no new hits          at one moment
+//!   copy      what is in use of the victims ─▶ new objects, whose headers tell what came from where   others go on meanwhile
+//!   swap      victims are forwarded ─▶ checkpoint ─▶ only then their objects are deleted                   in the house
+//! ```
+//!
+//! Invariants: pages are not rewritten for it; a snapshot neither stalls it nor is changed by it. What is new since marking began is left
+//! alone, and so is an object that a step on its way may refer to: whatever refers to a victim at the swap was there when it was chosen. What
+//! cannot be read is left where it is, and so is everything that a page which cannot be read may refer to: what was there when that page
+//! was written.
+
+mod copy;
+mod mark;
+
+use std::collections::{BTreeSet, HashMap};
+
+use dedup::location::Location;
+
+use crate::checkpoint::Change;
+use crate::core::Core;
+use crate::error::VolumeError;
+use crate::map::spot_bits;
+use crate::names::{Family, Source};
+use crate::segment::Place;
+use crate::table::{Content, Entry, State};
+use copy::{Gathering, Written};
+use mark::{Pointers, Uses};
+
+/// Victims of one collection.
+const VICTIMS_MAX: usize = 256;
+/// Blocks that may be garbage before anybody looks: one object's.
+const GARBAGE_MIN: u64 = 8_192;
+/// Of what is stored, the share in use that is kept up while the volume is busy, and beyond which nothing is done. Less garbage costs more copies.
+const IN_USE_BUSY: f64 = 0.8;
+const IN_USE_BUSY_DONE: f64 = 0.84;
+/// The same for a volume that rests.
+const IN_USE_QUIET: f64 = 0.97;
+
+/// What a collection did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Gathered {
+    /// Blocks in use, and blocks stored before anything was done.
+    pub live_blocks: u64,
+    pub stored_blocks: u64,
+    /// Objects that are deleted, and their bytes.
+    pub objects_deleted: u64,
+    pub bytes_deleted: u64,
+    /// Blocks that were copied.
+    pub blocks_moved: u64,
+}
+
+/// Which objects are rewritten.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(crate) enum Which {
+    /// The volume's own of which no larger share is in use.
+    Below(f64),
+    /// The volume's own, the emptiest first, until such a share of all that is stored is in use.
+    Until(f64),
+    /// All that belong to ancestors.
+    Inherited,
+}
+
+/// What is to be done.
+#[derive(Default)]
+struct Chosen {
+    forgotten: Vec<u32>,
+    /// Each with what is in use of it.
+    victims: Vec<(u32, Pointers)>,
+}
+
+/// An object that may be rewritten.
+struct Candidate {
+    handle: u32,
+    live: u64,
+    blocks: u64,
+}
+
+impl Candidate {
+    /// In use, 0 to 1.
+    fn share(&self) -> f64 {
+        self.live as f64 / self.blocks.max(1) as f64
+    }
+}
+
+/// Which of the candidates are rewritten. Of the volume's own, `live` of `stored` blocks are in use.
+fn victims(mut candidates: Vec<Candidate>, which: Which, live: u64, mut stored: u64) -> Vec<u32> {
+    if which != Which::Inherited {
+        candidates.retain(|candidate| candidate.live < candidate.blocks);
+        candidates.sort_by(|one, other| one.share().total_cmp(&other.share()).then(one.handle.cmp(&other.handle)));
+        candidates.truncate(VICTIMS_MAX);
+    }
+    let is_worth_it = |candidate: &Candidate| match which {
+        Which::Below(below) => candidate.share() <= below,
+        Which::Until(share) => {
+            let goes_on = (live as f64) < share * stored as f64;
+            stored -= candidate.blocks - candidate.live;
+            goes_on
+        }
+        Which::Inherited => true,
+    };
+    let count = candidates.iter().map(is_worth_it).take_while(|worth_it| *worth_it).count();
+    candidates.into_iter().take(count).map(|candidate| candidate.handle).collect()
+}
+
+impl Core {
+    /// What to collect now, if there may be enough garbage. A volume that rests is tidied up once.
+    pub(crate) fn due_collection(&self, is_quiet: bool) -> Option<Which> {
+        if self.written.get() == 0 {
+            return None;
+        }
+        let stored = self.reader.table.borrow().stored_blocks();
+        let live = self.live.get().min(stored);
+        let garbage_max = stored - live;
+        if is_quiet && garbage_max > 0 {
+            return Some(Which::Until(IN_USE_QUIET));
+        }
+        let is_much = garbage_max >= GARBAGE_MIN && (live as f64) < IN_USE_BUSY * stored as f64;
+        is_much.then_some(Which::Until(IN_USE_BUSY_DONE))
+    }
+
+    pub(crate) async fn collect(&self, which: Which) -> Result<Gathered, VolumeError> {
+        let _alone = self.gathering.hold().await;
+        self.collect_alone(which).await
+    }
+
+    /// For whoever holds the right to collect.
+    pub(crate) async fn collect_alone(&self, which: Which) -> Result<Gathered, VolumeError> {
+        self.written.set(0);
+        let ancestors_moved = self.reader.ancestors_moved.get();
+        let uses = self.mark(which).await?;
+        // From here to the end of choosing nothing else runs, so no hit slips in between.
+        let stored_blocks = self.reader.table.borrow().stored_blocks();
+        let mut done = Gathered { stored_blocks, live_blocks: self.live_blocks(&uses), ..Gathered::default() };
+        self.live.set(done.live_blocks);
+        let Chosen { mut forgotten, victims } = self.choose(uses, which, &done);
+        if forgotten.is_empty() && victims.is_empty() {
+            return Ok(done);
+        }
+        if victims.len() == VICTIMS_MAX {
+            // There may be more, so that another collection is due.
+            self.written.set(1);
+        }
+        let mut written = self.copy(victims, &mut done).await?;
+        let _alone = self.house.hold().await;
+        // If an ancestor was found to have moved something, what is in use of its objects is not what it seemed to be: they stay for another time.
+        if ancestors_moved != self.reader.ancestors_moved.get() {
+            let is_own = |handle: &u32| self.reader.table.borrow().get(*handle).is_some_and(|entry| entry.owner == 0);
+            forgotten.retain(is_own);
+            written.iter_mut().for_each(|written| written.victims.retain(is_own));
+        }
+        self.swap(forgotten, written, &mut done).await?;
+        self.reader.tally.blocks_moved.add(done.blocks_moved);
+        self.reader.tally.collections.add((done.blocks_moved > 0).into());
+        Ok(done)
+    }
+
+    fn live_blocks(&self, uses: &Uses) -> u64 {
+        let table = self.reader.table.borrow();
+        let own = table.used().filter(|(_, entry)| entry.owner == 0 && entry.is_live());
+        own.map(|(handle, entry)| uses.live_blocks(handle, entry)).sum()
+    }
+
+    fn choose(&self, mut uses: Uses, which: Which, done: &Gathered) -> Chosen {
+        let mut chosen = Chosen::default();
+        let (table, hit_uses, unreadable) = (self.reader.table.borrow(), self.hit_uses.borrow(), self.unreadable.borrow());
+        let mut candidates = Vec::new();
+        for (handle, entry) in table.used() {
+            if hit_uses.contains_key(&handle) || uses.may_be_needed(handle) || self.is_in_history(entry) {
+                continue;
+            }
+            if uses.is_unused(handle) {
+                chosen.forgotten.push(handle);
+            } else if entry.is_live() && uses.tracks(entry) && !unreadable.contains(&handle) {
+                let live = uses.live_blocks(handle, entry);
+                candidates.push(Candidate { handle, live, blocks: entry.blocks.into() });
+            }
+        }
+        let victims = victims(candidates, which, done.live_blocks, done.stored_blocks);
+        chosen.victims = victims.into_iter().filter_map(|handle| Some((handle, uses.take(handle)?))).collect();
+        let taken = chosen.forgotten.iter().chain(chosen.victims.iter().map(|(handle, _)| handle));
+        taken.for_each(|handle| self.deduplication.retire(*handle));
+        chosen
+    }
+
+    /// An opening would still read the object's header.
+    fn is_in_history(&self, entry: &Entry) -> bool {
+        let place = Place { epoch: entry.epoch, sequence: entry.number };
+        entry.owner == 0 && entry.family == Family::Step && place >= self.keeper.root().checkpoint.place
+    }
+
+    /// Copies what is in use of each victim. The answer is the new objects, of which nobody knows yet.
+    async fn copy(&self, victims: Vec<(u32, Pointers)>, done: &mut Gathered) -> Result<Vec<Written>, VolumeError> {
+        let mut live: HashMap<u32, BTreeSet<u32>> = HashMap::new();
+        let handles: Vec<u32> = victims.iter().map(|(handle, _)| *handle).collect();
+        for (handle, pointers) in victims {
+            match self.spots(handle, pointers).await {
+                Ok(spots) => drop(live.insert(handle, spots)),
+                Err(error) => self.leave(handle, error)?,
+            }
+        }
+        let mut written = Vec::new();
+        for content in [Content::Data, Content::Pages] {
+            let mut gathering = Gathering::new(self, content);
+            for handle in &handles {
+                let entry = self.reader.table.borrow().get(*handle).copied();
+                // An ancestor's object may turn out to have moved meanwhile.
+                if entry.is_none_or(|entry| entry.content != content || !entry.is_live()) {
+                    continue;
+                }
+                let Some(spots) = live.remove(handle) else { continue };
+                match gathering.add(*handle, &spots).await {
+                    Ok(()) => done.blocks_moved += spots.len() as u64,
+                    Err(error) => self.leave(*handle, error)?,
+                }
+            }
+            written.extend(gathering.finish().await?);
+        }
+        Ok(written)
+    }
+
+    /// Where in a victim the blocks are that pointers lead to.
+    async fn spots(&self, victim: u32, pointers: Pointers) -> Result<BTreeSet<u32>, VolumeError> {
+        let mut spots = BTreeSet::new();
+        for location in pointers.into_iter().filter_map(|pointer| pointer.location()) {
+            let Location { segment, spot } = match location.segment.get() == victim {
+                true => location,
+                false => self.reader.resolve(location).await?,
+            };
+            // Else an ancestor has moved the block on.
+            if segment.get() == victim {
+                spots.insert(spot_bits(spot));
+            }
+        }
+        Ok(spots)
+    }
+
+    /// A victim that cannot be read stays as it is.
+    fn leave(&self, victim: u32, error: VolumeError) -> Result<(), VolumeError> {
+        if !matches!(error, VolumeError::ObjectDamaged { .. }) {
+            return Err(error);
+        }
+        self.note_damage(error);
+        self.unreadable.borrow_mut().insert(victim);
+        self.deduplication.restore(victim);
+        Ok(())
+    }
+
+    /// What was copied is where the volume has it from now on, and what nothing refers to goes. New objects take no hits before a checkpoint knows of
+    /// them, as a history that refers to what no checkpoint and no step has written could not be read.
+    async fn swap(&self, forgotten: Vec<u32>, written: Vec<Written>, done: &mut Gathered) -> Result<(), VolumeError> {
+        let mut new = Vec::new();
+        for Written { source, content, blocks, bytes, opened, header, victims } in written {
+            let full = || VolumeError::ObjectDamaged { object: source.path(), why: "the volume has no handle left for it" };
+            let handle = self.reader.table.borrow_mut().add(source, content, blocks, bytes).ok_or_else(full)?;
+            self.deduplication.retire(handle);
+            self.reader.opened(handle, opened);
+            victims.into_iter().for_each(|victim| self.forward(victim, handle, done));
+            new.push((handle, content, header));
+        }
+        self.forget(forgotten, done);
+        self.checkpoint_with(Change::default()).await?;
+        for (handle, _, header) in new.iter().filter(|(_, content, _)| *content == Content::Data) {
+            self.deduplication.restore(*handle);
+            self.deduplication.hook(&self.reader, *handle, header);
+        }
+        Ok(())
+    }
+
+    /// No page refers to these handles. Objects of one's own are deleted after the next checkpoint.
+    fn forget(&self, handles: Vec<u32>, done: &mut Gathered) {
+        for handle in &handles {
+            let (entry, source) = self.entry_and_source(*handle);
+            if let (Some(Entry { owner: 0, state: State::Live, bytes, .. }), Some(source)) = (entry, source) {
+                self.doom(source, bytes, done);
+            }
+            self.reader.table.borrow_mut().forget(*handle);
+        }
+        self.limbo.borrow_mut().push((self.reader.last_look(), handles));
+    }
+
+    /// What is in use of a victim is elsewhere now.
+    fn forward(&self, victim: u32, handle: u32, done: &mut Gathered) {
+        let (entry, source) = self.entry_and_source(victim);
+        self.reader.table.borrow_mut().forward(victim, handle);
+        if let (Some(Entry { owner: 0, bytes, .. }), Some(source)) = (entry, source) {
+            self.doom(source, bytes, done);
+        }
+    }
+
+    fn entry_and_source(&self, handle: u32) -> (Option<Entry>, Option<Source>) {
+        let table = self.reader.table.borrow();
+        (table.get(handle).copied(), table.source(handle))
+    }
+
+    fn doom(&self, source: Source, bytes: u32, done: &mut Gathered) {
+        self.doomed.borrow_mut().push(source);
+        done.objects_deleted += 1;
+        done.bytes_deleted += u64::from(bytes);
+    }
+}
