@@ -146,6 +146,35 @@ pub struct EngineUse {
     pub index: u64,
 }
 
+/// A key that a pool keeps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyRecord {
+    /// The volumes that it encrypts, which share it; `None`: it is the pool's own, which names blocks.
+    pub volumes: Option<Vec<String>>,
+    pub state: KeyState,
+}
+
+/// How a key is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KeyState {
+    /// Encrypted by the key-encryption key of this id.
+    Wrapped(String),
+    /// As it is: nothing in the pool is encrypted.
+    Clear,
+    /// Destroyed on purpose.
+    Erased,
+    /// It cannot be read: why.
+    Unreadable(String),
+}
+
+/// What wrapping keys anew did, in keys.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KeyRotation {
+    pub rewrapped: u64,
+    /// Wrapped by the current key-encryption key before.
+    pub already: u64,
+}
+
 /// State of a pool.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PoolHealth {
@@ -217,9 +246,25 @@ pub trait Pool: Send + Sync {
     fn open_snapshot(&self, volume: &str, snapshot: &str) -> Result<Arc<dyn BlockDevice>>;
     /// Notes a size that an open device was given.
     fn resized(&self, volume: &str, size: u64) -> Result<()>;
-    /// Replaces the wrapped key in the volume's record.
-    fn set_wrapped_key(&self, volume: &str, _wrapped_key: &str) -> Result<()> {
+    /// Replaces the wrapped key in the volume's record by `to`, if it still is `from`.
+    fn set_wrapped_key(&self, volume: &str, _from: &str, _to: &str) -> Result<()> {
         Err(PoolError::Unsupported(format!("volume {volume}: driver {} keeps no keys", self.driver())))
+    }
+    /// The keys that the pool keeps beside its records: those of mapped volumes, and its own. No key-encryption key is needed to see them.
+    fn keys(&self) -> Result<Vec<KeyRecord>> {
+        Ok(Vec::new())
+    }
+    /// Wraps those keys with the current key-encryption key. If one of them cannot be read, nothing was changed; what an interruption leaves half done,
+    /// the next call completes. `progress` is told records done and in all.
+    fn rotate_keys(&self, _progress: &dyn Fn(u64, u64)) -> Result<KeyRotation> {
+        Ok(KeyRotation::default())
+    }
+    /// Destroys the key of an encrypted mapped volume for good, and with it the content of all volumes that share it. The volumes are not open here.
+    /// False: it was destroyed before.
+    fn erase_key(&self, volume: &str) -> Result<bool> {
+        Err(PoolError::Unsupported(format!(
+            "volume {volume}: key erase refused: its key stands in its entry of the catalogue, and goes with it: novastor volume delete {volume}"
+        )))
     }
     fn rename(&self, volume: &str, to: &str) -> Result<()>;
     /// Deletes it and its data; an adopted object is only forgotten. Refused while it has snapshots.

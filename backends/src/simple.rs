@@ -103,10 +103,8 @@ impl Pool for SimplePool {
         self.catalogue.update(&VolumeRecord { size, ..record })
     }
 
-    fn set_wrapped_key(&self, volume: &str, wrapped_key: &str) -> Result<()> {
-        let _lock = self.catalogue.lock()?;
-        let record = self.get(volume)?;
-        self.catalogue.update(&VolumeRecord { wrapped_key: Some(wrapped_key.to_owned()), ..record })
+    fn set_wrapped_key(&self, volume: &str, from: &str, to: &str) -> Result<()> {
+        self.catalogue.set_wrapped_key(volume, from, to)
     }
 
     fn rename(&self, volume: &str, to: &str) -> Result<()> {

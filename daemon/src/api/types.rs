@@ -151,6 +151,65 @@ pub struct VolumeUsage {
     pub log: Option<u64>,
 }
 
+/// The key-encryption keys of this host, and the keys of pools.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct KeyList {
+    /// Id of the key-encryption key that wraps what is written from now on.
+    pub current: Option<String>,
+    /// Id of the one before, as long as it is configured.
+    pub previous: Option<String>,
+    pub keys: Vec<KeyInfo>,
+}
+
+/// A key in a pool.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct KeyInfo {
+    pub pool: String,
+    /// "mapped" or "raw": the volumes' data key; "pool": its own, which names blocks.
+    pub of: String,
+    /// Those that share it: a mapped volume, its clones, and theirs. None: left by a deleted volume, or the pool's own.
+    pub volumes: Vec<String>,
+    /// "wrapped", "clear" (of a pool without encrypted volumes), "erased" or "damaged".
+    pub state: String,
+    /// Id of the key-encryption key that wraps it.
+    pub wrapped_by: Option<String>,
+    /// Why it cannot be read.
+    pub problem: Option<String>,
+}
+
+/// Whose keys to wrap anew.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct KeyRotate {
+    /// All pools without it.
+    pub pool: Option<String>,
+}
+
+/// What a rotation did in one pool, in keys.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct KeysRotated {
+    pub pool: String,
+    pub rewrapped: u64,
+    /// Wrapped by the current key-encryption key before.
+    pub already: u64,
+}
+
+/// Which key to destroy.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct KeyErase {
+    /// All volumes that share it.
+    pub volumes: Vec<String>,
+}
+
+/// What became of a key.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct KeyErased {
+    pub volumes: Vec<String>,
+    /// False if it was erased before.
+    pub erased: bool,
+}
+
 /// Outcome of a check.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct CheckReport {

@@ -60,6 +60,9 @@ pub enum Command {
     /// Create and manage volumes
     #[command(subcommand)]
     Volume(Volume),
+    /// Keys of encrypted volumes
+    #[command(subcommand)]
+    Key(Key),
     /// Points in time of volumes
     #[command(subcommand)]
     Snapshot(Snapshot),
@@ -200,6 +203,20 @@ pub struct Consent {
     /// Do not ask
     #[arg(short, long)]
     pub yes: bool,
+}
+
+#[derive(Subcommand)]
+pub enum Key {
+    /// Which keys there are, and what wraps them
+    List { pool: Option<String> },
+    /// Wrap the keys of one pool, or of all, with the current key-encryption key; no data is rewritten
+    Rotate { pool: Option<String> },
+    /// Destroy the key that a mapped volume shares with its clones, and so their content, for good
+    Erase {
+        volume: String,
+        #[command(flatten)]
+        consent: Consent,
+    },
 }
 
 #[derive(Subcommand)]

@@ -17,6 +17,7 @@ mod encryption;
 #[cfg(feature = "fault-injection")]
 pub mod faults;
 pub mod jobs;
+mod keys;
 pub mod listeners;
 mod locks;
 mod log;

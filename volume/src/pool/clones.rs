@@ -117,7 +117,8 @@ impl MappedPool {
     pub(super) fn delete_mapped(&self, record: &VolumeRecord) -> Result<()> {
         let name = &record.name;
         self.refuse_clones(record)?;
-        if !record.snapshots.is_empty() {
+        // Without its key a volume cannot be opened to delete them, and nobody can read them.
+        if !record.snapshots.is_empty() && !self.store()?.is_erased(record.uuid)? {
             let names = record.snapshots.keys().map(|snapshot| format!("{name}@{snapshot}")).collect::<Vec<_>>().join(", ");
             return Err(PoolError::InUse(format!("volume {name} has snapshots ({names}); delete them first")));
         }

@@ -37,7 +37,10 @@ use backends::file::FilePool;
 use backends::pool::Result;
 use backends::segments::SegmentStore;
 use backends::segments::drive::block_on;
-use backends::{EngineUse, Flattened, Layout, Pool, PoolError, PoolHealth, Usage, VolumeRecord, VolumeSpec, check_name};
+use backends::{
+    EngineUse, Flattened, KeyRecord, KeyRotation, Layout, Pool, PoolError, PoolHealth, Usage, VolumeRecord, VolumeSpec,
+    check_name,
+};
 use blockdev::{BlockDevice, ReactorHandle};
 use parking_lot::Mutex;
 use uuid::Uuid;
@@ -287,10 +290,25 @@ impl Pool for MappedPool {
         }
     }
 
-    fn set_wrapped_key(&self, volume: &str, wrapped_key: &str) -> Result<()> {
+    fn set_wrapped_key(&self, volume: &str, from: &str, to: &str) -> Result<()> {
         match self.found(volume)? {
-            (_, Some(raw)) => raw.set_wrapped_key(volume, wrapped_key),
+            (_, Some(raw)) => raw.set_wrapped_key(volume, from, to),
             (_, None) => Err(PoolError::Unsupported(format!("volume {volume}: a mapped volume's key is in the pool's keys"))),
+        }
+    }
+
+    fn keys(&self) -> Result<Vec<KeyRecord>> {
+        self.mapped_keys()
+    }
+
+    fn rotate_keys(&self, progress: &dyn Fn(u64, u64)) -> Result<KeyRotation> {
+        self.rotate_mapped_keys(progress)
+    }
+
+    fn erase_key(&self, volume: &str) -> Result<bool> {
+        match self.found(volume)? {
+            (_, Some(raw)) => raw.erase_key(volume),
+            (record, None) => self.erase_mapped_key(&record),
         }
     }
 
