@@ -51,7 +51,8 @@ pub async fn feed_watchdog(threads: Vec<ReactorHandle>) {
     loop {
         beat.tick().await;
         if all_answer(&threads).await {
-            notify(&[NotifyState::Watchdog]);
+            // Telling waits for a manager that does not read, which must hold up no request.
+            let _ = tokio::task::spawn_blocking(|| notify(&[NotifyState::Watchdog])).await;
         }
     }
 }
