@@ -2,6 +2,7 @@
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
+use std::sync::Arc;
 
 use dedup::BLOCK_LEN;
 
@@ -15,6 +16,7 @@ use crate::mapped::{MappedVolume, Parts};
 use crate::meta::{Meta, Parent, Snapshot};
 use crate::names::{Group, Source, group_path};
 use crate::pins::Pin;
+use crate::progress::Progress;
 use crate::reader::Reader;
 use crate::root::Root;
 use crate::segment::BLOCK;
@@ -47,12 +49,37 @@ async fn clone_pinned(parts: &Parts, chain: &Chain, name: &str, pin: Pin) -> Res
     let table = meta.table.for_clone(pin.clone).ok_or(VolumeError::TooManyAncestors)?;
     let parent = Some(Parent { group: chain.group, snapshot: snapshot.id });
     let meta = Meta { tree: snapshot.tree, parent, table, doomed: Vec::new(), snapshots: Vec::new() };
-    parts.chain(pin.clone).create_volume(meta, pin.clone, root.domain, snapshot.size).await?;
+    // An attempt before may have made it: giving up would take its pin away.
+    parts.chain(pin.clone).create_volume(meta, (pin.clone, root.domain), snapshot.size, false).await?;
     Ok(snapshot.size)
 }
 
 fn named(meta: &Meta, name: &str) -> Option<Snapshot> {
     meta.snapshots.iter().find(|snapshot| snapshot.name == name && !snapshot.is_deleting).cloned()
+}
+
+/// The ranges, in bytes, in which two snapshots that are in the pool may differ; as [`MappedVolume::diff`], without opening the volume.
+pub(crate) async fn diff_snapshots(
+    parts: &Parts,
+    group: Group,
+    names: [&str; 2],
+    from: u64,
+    ranges_max: usize,
+) -> Result<Vec<Range<u64>>, VolumeError> {
+    let chain = parts.chain(group);
+    let (root, meta) = chain.read_meta().await?;
+    let tree = |name| named(&meta, name).map(|snapshot| snapshot.tree).ok_or(VolumeError::NoSnapshot);
+    let (before, after) = (tree(names[0])?, tree(names[1])?);
+    let reader = reader_of(parts, &chain, &root, &meta)?;
+    let (block, same) = (BLOCK as u64, |one: Pointer, other: Pointer| one == other);
+    let ranges = before.diff(&after, &reader, from / block, ranges_max, same).await?;
+    Ok(ranges.into_iter().map(|range| range.start * block..range.end * block).collect())
+}
+
+/// Reads a volume as a clone of it would: its owner may be moving blocks meanwhile.
+pub(crate) fn reader_of(parts: &Parts, chain: &Chain, root: &Root, meta: &Meta) -> Result<Reader, VolumeError> {
+    let table = meta.table.for_clone(random_id(&*parts.environment)).ok_or(VolumeError::TooManyAncestors)?;
+    Ok(Reader::new(chain, root, table, VIEW_PAGES))
 }
 
 /// Refuses a volume whose snapshots have clones.
@@ -131,12 +158,13 @@ impl Chain {
 
 impl MappedVolume {
     /// Makes the volume independent of the snapshot that it is a clone of: copies what it shares. False if it is no clone.
-    /// Refused while it has clones itself, as they share the same blocks.
-    pub async fn flatten(&self) -> Result<bool, VolumeError> {
+    /// Refused while it has clones itself, as they share the same blocks. `progress` is told bytes.
+    pub async fn flatten(&self, progress: Arc<Progress>) -> Result<bool, VolumeError> {
         let core = &self.core;
         let Some(parent) = core.parent.get() else { return Ok(false) };
         core.chain.refuse_clones().await?;
         let _alone = core.house.hold().await;
+        core.progress.replace(Some(progress));
         let mut left = None;
         // What the ancestor has moved away is found where it is now by the next try.
         for _ in 0..FLATTEN_TRIES {
@@ -146,6 +174,7 @@ impl MappedVolume {
                 break;
             }
         }
+        core.progress.take();
         if let Some(source) = left {
             let why = "it could not be copied: it is damaged, or in use; try again";
             return Err(VolumeError::ObjectDamaged { object: source.path(), why });
@@ -182,8 +211,7 @@ impl SnapshotView {
         let chain = parts.chain(group);
         let (root, meta) = chain.read_meta().await?;
         let snapshot = named(&meta, name).ok_or(VolumeError::NoSnapshot)?;
-        let table = meta.table.for_clone(random_id(&*parts.environment)).ok_or(VolumeError::TooManyAncestors)?;
-        let reader = Reader::new(&chain, &root, table, VIEW_PAGES);
+        let reader = reader_of(parts, &chain, &root, &meta)?;
         Ok(SnapshotView { reader, tree: snapshot.tree, size: snapshot.size })
     }
 

@@ -153,7 +153,10 @@ impl Core {
 
     pub(crate) async fn collect(&self, which: Which) -> Result<Gathered, VolumeError> {
         let _alone = self.house.hold().await;
-        self.gather_alone(which).await
+        self.collecting.set(true);
+        let gathered = self.gather_alone(which).await;
+        self.collecting.set(false);
+        gathered
     }
 
     /// For whoever holds the house.
@@ -198,6 +201,7 @@ impl Core {
             self.deduplication.hook(&self.reader, *handle, header);
         }
         self.reader.tally.blocks_moved.add(done.blocks_moved);
+        self.reader.tally.bytes_freed.add(done.bytes_deleted);
         self.reader.tally.collections.add((done.blocks_moved > 0).into());
         Ok(done)
     }
@@ -220,7 +224,7 @@ impl Core {
         std::iter::once(self.map.borrow().tree).chain(committed).collect()
     }
 
-    fn mark_layers(&self, mut show: impl FnMut(Pointer)) {
+    pub(crate) fn mark_layers(&self, mut show: impl FnMut(Pointer)) {
         let map = self.map.borrow();
         let layers = map.layers.iter().map(|layer| &**layer).chain([&map.open]);
         layers.flat_map(|layer| layer.runs.iter()).for_each(|(_, pointer)| show(*pointer));
@@ -268,6 +272,8 @@ impl Core {
             return Ok(written);
         }
         let mut live = self.live_spots(&victims).await?;
+        let bytes = |blocks: usize| (blocks * BLOCK_LEN) as u64;
+        self.note_progress(|progress| progress.begin(live.values().map(|spots| bytes(spots.len())).sum()));
         for content in [Content::Data, Content::Pages] {
             let mut gathering = Gathering::new(self, content);
             for handle in &victims {
@@ -278,7 +284,10 @@ impl Core {
                 }
                 let spots = live.remove(handle).unwrap_or_default();
                 match gathering.add(*handle, &spots).await {
-                    Ok(()) => done.blocks_moved += spots.len() as u64,
+                    Ok(()) => {
+                        done.blocks_moved += spots.len() as u64;
+                        self.note_progress(|progress| progress.advance(bytes(spots.len())));
+                    }
                     // It cannot be read: it stays as it is.
                     Err(VolumeError::ObjectDamaged { .. }) => self.deduplication.restore(*handle),
                     Err(error) => return Err(error),

@@ -55,6 +55,7 @@ pub fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/exports", get(exports::list).post(exports::add))
         .route("/v1/exports/{id}", get(exports::show).delete(exports::remove))
         .route("/v1/exports/{id}/disconnect", post(exports::disconnect))
+        .route("/v1/exports/{id}/reopen", post(exports::reopen))
         .route("/v1/transfers", post(jobs::begin_transfer))
         .route("/v1/transfers/{id}", put(jobs::report_transfer))
         .route("/v1/jobs", get(jobs::list))

@@ -41,6 +41,7 @@ use super::{exports, jobs, keys, pools, snapshots, system, volumes};
         exports::show,
         exports::remove,
         exports::disconnect,
+        exports::reopen,
         jobs::list,
         jobs::show,
         jobs::wait,

@@ -139,8 +139,12 @@ pub struct VolumeUsage {
     pub logical: u64,
     /// Taken on the backend; of a raw volume, snapshots not counted.
     pub allocated: u64,
-    /// Taken by the snapshots of a raw volume.
+    /// Stored for snapshots alone, as far as the backend can tell: it comes back when they are deleted.
     pub snapshots: u64,
+    /// Of a mapped volume: what it has of its logical size.
+    pub data: Option<u64>,
+    /// Of a mapped volume: stored for nothing any more; it comes back by garbage collection.
+    pub reclaimable: Option<u64>,
     /// Of a mapped volume: its own blocks in the pool, each content once, before compression.
     pub unique: Option<u64>,
     /// Of a mapped volume: what those take, compressed.

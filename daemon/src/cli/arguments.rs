@@ -294,6 +294,10 @@ pub enum Export {
     Remove {
         id: String,
     },
+    /// Open its volume anew, after a failure or after another host had it; drops the clients
+    Reopen {
+        id: String,
+    },
     /// Drop a stuck client, or all
     Disconnect {
         id: String,

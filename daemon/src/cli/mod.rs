@@ -11,6 +11,7 @@ mod image;
 mod interrupt;
 mod jobs;
 mod keys;
+mod long;
 mod output;
 pub mod paste;
 mod pools;

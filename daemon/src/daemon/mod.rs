@@ -33,6 +33,7 @@ pub mod sockets;
 pub mod systemd;
 mod transfers;
 mod volumes;
+mod watch;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};

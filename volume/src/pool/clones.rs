@@ -98,10 +98,10 @@ impl MappedPool {
     }
 
     /// Copies what a clone shares with its parent; its record names no origin then.
-    pub(super) fn flatten_mapped(&self, record: &VolumeRecord) -> Result<Flattened> {
+    pub(super) fn flatten_mapped(&self, record: &VolumeRecord, progress: &dyn Fn(u64, u64)) -> Result<Flattened> {
         let device = self.device(record)?;
         let flattened = loop {
-            match device.flatten() {
+            match device.flatten(progress) {
                 Ok(flattened) => break flattened,
                 Err(OpenError::Volume(VolumeError::VolumeHasClones(groups))) => {
                     let what = format!("volume {}: flatten refused: its snapshots have clones", record.name);
