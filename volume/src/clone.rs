@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
 
+use backends::segments::{StoreError, Tag};
 use dedup::BLOCK_LEN;
 
 use crate::chain::Chain;
@@ -14,7 +15,7 @@ use crate::gather::Which;
 use crate::map::{Pointer, Tree};
 use crate::mapped::{MappedVolume, Parts};
 use crate::meta::{Meta, Parent, Snapshot};
-use crate::names::{Group, Source, group_path};
+use crate::names::{Group, Source, group_path, root_path};
 use crate::pins::Pin;
 use crate::progress::Progress;
 use crate::reader::Reader;
@@ -100,17 +101,14 @@ pub async fn unpin(parts: &Parts, group: Group, clone: Group) -> Result<(), Volu
 /// interruption leaves behind is removed by another call.
 pub async fn delete_volume(parts: &Parts, group: Group) -> Result<(), VolumeError> {
     let chain = parts.chain(group);
-    let was_there = match chain.read_root().await {
-        Ok(_) => true,
-        Err(VolumeError::NoVolume) => false,
-        Err(error) => return Err(error),
-    };
-    refuse_clones(parts, group).await?;
-    let Some(root) = chain.set_deleted(true).await? else { return Err(VolumeError::NoVolume) };
-    if let Err(refused) = refuse_clones(parts, group).await {
-        // If it was deleted before, whoever did that may be removing it.
-        if was_there {
-            chain.set_deleted(false).await?;
+    if let Err(refused) = chain.refuse_clones().await {
+        chain.take_back_deletion().await?;
+        return Err(refused);
+    }
+    let Some(Deletion { root, tag, is_first }) = chain.mark_deleted().await? else { return Err(VolumeError::NoVolume) };
+    if let Err(refused) = chain.refuse_clones().await {
+        if is_first || chain.has_clone().await? {
+            chain.unmark_deleted(root, &tag).await?;
         }
         return Err(refused);
     }
@@ -126,7 +124,7 @@ pub async fn delete_volume(parts: &Parts, group: Group) -> Result<(), VolumeErro
     left.extend(chain.remove(&[meta]).await);
     match left.first() {
         None => Ok(()),
-        Some(source) => Err(backends::segments::StoreError::Unknown(format!("{} could not be removed", source.path())).into()),
+        Some(source) => Err(StoreError::Unknown(format!("{} could not be removed", source.path())).into()),
     }
 }
 
@@ -136,24 +134,75 @@ impl Chain {
         if clones.is_empty() { Ok(()) } else { Err(VolumeError::VolumeHasClones(clones.join(", "))) }
     }
 
-    /// Says in the root whether the volume is there. `None`: there never was one.
-    async fn set_deleted(&self, is_deleted: bool) -> Result<Option<Root>, VolumeError> {
-        let name = crate::names::root_path(&self.group);
+    /// Whether a volume that is pinned as a clone is there, so that it was made before this one was deleted: then no deletion gets past its pin.
+    async fn has_clone(&self) -> Result<bool, VolumeError> {
+        for pin in self.pins().await? {
+            match (Chain { group: pin.clone, ..self.clone() }).read_root().await {
+                Ok(_) | Err(VolumeError::ObjectDamaged { .. }) => return Ok(true),
+                Err(VolumeError::NoVolume) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(false)
+    }
+
+    /// Brings a volume back that has clones, if somebody who then died has begun to delete it.
+    async fn take_back_deletion(&self) -> Result<(), VolumeError> {
+        let name = root_path(&self.group);
+        let Some((bytes, tag)) = self.read_until_known(&name).await? else { return Ok(()) };
+        let Ok(root) = Root::decode(&bytes, &name) else { return Ok(()) };
+        if root.is_deleted && self.has_clone().await? {
+            self.unmark_deleted(root, &tag).await?;
+        }
+        Ok(())
+    }
+
+    /// Says in the root that the volume is no more, even if it says so already: whoever marked it before can take nothing back from now on. `None`: there
+    /// never was one.
+    async fn mark_deleted(&self) -> Result<Option<Deletion>, VolumeError> {
+        let name = root_path(&self.group);
+        let owner = random_id(&*self.environment);
+        let mut is_first = false;
         loop {
             let Some((bytes, tag)) = self.read_until_known(&name).await? else { return Ok(None) };
             let root = Root::decode(&bytes, &name)?;
-            if root.is_deleted == is_deleted {
-                return Ok(Some(root));
+            if root.owner == owner {
+                return Ok(Some(Deletion { root, tag, is_first }));
             }
+            is_first = !root.is_deleted;
             // A new epoch, so that its owner is fenced.
-            let owner = random_id(&*self.environment);
-            let changed = Root { is_deleted, owner, epoch: root.epoch + 1, ..root };
-            if self.store.swap(&name, Some(&tag), changed.encode()).await.is_ok() {
-                return Ok(Some(changed));
+            let marked = Root { is_deleted: true, owner, epoch: root.epoch + 1, ..root };
+            if self.store.swap(&name, Some(&tag), marked.encode()).await.is_err() {
+                self.rest().await;
             }
-            self.rest().await;
         }
     }
+
+    /// The volume is there again, unless its root has changed since `tag`.
+    async fn unmark_deleted(&self, root: Root, tag: &Tag) -> Result<(), VolumeError> {
+        let name = root_path(&self.group);
+        let root = Root { is_deleted: false, owner: random_id(&*self.environment), epoch: root.epoch + 1, ..root };
+        loop {
+            match self.store.swap(&name, Some(tag), root.encode()).await {
+                Ok(_) => return Ok(()),
+                Err(StoreError::Changed(_) | StoreError::Unknown(_) | StoreError::NoSpace(_)) => {}
+                Err(error) => return Err(error.into()),
+            }
+            match self.read_until_known(&name).await? {
+                Some((_, now)) if now == *tag => self.rest().await,
+                _ => return Ok(()),
+            }
+        }
+    }
+}
+
+/// A volume was marked as deleted.
+struct Deletion {
+    root: Root,
+    /// The version of the root that says so.
+    tag: Tag,
+    /// It was not before.
+    is_first: bool,
 }
 
 impl MappedVolume {
