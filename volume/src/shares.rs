@@ -11,6 +11,7 @@
 use std::collections::{HashMap, HashSet};
 
 use backends::Shares;
+use blockdev::{Extent, ExtentKind};
 
 use crate::clone::reader_of;
 use crate::core::Core;
@@ -24,6 +25,8 @@ use crate::table::Entry;
 
 /// Blocks that are remembered at once.
 const COUNTED_MAX: u64 = 2 << 20;
+/// Blocks that are looked at together for what they hold.
+const SPAN_BLOCKS: u64 = 1 << 18;
 /// How often a volume is looked at that changes meanwhile.
 const TRIES_MAX: u32 = 4;
 
@@ -111,9 +114,22 @@ impl Core {
                 // What was looked at has moved, or is gone.
                 Err(VolumeError::Moved | VolumeError::ObjectDamaged { .. })
                     if self.keeper.root().checkpoint != before && tries.next().is_some() => {}
-                found => return found,
+                found => return Ok(Shares { data: self.data().await?, ..found? }),
             }
         }
+    }
+
+    /// Bytes of the volume that hold data, in the log too.
+    async fn data(&self) -> Result<u64, VolumeError> {
+        let unread = |_| self.failure().or_else(|| self.last_unread.borrow().clone()).unwrap_or(VolumeError::Moved);
+        let (mut data, mut from) = (0, 0);
+        while from < self.blocks() {
+            let extents = self.extents(from..self.blocks().min(from + SPAN_BLOCKS)).await.map_err(unread)?;
+            let is_data = |extent: &&Extent| extent.kind == ExtentKind::Data;
+            data += extents.iter().filter(is_data).map(|extent| extent.len).sum::<u64>();
+            from += extents.iter().map(|extent| extent.len).sum::<u64>().max(BLOCK as u64) / BLOCK as u64;
+        }
+        Ok(data)
     }
 
     async fn try_shares(&self) -> Result<Shares, VolumeError> {

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use backends::segments::memory::MemoryStore;
 use backends::{Flattened, Layout, Pool, PoolError, VolumeRecord};
-use blockdev::BlockDevice;
 use blockdev::client::Client;
+use blockdev::{BlockDevice, Op};
 use common::{Host, MIB, spec};
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -586,14 +586,20 @@ fn usage_tells_what_is_stored_for_the_volume_for_its_snapshots_and_for_nothing()
     assert_eq!(both.data, 256 * BLOCK as u64);
     about(both.snapshots, 128);
     assert_eq!(usage.snapshots, both.snapshots);
-    let device = place.disk("v");
+    let disk = place.disk("v");
     assert_eq!(shares(), both, "an open volume tells the same");
-    drop(device);
+    drop(disk);
 
     place.pool.delete_snapshot("v", "s").unwrap();
     let after = shares();
     assert_eq!((after.data, after.snapshots), (256 * BLOCK as u64, 0), "snapshot t is the volume as it is");
     about(after.reclaimable - both.reclaimable, 128);
+
+    let disk = place.disk("v");
+    disk.write(8 * MIB, noise(3, 4)).unwrap();
+    assert_eq!(shares().data, 260 * BLOCK as u64, "what only the log has counts");
+    disk.run(Op::Discard, 8 * MIB, 4 * BLOCK as u64, Vec::new()).unwrap();
+    assert_eq!(shares().data, 256 * BLOCK as u64);
 }
 
 #[test]
