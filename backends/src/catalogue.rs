@@ -128,6 +128,16 @@ impl Catalogue {
         Ok(CatalogueLock { _file: file })
     }
 
+    /// Replaces the wrapped key of a volume, if it still is `from`.
+    pub(crate) fn set_wrapped_key(&self, volume: &str, from: &str, to: &str) -> Result<()> {
+        let _lock = self.lock()?;
+        let record = self.get(volume)?;
+        if record.wrapped_key.as_deref() != Some(from) {
+            return Err(PoolError::InUse(format!("volume {volume}: another host has changed its key meanwhile; try again")));
+        }
+        self.update(&VolumeRecord { wrapped_key: Some(to.to_owned()), ..record })
+    }
+
     /// The names of all volumes, damaged ones too.
     pub(crate) fn names(&self) -> Result<Vec<String>> {
         let folder = self.root.join("volumes");

@@ -16,6 +16,6 @@ pub mod segments;
 pub mod simple;
 
 pub use pool::{
-    EngineUse, Flattened, Layout, LogUse, Pool, PoolError, PoolHealth, ReducedUsage, SnapshotRecord, Usage, VolumeRecord,
-    VolumeSpec, check_name,
+    Collected, Destaged, EngineUse, Flattened, KeyRecord, KeyRotation, KeyState, Layout, LogUse, Pool, PoolError, PoolHealth,
+    ReducedUsage, Shares, SnapshotRecord, Usage, VolumeRecord, VolumeSpec, check_name,
 };

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use blockdev::{BlockDevice, DeviceError};
 use serde::{Deserialize, Serialize};
@@ -110,12 +111,25 @@ pub struct VolumeSpec {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
     pub logical: u64,
-    /// Taken on the backend, snapshots not counted.
+    /// Taken on the backend; of a raw volume, snapshots not counted.
     pub allocated: u64,
-    /// Taken by snapshots, as far as the backend can tell them apart.
+    /// Taken by snapshots alone, as far as the backend can tell them apart.
     pub snapshots: u64,
     /// Of a mapped volume.
     pub reduced: Option<ReducedUsage>,
+    /// Of a mapped volume.
+    pub shares: Option<Shares>,
+}
+
+/// What the blocks that a mapped volume keeps are for, in bytes. Of a very large one, estimated from a part of its objects.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shares {
+    /// Of the volume, that hold data: what it has of its logical size.
+    pub data: u64,
+    /// What is stored for snapshots alone: it comes back when they are deleted.
+    pub snapshots: u64,
+    /// What is stored for nothing any more: it comes back by garbage collection.
+    pub reclaimable: u64,
 }
 
 /// What a mapped volume keeps itself, for its snapshots too and without what it shares with the volume it was cloned from, in bytes.
@@ -129,21 +143,78 @@ pub struct ReducedUsage {
     pub map: u64,
 }
 
-/// The local log of an open volume, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The local log of an open volume.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LogUse {
-    /// Held by what is not yet in the pool.
+    /// Bytes held by what is not yet in the pool.
     pub used: u64,
+    /// Bytes.
     pub size: u64,
+    /// How long the oldest write has waited that is not yet in the pool, to a second.
+    pub lag: Duration,
 }
 
-/// What the engine of an open mapped volume uses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What an open mapped volume has brought into the pool since it was opened, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Destaged {
+    /// Blocks with data.
+    pub logical: u64,
+    /// Blocks of these that were found to be stored already.
+    pub duplicate: u64,
+    /// The objects that hold the others.
+    pub stored: u64,
+}
+
+/// What collecting garbage has done in an open mapped volume since it was opened, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Collected {
+    /// Blocks that were copied.
+    pub moved: u64,
+    /// Objects that were done away with.
+    pub freed: u64,
+    pub is_running: bool,
+}
+
+/// What the engine of an open mapped volume uses and does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EngineUse {
     pub log: LogUse,
     pub reduced: ReducedUsage,
     /// Pinned memory of the index that finds what is stored already, in bytes.
     pub index: u64,
+    pub destaged: Destaged,
+    pub collected: Collected,
+    /// How long the pool has taken nothing that it was given.
+    pub waits: Duration,
+}
+
+/// A key that a pool keeps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyRecord {
+    /// The volumes that it encrypts, which share it; `None`: it is the pool's own, which names blocks.
+    pub volumes: Option<Vec<String>>,
+    pub state: KeyState,
+}
+
+/// How a key is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KeyState {
+    /// Encrypted by the key-encryption key of this id.
+    Wrapped(String),
+    /// As it is: nothing in the pool is encrypted.
+    Clear,
+    /// Destroyed on purpose.
+    Erased,
+    /// It cannot be read: why.
+    Unreadable(String),
+}
+
+/// What wrapping keys anew did, in keys.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KeyRotation {
+    pub rewrapped: u64,
+    /// Wrapped by the current key-encryption key before.
+    pub already: u64,
 }
 
 /// State of a pool.
@@ -217,9 +288,25 @@ pub trait Pool: Send + Sync {
     fn open_snapshot(&self, volume: &str, snapshot: &str) -> Result<Arc<dyn BlockDevice>>;
     /// Notes a size that an open device was given.
     fn resized(&self, volume: &str, size: u64) -> Result<()>;
-    /// Replaces the wrapped key in the volume's record.
-    fn set_wrapped_key(&self, volume: &str, _wrapped_key: &str) -> Result<()> {
+    /// Replaces the wrapped key in the volume's record by `to`, if it still is `from`.
+    fn set_wrapped_key(&self, volume: &str, _from: &str, _to: &str) -> Result<()> {
         Err(PoolError::Unsupported(format!("volume {volume}: driver {} keeps no keys", self.driver())))
+    }
+    /// The keys that the pool keeps beside its records: those of mapped volumes, and its own. No key-encryption key is needed to see them.
+    fn keys(&self) -> Result<Vec<KeyRecord>> {
+        Ok(Vec::new())
+    }
+    /// Wraps those keys with the current key-encryption key. If one of them cannot be read, nothing was changed; what an interruption leaves half done,
+    /// the next call completes. `progress` is told records done and in all.
+    fn rotate_keys(&self, _progress: &dyn Fn(u64, u64)) -> Result<KeyRotation> {
+        Ok(KeyRotation::default())
+    }
+    /// Destroys the key of an encrypted mapped volume for good, and with it the content of all volumes that share it. The volumes are not open here.
+    /// False: it was destroyed before.
+    fn erase_key(&self, volume: &str) -> Result<bool> {
+        Err(PoolError::Unsupported(format!(
+            "volume {volume}: key erase refused: its key stands in its entry of the catalogue, and goes with it: novastor volume delete {volume}"
+        )))
     }
     fn rename(&self, volume: &str, to: &str) -> Result<()>;
     /// Deletes it and its data; an adopted object is only forgotten. Refused while it has snapshots.
@@ -236,6 +323,10 @@ pub trait Pool: Send + Sync {
     fn delete_snapshot(&self, volume: &str, snapshot: &str) -> Result<()>;
     /// The volume's content becomes the snapshot's. The volume is not open.
     fn rollback(&self, volume: &str, snapshot: &str) -> Result<()>;
+    /// Whether [`Pool::changed`] tells anything of volumes of this layout.
+    fn tells_changes(&self, _layout: Layout) -> bool {
+        false
+    }
     /// Ranges, in bytes, in order, in which snapshot `before` may differ from snapshot `to`, or from the volume as it is. `None`: the pool cannot
     /// tell, anything may.
     fn changed(&self, _volume: &str, _before: &str, _to: Option<&str>) -> Result<Option<Vec<Range<u64>>>> {
@@ -247,8 +338,9 @@ pub trait Pool: Send + Sync {
         None
     }
     fn health(&self) -> PoolHealth;
-    /// Reads what a volume and its snapshots hold, where the driver can tell damage: what is wrong, one sentence each.
-    fn check_volume(&self, _volume: &str) -> Result<Vec<String>> {
+    /// Reads what a volume and its snapshots hold, where the driver can tell damage: what is wrong, one sentence each. `progress` is told bytes done
+    /// and in all.
+    fn check_volume(&self, _volume: &str, _progress: &dyn Fn(u64, u64)) -> Result<Vec<String>> {
         Ok(Vec::new())
     }
     /// Looks for damage: what is wrong, one sentence each.

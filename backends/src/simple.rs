@@ -103,10 +103,8 @@ impl Pool for SimplePool {
         self.catalogue.update(&VolumeRecord { size, ..record })
     }
 
-    fn set_wrapped_key(&self, volume: &str, wrapped_key: &str) -> Result<()> {
-        let _lock = self.catalogue.lock()?;
-        let record = self.get(volume)?;
-        self.catalogue.update(&VolumeRecord { wrapped_key: Some(wrapped_key.to_owned()), ..record })
+    fn set_wrapped_key(&self, volume: &str, from: &str, to: &str) -> Result<()> {
+        self.catalogue.set_wrapped_key(volume, from, to)
     }
 
     fn rename(&self, volume: &str, to: &str) -> Result<()> {
@@ -144,7 +142,7 @@ impl Pool for SimplePool {
     fn usage(&self, volume: &str) -> Result<Usage> {
         let record = self.get(volume)?;
         let allocated = self.memory.lock().get(&record.uuid).map_or(0, |disk| disk.allocated());
-        Ok(Usage { logical: record.size, allocated, snapshots: 0, reduced: None })
+        Ok(Usage { logical: record.size, allocated, snapshots: 0, reduced: None, shares: None })
     }
 
     fn health(&self) -> PoolHealth {

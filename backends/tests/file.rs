@@ -488,3 +488,13 @@ fn a_snapshot_of_two_volumes_is_one_point_in_time() {
         assert!(wrong.is_empty(), "{wrong:?}");
     });
 }
+
+#[test]
+fn a_wrapped_key_is_replaced_only_if_nobody_has_replaced_it_meanwhile() {
+    let folder = tempfile::tempdir().unwrap();
+    let pool = FilePool::open("p", FilePoolConfig { path: folder.path().to_owned() }).unwrap();
+    pool.create("v", &VolumeSpec { wrapped_key: Some("old".to_owned()), ..spec(1 << 20) }).unwrap();
+    pool.set_wrapped_key("v", "old", "new").unwrap();
+    assert!(matches!(pool.set_wrapped_key("v", "old", "other"), Err(PoolError::InUse(_))));
+    assert_eq!(pool.get("v").unwrap().wrapped_key.as_deref(), Some("new"));
+}

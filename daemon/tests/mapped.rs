@@ -80,10 +80,22 @@ fn usage_and_metrics_show_the_store_and_the_log() {
     let usage = daemon.json(&["volume", "usage", "v"]);
     assert_eq!(usage["logical"], 256 << 20);
     assert!(usage["log"].as_u64().is_some(), "{usage}");
+    let value = |name: &str| -> f64 {
+        let metrics = metrics(std::os::unix::net::UnixStream::connect(daemon.path("admin.sock")).unwrap());
+        let line = format!("novastor_volume_{name}{{volume=\"local/v\"}} ");
+        let found = metrics.lines().find_map(|metric| metric.strip_prefix(&line));
+        found.unwrap_or_else(|| panic!("{name}: {metrics}")).parse().unwrap()
+    };
+    eventually("the first segment counts", || value("destaged_bytes_total") >= f64::from(30 << 20));
+    assert!(value("log_used_bytes") >= 0.0 && value("destage_lag_seconds") >= 0.0);
     let stats = daemon.json(&["top", "--once"]);
     assert_eq!(stats["volumes"][0]["log_size"].as_u64().unwrap() >> 20, 1023, "{stats}");
-    let admin = std::os::unix::net::UnixStream::connect(daemon.path("admin.sock")).unwrap();
-    assert!(metrics(admin).contains("novastor_volume_log_used_bytes{volume=\"local/v\"}"));
+    let ratio = value("reduction_ratio");
+    assert!((0.9..1.1).contains(&ratio), "noise neither compresses nor repeats: {ratio}");
+    let zeroes = ["pool_waits_seconds", "destaged_duplicate_bytes_total", "collected_freed_bytes_total", "collecting"].map(value);
+    assert_eq!(zeroes, [0.0; 4]);
+    assert!(stats["volumes"][0]["reduction"].as_f64().is_some_and(|ratio| ratio > 0.9), "{stats}");
+    assert_eq!(stats["volumes"][0]["index_hit_rate"], json!(0.0), "{stats}");
     drop(client);
     daemon.json(&["export", "remove", &id]);
     assert_eq!(daemon.json(&["volume", "usage", "v"])["log"], json!(null));
@@ -215,4 +227,41 @@ fn policies_decide_on_durability_and_refuse_what_cannot_be() {
     logs(&daemon).into_iter().for_each(|log| fs::remove_file(log).unwrap());
     daemon.start();
     assert!(daemon.attach("v").read(0, 4096) == vec![1; 4096], "what was flushed does not rest on the log");
+}
+
+#[test]
+fn an_export_whose_volume_another_host_had_is_served_again_when_that_is_asked_for() {
+    let policy = "[policy.safe]\ndurability = \"remote\"\n";
+    let (mut first, mut second) = (Daemon::new(policy), Daemon::new(policy));
+    let own_pool = second.path("pool").display().to_string();
+    second.configure(&second.config().replace(&own_pool, &first.path("pool").display().to_string()));
+    first.start();
+    second.start();
+    first.json(&["volume", "create", "local/v", "--size", "16M", "--policy", "safe"]);
+    let ids = [export(&first, "v"), {
+        let own = format!("--nbd=unix:{}", first.path("own.sock").display());
+        first.json(&["export", "add", "v", &own])["id"].as_str().unwrap().to_owned()
+    }];
+    let mut client = first.attach("v");
+    assert_eq!((client.write(0, &[1; 4096]), client.flush()), (0, 0));
+
+    let taken = export(&second, "v");
+    let mut other = second.attach("v");
+    assert_eq!((other.write(4096, &[2; 4096]), other.flush()), (0, 0));
+    let problem = || first.json(&["volume", "show", "v"])["problem"].as_str().unwrap_or_default().to_owned();
+    eventually("the first host notices", || problem().contains("another host has taken over"));
+    assert!(problem().contains("novastor export reopen"), "{}", problem());
+    assert_ne!(client.write(8192, &[3; 4096]), 0);
+    drop(other);
+    second.json(&["export", "remove", &taken]);
+
+    let export = first.json(&["export", "reopen", &ids[1]]);
+    assert_eq!((export["ready"].as_bool(), export["id"].as_str()), (Some(true), Some(&*ids[1])));
+    assert!(client.is_closed(), "it remembers another disk");
+    assert_eq!(problem(), "");
+    let mut client = first.attach("v");
+    assert!(client.read(0, 8192) == [[1; 4096], [2; 4096]].concat() && client.read(8192, 4096) == [0; 4096]);
+    assert_eq!((client.write(8192, &[4; 4096]), client.flush()), (0, 0));
+    eventually("the other export is served too", || first.json(&["export", "show", &ids[0]])["ready"] == true);
+    assert_eq!(first.refused(&["export", "reopen", "99"]).0, "not_found");
 }

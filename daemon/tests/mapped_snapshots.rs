@@ -150,9 +150,12 @@ fn usage_tells_what_is_unique_and_what_it_takes() {
     assert!(of("unique") >= 200 * BLOCK as u64 && of("unique") <= 400 * BLOCK as u64, "{usage}");
     assert!(of("compressed") < of("unique") / 4 && of("compressed") > 0, "{usage}");
     assert!(of("map") > 0 && of("allocated") >= of("compressed") + of("map"), "{usage}");
+    assert_eq!((of("data"), of("snapshots")), (400 * BLOCK as u64, 0), "{usage}");
+    assert!(of("reclaimable") < of("compressed") + of("map"), "{usage}");
     daemon.json(&["volume", "clone", "v@s", "c"]);
     let usage = daemon.json(&["volume", "usage", "c"]);
     assert_eq!((usage["unique"].as_u64(), usage["compressed"].as_u64()), (Some(0), Some(0)), "{usage}");
+    assert_eq!(usage["data"].as_u64(), Some(400 * BLOCK as u64), "{usage}");
     daemon.json(&["volume", "create", "memory/r", "--size", "1M"]);
     assert_eq!(daemon.json(&["volume", "usage", "memory/r"])["unique"], json!(null));
 }

@@ -24,6 +24,7 @@ use crate::object::{self, Object};
 use crate::reduce::Secrets;
 use crate::root::Root;
 use crate::segment::{self, Link, Place, Segment};
+use crate::troubles::Troubles;
 
 /// Places read at once.
 const AHEAD: u64 = 8;
@@ -39,6 +40,7 @@ pub(crate) struct Chain {
     pub(crate) environment: Rc<dyn Environment>,
     pub(crate) group: Group,
     pub(crate) secrets: Secrets,
+    pub(crate) troubles: Rc<Troubles>,
 }
 
 /// What an owner knows when the volume is its own.
@@ -180,20 +182,22 @@ impl Chain {
     /// Changes a root of one's own; `tag` is its version. The answer is its new version.
     pub(crate) async fn change_root(&self, root: &Root, tag: &Tag) -> Result<Tag, VolumeError> {
         let name = root_path(&self.group);
+        let attempt = self.troubles.attempt();
         let mut pause = PAUSE_FIRST;
         loop {
-            match self.store.swap(&name, Some(tag), root.encode()).await {
+            let error = match self.store.swap(&name, Some(tag), root.encode()).await {
                 Ok(tag) => return Ok(tag),
-                Err(StoreError::Changed(_) | StoreError::Unknown(_)) => {
-                    let (now, now_tag) = self.read_root().await?;
-                    match () {
-                        () if now == *root && now_tag != *tag => return Ok(now_tag),
-                        () if now_tag != *tag => return Err(VolumeError::Fenced),
-                        () => {}
-                    }
+                Err(error) => error,
+            };
+            let may_have_changed = matches!(error, StoreError::Changed(_) | StoreError::Unknown(_));
+            attempt.failed(self.environment.now(), error);
+            if may_have_changed {
+                let (now, now_tag) = self.read_root().await?;
+                match () {
+                    () if now == *root && now_tag != *tag => return Ok(now_tag),
+                    () if now_tag != *tag => return Err(VolumeError::Fenced),
+                    () => {}
                 }
-                Err(StoreError::NoSpace(_)) => {}
-                Err(error) => return Err(error.into()),
             }
             self.pause(&mut pause).await;
         }
@@ -282,24 +286,45 @@ impl Chain {
         }
     }
 
-    /// Stores an object of one's own, under a name of one's own epoch. It comes back only when the object is there, or never will be.
+    /// Stores an object of one's own, under a name of one's own epoch. It comes back only when the object is there, or never will be: a store that is full,
+    /// refuses or does not answer is asked again, as whoever runs it may mend that.
     pub(crate) async fn publish(&self, source: &Source, header: &Bytes, body: &Bytes) -> Result<(), VolumeError> {
+        self.put(source, header, body, |_| false).await
+    }
+
+    /// The same for somebody who waits for it: a store that is full or refuses is an error.
+    pub(crate) async fn publish_or_fail(&self, source: &Source, header: &Bytes, body: &Bytes) -> Result<(), VolumeError> {
+        self.put(source, header, body, |error| matches!(error, StoreError::NoSpace(_) | StoreError::Refused(_))).await
+    }
+
+    async fn put(
+        &self,
+        source: &Source,
+        header: &Bytes,
+        body: &Bytes,
+        ends: impl Fn(&StoreError) -> bool,
+    ) -> Result<(), VolumeError> {
         let name = source.path();
         let content = vec![header.clone(), body.clone()];
+        let attempt = self.troubles.attempt();
         let mut pause = PAUSE_FIRST;
         loop {
-            match self.store.create(&name, content.clone()).await {
+            let mut error = match self.store.create(&name, content.clone()).await {
                 Ok(()) => return Ok(()),
-                Err(StoreError::Exists(_) | StoreError::Unknown(_)) => {
-                    match self.store.read(&name, 0..header.len() as u64).await {
-                        Ok(bytes) if bytes == header => return Ok(()),
-                        Ok(_) => return Err(VolumeError::Fenced),
-                        Err(_) => {}
-                    }
+                Err(error) => error,
+            };
+            if matches!(error, StoreError::Exists(_) | StoreError::Unknown(_)) {
+                match self.store.read(&name, 0..header.len() as u64).await {
+                    Ok(bytes) if bytes == header => return Ok(()),
+                    Ok(_) => return Err(VolumeError::Fenced),
+                    Err(StoreError::Absent(_)) => {}
+                    Err(unread) => error = unread,
                 }
-                Err(StoreError::Refused(why)) => return Err(StoreError::Refused(why).into()),
-                Err(_) => {}
             }
+            if ends(&error) {
+                return Err(error.into());
+            }
+            attempt.failed(self.environment.now(), error);
             self.pause(&mut pause).await;
         }
     }

@@ -1,7 +1,9 @@
 //! What is done to volumes that nobody needs to have open: clones of snapshots, views of snapshots, and the end of a volume.
 
 use std::ops::Range;
+use std::sync::Arc;
 
+use backends::segments::{StoreError, Tag};
 use dedup::BLOCK_LEN;
 
 use crate::chain::Chain;
@@ -12,8 +14,9 @@ use crate::gather::Which;
 use crate::map::{Pointer, Tree};
 use crate::mapped::{MappedVolume, Parts};
 use crate::meta::{Meta, Parent, Snapshot};
-use crate::names::{Group, Source, group_path};
+use crate::names::{Group, Source, group_path, root_path};
 use crate::pins::Pin;
+use crate::progress::Progress;
 use crate::reader::Reader;
 use crate::root::Root;
 use crate::segment::BLOCK;
@@ -46,12 +49,37 @@ async fn clone_pinned(parts: &Parts, chain: &Chain, name: &str, pin: Pin) -> Res
     let table = meta.table.for_clone(pin.clone).ok_or(VolumeError::TooManyAncestors)?;
     let parent = Some(Parent { group: chain.group, snapshot: snapshot.id });
     let meta = Meta { tree: snapshot.tree, parent, table, doomed: Vec::new(), snapshots: Vec::new() };
-    parts.chain(pin.clone).create_volume(meta, pin.clone, root.domain, snapshot.size).await?;
+    // An attempt before may have made it: giving up would take its pin away.
+    parts.chain(pin.clone).create_volume(meta, (pin.clone, root.domain), snapshot.size, false).await?;
     Ok(snapshot.size)
 }
 
 fn named(meta: &Meta, name: &str) -> Option<Snapshot> {
     meta.snapshots.iter().find(|snapshot| snapshot.name == name && !snapshot.is_deleting).cloned()
+}
+
+/// The ranges, in bytes, in which two snapshots that are in the pool may differ; as [`MappedVolume::diff`], without opening the volume.
+pub(crate) async fn diff_snapshots(
+    parts: &Parts,
+    group: Group,
+    names: [&str; 2],
+    from: u64,
+    ranges_max: usize,
+) -> Result<Vec<Range<u64>>, VolumeError> {
+    let chain = parts.chain(group);
+    let (root, meta) = chain.read_meta().await?;
+    let tree = |name| named(&meta, name).map(|snapshot| snapshot.tree).ok_or(VolumeError::NoSnapshot);
+    let (before, after) = (tree(names[0])?, tree(names[1])?);
+    let reader = reader_of(parts, &chain, &root, &meta)?;
+    let (block, same) = (BLOCK as u64, |one: Pointer, other: Pointer| one == other);
+    let ranges = before.diff(&after, &reader, from / block, ranges_max, same).await?;
+    Ok(ranges.into_iter().map(|range| range.start * block..range.end * block).collect())
+}
+
+/// Reads a volume as a clone of it would: its owner may be moving blocks meanwhile.
+pub(crate) fn reader_of(parts: &Parts, chain: &Chain, root: &Root, meta: &Meta) -> Result<Reader, VolumeError> {
+    let table = meta.table.for_clone(random_id(&*parts.environment)).ok_or(VolumeError::TooManyAncestors)?;
+    Ok(Reader::new(chain, root, table, VIEW_PAGES))
 }
 
 /// Refuses a volume whose snapshots have clones.
@@ -72,17 +100,14 @@ pub async fn unpin(parts: &Parts, group: Group, clone: Group) -> Result<(), Volu
 /// interruption leaves behind is removed by another call.
 pub async fn delete_volume(parts: &Parts, group: Group) -> Result<(), VolumeError> {
     let chain = parts.chain(group);
-    let was_there = match chain.read_root().await {
-        Ok(_) => true,
-        Err(VolumeError::NoVolume) => false,
-        Err(error) => return Err(error),
-    };
-    refuse_clones(parts, group).await?;
-    let Some(root) = chain.set_deleted(true).await? else { return Err(VolumeError::NoVolume) };
-    if let Err(refused) = refuse_clones(parts, group).await {
-        // If it was deleted before, whoever did that may be removing it.
-        if was_there {
-            chain.set_deleted(false).await?;
+    if let Err(refused) = chain.refuse_clones().await {
+        chain.take_back_deletion().await?;
+        return Err(refused);
+    }
+    let Some(Deletion { root, tag, is_first }) = chain.mark_deleted().await? else { return Err(VolumeError::NoVolume) };
+    if let Err(refused) = chain.refuse_clones().await {
+        if is_first || chain.has_clone().await? {
+            chain.unmark_deleted(root, &tag).await?;
         }
         return Err(refused);
     }
@@ -98,7 +123,7 @@ pub async fn delete_volume(parts: &Parts, group: Group) -> Result<(), VolumeErro
     left.extend(chain.remove(&[meta]).await);
     match left.first() {
         None => Ok(()),
-        Some(source) => Err(backends::segments::StoreError::Unknown(format!("{} could not be removed", source.path())).into()),
+        Some(source) => Err(StoreError::Unknown(format!("{} could not be removed", source.path())).into()),
     }
 }
 
@@ -108,34 +133,86 @@ impl Chain {
         if clones.is_empty() { Ok(()) } else { Err(VolumeError::VolumeHasClones(clones.join(", "))) }
     }
 
-    /// Says in the root whether the volume is there. `None`: there never was one.
-    async fn set_deleted(&self, is_deleted: bool) -> Result<Option<Root>, VolumeError> {
-        let name = crate::names::root_path(&self.group);
+    /// Whether a volume that is pinned as a clone is there, so that it was made before this one was deleted: then no deletion gets past its pin.
+    async fn has_clone(&self) -> Result<bool, VolumeError> {
+        for pin in self.pins().await? {
+            match (Chain { group: pin.clone, ..self.clone() }).read_root().await {
+                Ok(_) | Err(VolumeError::ObjectDamaged { .. }) => return Ok(true),
+                Err(VolumeError::NoVolume) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(false)
+    }
+
+    /// Brings a volume back that has clones, if somebody who then died has begun to delete it.
+    async fn take_back_deletion(&self) -> Result<(), VolumeError> {
+        let name = root_path(&self.group);
+        let Some((bytes, tag)) = self.read_until_known(&name).await? else { return Ok(()) };
+        let Ok(root) = Root::decode(&bytes, &name) else { return Ok(()) };
+        if root.is_deleted && self.has_clone().await? {
+            self.unmark_deleted(root, &tag).await?;
+        }
+        Ok(())
+    }
+
+    /// Says in the root that the volume is no more, even if it says so already: whoever marked it before can take nothing back from now on. `None`: there
+    /// never was one.
+    async fn mark_deleted(&self) -> Result<Option<Deletion>, VolumeError> {
+        let name = root_path(&self.group);
+        let owner = random_id(&*self.environment);
+        let mut is_first = false;
         loop {
             let Some((bytes, tag)) = self.read_until_known(&name).await? else { return Ok(None) };
             let root = Root::decode(&bytes, &name)?;
-            if root.is_deleted == is_deleted {
-                return Ok(Some(root));
+            if root.owner == owner {
+                return Ok(Some(Deletion { root, tag, is_first }));
             }
+            is_first = !root.is_deleted;
             // A new epoch, so that its owner is fenced.
-            let owner = random_id(&*self.environment);
-            let changed = Root { is_deleted, owner, epoch: root.epoch + 1, ..root };
-            if self.store.swap(&name, Some(&tag), changed.encode()).await.is_ok() {
-                return Ok(Some(changed));
+            let marked = Root { is_deleted: true, owner, epoch: root.epoch + 1, ..root };
+            if self.store.swap(&name, Some(&tag), marked.encode()).await.is_err() {
+                self.rest().await;
             }
-            self.rest().await;
+        }
+    }
+
+    /// The volume is there again, unless its root has changed since `tag`.
+    async fn unmark_deleted(&self, root: Root, tag: &Tag) -> Result<(), VolumeError> {
+        let name = root_path(&self.group);
+        let root = Root { is_deleted: false, owner: random_id(&*self.environment), epoch: root.epoch + 1, ..root };
+        loop {
+            match self.store.swap(&name, Some(tag), root.encode()).await {
+                Ok(_) => return Ok(()),
+                Err(StoreError::Changed(_) | StoreError::Unknown(_) | StoreError::NoSpace(_)) => {}
+                Err(error) => return Err(error.into()),
+            }
+            match self.read_until_known(&name).await? {
+                Some((_, now)) if now == *tag => self.rest().await,
+                _ => return Ok(()),
+            }
         }
     }
 }
 
+/// A volume was marked as deleted.
+struct Deletion {
+    root: Root,
+    /// The version of the root that says so.
+    tag: Tag,
+    /// It was not before.
+    is_first: bool,
+}
+
 impl MappedVolume {
     /// Makes the volume independent of the snapshot that it is a clone of: copies what it shares. False if it is no clone.
-    /// Refused while it has clones itself, as they share the same blocks.
-    pub async fn flatten(&self) -> Result<bool, VolumeError> {
+    /// Refused while it has clones itself, as they share the same blocks. `progress` is told bytes.
+    pub async fn flatten(&self, progress: Arc<Progress>) -> Result<bool, VolumeError> {
         let core = &self.core;
         let Some(parent) = core.parent.get() else { return Ok(false) };
         core.chain.refuse_clones().await?;
         let _gathering = core.gathering.hold().await;
+        core.progress.replace(Some(progress));
         let mut left = None;
         // What the ancestor has moved away is found where it is now by the next try.
         for _ in 0..FLATTEN_TRIES {
@@ -145,6 +222,7 @@ impl MappedVolume {
                 break;
             }
         }
+        core.progress.take();
         if let Some(source) = left {
             let why = "it could not be copied: it is damaged, or in use; try again";
             return Err(VolumeError::ObjectDamaged { object: source.path(), why });
@@ -182,8 +260,7 @@ impl SnapshotView {
         let chain = parts.chain(group);
         let (root, meta) = chain.read_meta().await?;
         let snapshot = named(&meta, name).ok_or(VolumeError::NoSnapshot)?;
-        let table = meta.table.for_clone(random_id(&*parts.environment)).ok_or(VolumeError::TooManyAncestors)?;
-        let reader = Reader::new(&chain, &root, table, VIEW_PAGES);
+        let reader = reader_of(parts, &chain, &root, &meta)?;
         Ok(SnapshotView { reader, tree: snapshot.tree, size: snapshot.size })
     }
 

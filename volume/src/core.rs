@@ -7,8 +7,9 @@
 //! ```
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use blockdev::Errno;
 use dedup::frame::Packing;
@@ -25,11 +26,13 @@ use crate::map::{Pointer, Tree};
 use crate::mapped::Settings;
 use crate::meta::{Parent, Snapshot, SnapshotId};
 use crate::names::{Family, Source};
+use crate::progress::Progress;
 use crate::publish::Published;
 use crate::reader::Reader;
 use crate::segment::{BLOCK, Place};
 use crate::signal::{Lock, Signal};
 use crate::step_header::Marker;
+use crate::usage::WrittenAt;
 
 /// Changes that are in the pool and not in the tree.
 #[derive(Default)]
@@ -113,6 +116,11 @@ pub(crate) struct Core {
     /// Blocks changed since garbage was collected last, and blocks that were in use then.
     pub(crate) written: Cell<u64>,
     pub(crate) live: Cell<u64>,
+    /// Now and then, when a write came, and where the log ended before it.
+    pub(crate) written_at: RefCell<VecDeque<WrittenAt>>,
+    pub(crate) collecting: Cell<bool>,
+    /// Of the work that somebody waits for.
+    pub(crate) progress: RefCell<Option<Arc<Progress>>>,
     pub(crate) failed: RefCell<Option<VolumeError>>,
     /// What was damaged when something was read last.
     pub(crate) last_unread: RefCell<Option<VolumeError>>,

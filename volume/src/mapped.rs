@@ -11,9 +11,10 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::time::Duration;
 
 use backends::segments::SegmentStore;
-use backends::{EngineUse, LogUse};
+use backends::{EngineUse, Shares};
 use blockdev::Errno;
 use bytes::Bytes;
 use dedup::BLOCK_LEN;
@@ -30,12 +31,14 @@ use crate::keeper::Keeper;
 use crate::log::{self, Log, LogId, LogStart, RecordKind, Ring, Superblock, Tail};
 use crate::meta::Meta;
 use crate::names::{Family, Group, Source};
+use crate::progress::Progress;
 use crate::reader::Reader;
 use crate::reduce::Secrets;
 use crate::root::{Checkpoint, Root};
 use crate::segment::{BLOCK, Place, Segment};
 use crate::signal::{Asked, Lock, Signal, answer};
 use crate::snapshots::SnapshotInfo;
+use crate::troubles::Trouble;
 
 /// A step is cut early when so much of the log is in use.
 const PRESSURE: f64 = 0.5;
@@ -101,7 +104,7 @@ pub struct Parts {
 impl Parts {
     pub(crate) fn chain(&self, group: Group) -> Chain {
         let Parts { environment, store, secrets, .. } = self.clone();
-        Chain { store, environment, group, secrets }
+        Chain { store, environment, group, secrets, troubles: Rc::default() }
     }
 }
 
@@ -117,7 +120,7 @@ impl MappedVolume {
             return Err(VolumeError::BadSize);
         }
         let meta = Meta::empty(group, size / BLOCK as u64);
-        parts.chain(group).create_volume(meta, group, group, size).await
+        parts.chain(group).create_volume(meta, (group, group), size, true).await
     }
 
     /// Takes the volume over from whoever had it and brings it back to what was acknowledged last.
@@ -192,11 +195,25 @@ impl MappedVolume {
         self.core.last_unread.borrow().clone()
     }
 
-    /// What it uses of the log, of the pool and of memory.
+    /// What the pool does not take now of a volume that goes on, if that is so.
+    pub fn trouble(&self) -> Option<Trouble> {
+        let goes_on = self.core.failure().is_none();
+        self.core.chain.troubles.worst(self.now()).filter(|_| goes_on)
+    }
+
+    /// By the clock that [`Trouble`] is told by.
+    pub fn now(&self) -> Duration {
+        self.core.chain.environment.now()
+    }
+
+    /// What it uses of the log, of the pool and of memory, and what it has done since it was opened.
     pub fn usage(&self) -> EngineUse {
-        let (used, size) = self.core.log.used();
-        let reduced = self.core.reader.table.borrow().usage();
-        EngineUse { log: LogUse { used, size }, reduced, index: self.core.deduplication.pinned_bytes() as u64 }
+        self.core.engine_use()
+    }
+
+    /// What the blocks of its objects are for. Reads the whole map.
+    pub async fn shares(&self) -> Result<Shares, VolumeError> {
+        self.core.shares().await
     }
 
     /// The most bytes of one write: a multiple of 4096.
@@ -242,6 +259,7 @@ impl MappedVolume {
     }
 
     fn append_for(&self, asked: Asked<Result<(), Errno>>, kind: RecordKind, offset: u64, len: u64, payload: Bytes) {
+        self.core.note_write();
         self.core.log.append_for(asked, kind, offset, len, payload);
         if self.core.log.fill() > PRESSURE && self.core.publishing.get() == 0 && self.core.backlog.is_taken() {
             self.core.backlog.cut();
@@ -316,9 +334,9 @@ impl MappedVolume {
         self.core.resize(size).await
     }
 
-    /// Reads everything that the volume and its snapshots hold in the pool: what cannot be read, one sentence each.
-    pub async fn scrub(&self) -> Result<Vec<String>, VolumeError> {
-        self.core.scrub().await
+    /// Reads everything that the volume and its snapshots hold in the pool: what cannot be read, one sentence each. `progress` is told bytes.
+    pub async fn scrub(&self, progress: &Progress) -> Result<Vec<String>, VolumeError> {
+        self.core.scrub(progress).await
     }
 
     /// Brings the map in the pool up to what the pool has.
@@ -406,6 +424,9 @@ fn new_core(
         gather_wanted: Cell::new(None),
         written: Cell::new(0),
         live: Cell::new(0),
+        written_at: RefCell::default(),
+        collecting: Cell::new(false),
+        progress: RefCell::default(),
         failed: RefCell::new(None),
         last_unread: RefCell::new(None),
         changed: Signal::default(),
@@ -416,13 +437,24 @@ fn new_core(
 }
 
 impl Chain {
-    /// Makes a volume that begins as `meta` says. Does nothing that anyone sees before its last step.
-    pub(crate) async fn create_volume(&self, meta: Meta, group: Group, domain: Group, size: u64) -> Result<(), VolumeError> {
+    /// Makes a volume that begins as `meta` says. Does nothing that anyone sees before its last step. It waits for a store that takes nothing, unless
+    /// `fails`: then it must be the only attempt at this group.
+    pub(crate) async fn create_volume(
+        &self,
+        meta: Meta,
+        (group, domain): (Group, Group),
+        size: u64,
+        fails: bool,
+    ) -> Result<(), VolumeError> {
         let source = Source { group, family: Family::Meta, epoch: 0, number: 0 };
         let mut random = [0; 32];
         self.environment.random(&mut random);
         let sealed = meta.seal(&self.secrets.sealer(domain), &source, &random)?;
-        match self.publish(&source, &sealed.header, &sealed.body).await {
+        let published = match fails {
+            true => self.publish_or_fail(&source, &sealed.header, &sealed.body).await,
+            false => self.publish(&source, &sealed.header, &sealed.body).await,
+        };
+        match published {
             Err(VolumeError::Fenced) => return Err(VolumeError::VolumeExists),
             published => published?,
         }

@@ -98,6 +98,7 @@ impl Core {
         let bytes = body_at as usize + body_len(&step);
         let handle = self.reader.table.borrow_mut().add(source, Content::Data, step.stored.len() as u32, bytes as u32);
         let handle = handle.ok_or_else(full)?;
+        self.reader.tally.stored_bytes.add(bytes as u64);
         self.reader.opened(handle, crate::object::Opened { body_at, opener });
         self.deduplication.hook(&self.reader, handle, &step);
         let pointers = self.source_handles(&step, handle)?;
@@ -121,6 +122,7 @@ impl Core {
                     pointers.sources[source as usize]
                 }
             };
+            self.reader.tally.blocks.add(extent.blocks.into());
             for (block, spot) in blocks.zip(spots.by_ref()) {
                 let pointer = pointer(segment, *spot);
                 map.open.runs.insert(block..block + 1, pointer);

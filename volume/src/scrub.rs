@@ -11,6 +11,7 @@ use std::ops::Range;
 use crate::core::{Core, SnapshotState};
 use crate::error::VolumeError;
 use crate::map::{Pointer, Tree};
+use crate::progress::Progress;
 use crate::segment::BLOCK;
 
 /// Blocks looked at in one go, and read in one go.
@@ -22,22 +23,24 @@ const FINDINGS_MAX: usize = 100;
 
 impl Core {
     /// What cannot be read of what is in the pool, one sentence each.
-    pub(crate) async fn scrub(&self) -> Result<Vec<String>, VolumeError> {
+    pub(crate) async fn scrub(&self, progress: &Progress) -> Result<Vec<String>, VolumeError> {
         self.publish_all().await.map_err(|_| self.failure().unwrap_or(VolumeError::Fenced))?;
         self.checkpoint().await?;
         let head = self.map.borrow().tree;
         let mut findings = Vec::new();
         self.scrub_headers(&mut findings).await?;
-        self.scrub_range("the volume", &head, 0..self.blocks(), &mut findings).await?;
+        progress.begin(self.size());
+        self.scrub_range("the volume", &head, 0..self.blocks(), &mut findings, progress).await?;
         for (name, tree, blocks) in self.snapshot_trees() {
             let mut from = 0;
             while from < blocks && findings.len() < FINDINGS_MAX {
                 let _looking = self.reader.looking();
                 let ranges = head.diff(&tree, &self.reader, from, RANGES_MAX).await?;
                 from = if ranges.len() < RANGES_MAX { blocks } else { ranges.last().map_or(blocks, |range| range.end) };
+                let ranges: Vec<Range<u64>> = ranges.into_iter().map(|range| range.start..range.end.min(blocks)).collect();
+                progress.expect(ranges.iter().map(|range| (range.end - range.start) * BLOCK as u64).sum());
                 for range in ranges {
-                    let range = range.start..range.end.min(blocks);
-                    self.scrub_range(&format!("snapshot {name}"), &tree, range, &mut findings).await?;
+                    self.scrub_range(&format!("snapshot {name}"), &tree, range, &mut findings, progress).await?;
                 }
             }
         }
@@ -59,7 +62,7 @@ impl Core {
         Ok(())
     }
 
-    fn snapshot_trees(&self) -> Vec<(String, Tree, u64)> {
+    pub(crate) fn snapshot_trees(&self) -> Vec<(String, Tree, u64)> {
         let snapshots = self.snapshots.borrow();
         let committed = snapshots.values().filter_map(|state| match state {
             SnapshotState::Committed(snapshot) => Some((snapshot.name.clone(), snapshot.tree, snapshot.size / BLOCK as u64)),
@@ -74,9 +77,11 @@ impl Core {
         tree: &Tree,
         range: Range<u64>,
         findings: &mut Vec<String>,
+        progress: &Progress,
     ) -> Result<(), VolumeError> {
         for start in range.clone().step_by(SPAN_BLOCKS as usize) {
             let span = start..(start + SPAN_BLOCKS).min(range.end);
+            progress.advance((span.end - span.start) * BLOCK as u64);
             let _looking = self.reader.looking();
             let runs = match tree.runs(&self.reader, span.clone(), usize::MAX).await {
                 Ok(runs) => runs,

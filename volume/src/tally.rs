@@ -11,7 +11,6 @@ impl Count {
         self.0.set(self.0.get() + more);
     }
 
-    #[cfg(feature = "simulation")]
     pub(crate) fn get(&self) -> u64 {
         self.0.get()
     }
@@ -20,11 +19,15 @@ impl Count {
 #[derive(Default, Debug)]
 pub(crate) struct Tally {
     pub(crate) checkpoints: Count,
-    /// Blocks that were found to be stored already.
+    /// Blocks that steps hold, those among them that were found to be stored already, and bytes of the objects with the others.
+    pub(crate) blocks: Count,
     pub(crate) hits: Count,
+    pub(crate) stored_bytes: Count,
     /// Collections that moved blocks, and the blocks.
     pub(crate) collections: Count,
     pub(crate) blocks_moved: Count,
+    /// Bytes of objects that collections did away with.
+    pub(crate) bytes_freed: Count,
     /// Blocks that were read where collections had moved them.
     pub(crate) forwards: Count,
     /// Objects of ancestors that turned out to have moved.

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use backends::segments::memory::MemoryStore;
 use backends::{Flattened, Layout, Pool, PoolError, VolumeRecord};
-use blockdev::BlockDevice;
 use blockdev::client::Client;
+use blockdev::{BlockDevice, Op};
 use common::{Host, MIB, spec};
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -537,7 +537,7 @@ fn what_has_rotted_is_found_and_is_an_error_for_its_readers_alone() {
     pool.snapshot(&["v"], "s").unwrap();
     disk.write(0, noise(5)).unwrap();
     disk.write(MIB, noise(7)).unwrap();
-    assert_eq!(pool.check_volume("v").unwrap(), Vec::<String>::new());
+    assert_eq!(pool.check_volume("v", &|_, _| ()).unwrap(), Vec::<String>::new());
     let steps: Vec<PathBuf> =
         files_under(&path.join("segments/objects")).into_iter().filter(|file| file.to_str().unwrap().contains("/w/")).collect();
     let rotten = steps.iter().max_by_key(|file| fs::metadata(file).unwrap().len()).unwrap();
@@ -546,10 +546,78 @@ fn what_has_rotted_is_found_and_is_an_error_for_its_readers_alone() {
     bytes[at] ^= 1;
     fs::remove_file(rotten).unwrap();
     fs::write(rotten, bytes).unwrap();
-    let found = pool.check_volume("v").unwrap();
+    let found = pool.check_volume("v", &|_, _| ()).unwrap();
     assert!((1..=4).contains(&found.len()), "{found:?}");
     assert!(found[0].contains("bytes ") && found[0].contains("is damaged"), "{found:?}");
     let unreadable =
         (0..MIB / 2 / 4096).filter(|block| [0, MIB].iter().any(|base| disk.read(base + block * 4096, 4096).is_err())).count();
     assert!((1..=4).contains(&unreadable), "{unreadable} blocks");
+}
+
+/// Blocks that neither compress nor repeat.
+fn noise(seed: u8, blocks: usize) -> Vec<u8> {
+    let mut bytes = vec![0; blocks * BLOCK];
+    blake3::Hasher::new_keyed(&[seed; 32]).finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+#[test]
+fn usage_tells_what_is_stored_for_the_volume_for_its_snapshots_and_for_nothing() {
+    let place = Place::new();
+    let write = |seed: u8, blocks: usize| {
+        let disk = place.disk("v");
+        disk.write(0, noise(seed, blocks)).unwrap();
+        disk.flush().unwrap();
+    };
+    let shares = || place.pool.usage("v").unwrap().shares.unwrap();
+    let about = |bytes: u64, blocks: u64| {
+        let expected = blocks * BLOCK as u64;
+        assert!((expected..expected + expected / 16).contains(&bytes), "{bytes} are not about {expected}");
+    };
+    write(1, 256);
+    place.pool.snapshot(&["v"], "s").unwrap();
+    let before = shares();
+    assert_eq!((before.data, before.snapshots), (256 * BLOCK as u64, 0));
+    assert!(before.reclaimable < 32 * BLOCK as u64, "{before:?}");
+
+    write(2, 128);
+    place.pool.snapshot(&["v"], "t").unwrap();
+    let (both, usage) = (shares(), place.pool.usage("v").unwrap());
+    assert_eq!(both.data, 256 * BLOCK as u64);
+    about(both.snapshots, 128);
+    assert_eq!(usage.snapshots, both.snapshots);
+    let disk = place.disk("v");
+    assert_eq!(shares(), both, "an open volume tells the same");
+    drop(disk);
+
+    place.pool.delete_snapshot("v", "s").unwrap();
+    let after = shares();
+    assert_eq!((after.data, after.snapshots), (256 * BLOCK as u64, 0), "snapshot t is the volume as it is");
+    about(after.reclaimable - both.reclaimable, 128);
+
+    let disk = place.disk("v");
+    disk.write(8 * MIB, noise(3, 4)).unwrap();
+    assert_eq!(shares().data, 260 * BLOCK as u64, "what only the log has counts");
+    disk.run(Op::Discard, 8 * MIB, 4 * BLOCK as u64, Vec::new()).unwrap();
+    assert_eq!(shares().data, 256 * BLOCK as u64);
+}
+
+#[test]
+fn the_progress_of_a_flatten_and_of_a_check_ends_with_all_of_it() {
+    let place = Place::new();
+    let disk = place.disk("v");
+    disk.write(0, noise(1, 256)).unwrap();
+    disk.flush().unwrap();
+    drop(disk);
+    place.pool.clone_volume("v", None, "c").unwrap();
+    let told = std::sync::Mutex::new(Vec::new());
+    let tell = |done: u64, total: u64| told.lock().unwrap().push((done, total));
+    assert_eq!(place.pool.flatten("c", &tell).unwrap(), Flattened::Copied);
+    let (done, total) = *told.lock().unwrap().last().unwrap();
+    assert!(done == total && total >= 256 * BLOCK as u64, "{done} of {total}");
+    told.lock().unwrap().clear();
+    assert_eq!(place.pool.check_volume("v", &tell).unwrap(), Vec::<String>::new());
+    let told = told.into_inner().unwrap();
+    assert_eq!(told.last().copied(), Some((16 * MIB, 16 * MIB)));
+    assert!(told.iter().all(|(done, total)| done <= total), "{told:?}");
 }

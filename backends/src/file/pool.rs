@@ -197,10 +197,8 @@ impl Pool for FilePool {
         self.catalogue.update(&VolumeRecord { size, ..record })
     }
 
-    fn set_wrapped_key(&self, volume: &str, wrapped_key: &str) -> Result<()> {
-        let _lock = self.catalogue.lock()?;
-        let record = self.get(volume)?;
-        self.catalogue.update(&VolumeRecord { wrapped_key: Some(wrapped_key.to_owned()), ..record })
+    fn set_wrapped_key(&self, volume: &str, from: &str, to: &str) -> Result<()> {
+        self.catalogue.set_wrapped_key(volume, from, to)
     }
 
     fn rename(&self, volume: &str, to: &str) -> Result<()> {
@@ -292,7 +290,7 @@ impl Pool for FilePool {
     fn usage(&self, volume: &str) -> Result<Usage> {
         let record = self.get(volume)?;
         let snapshots = record.snapshots.keys().map(|name| allocated(&self.snapshot_path(volume, name))).sum();
-        Ok(Usage { logical: record.size, allocated: allocated(&self.data_path(&record)), snapshots, reduced: None })
+        Ok(Usage { logical: record.size, allocated: allocated(&self.data_path(&record)), snapshots, reduced: None, shares: None })
     }
 
     fn health(&self) -> PoolHealth {

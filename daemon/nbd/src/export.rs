@@ -10,6 +10,7 @@ use blockdev::stats::{OpStats, Snapshot};
 use parking_lot::{Mutex, RwLock};
 use thiserror::Error;
 
+use crate::contexts::Contexts;
 use crate::negotiation::{Description, Directory, Refusal};
 use crate::protocol::{PAYLOAD_MAX, STRING_MAX, transmission_flag};
 
@@ -28,6 +29,7 @@ pub struct Export {
     volume: Arc<Volume>,
     read_only: bool,
     tls_allow: Vec<String>,
+    contexts: Option<Arc<dyn Contexts>>,
     withdrawn: AtomicBool,
     stats: Mutex<Vec<(ThreadId, Arc<OpStats>)>>,
 }
@@ -50,6 +52,7 @@ impl Export {
             volume,
             read_only: false,
             tls_allow: Vec::new(),
+            contexts: None,
             withdrawn: AtomicBool::new(false),
             stats: Mutex::new(Vec::new()),
         }
@@ -78,6 +81,16 @@ impl Export {
     pub fn tls_allow(mut self, subjects: Vec<String>) -> Export {
         self.tls_allow = subjects;
         self
+    }
+
+    /// Offers metadata contexts beside `base:allocation`. Its listeners must be served by a runtime with several threads.
+    pub fn contexts(mut self, contexts: Arc<dyn Contexts>) -> Export {
+        self.contexts = Some(contexts);
+        self
+    }
+
+    pub(crate) fn own_contexts(&self) -> Option<&Arc<dyn Contexts>> {
+        self.contexts.as_ref()
     }
 
     pub fn name(&self) -> &str {
@@ -267,5 +280,12 @@ impl Directory for View<'_> {
         export.admits(self.identity)?;
         let description = export.describe();
         Ok((export, description))
+    }
+
+    fn contexts(&self, export: &Arc<Export>) -> Vec<String> {
+        let Some(contexts) = &export.contexts else { return Vec::new() };
+        let mut names = tokio::task::block_in_place(|| contexts.names());
+        names.retain(|name| name.len() <= STRING_MAX);
+        names
     }
 }

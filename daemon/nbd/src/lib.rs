@@ -12,6 +12,7 @@
 //! - Whatever a client sends costs bounded memory and bounded time, and harms no other client.
 
 mod client;
+mod contexts;
 mod export;
 mod handshake;
 pub mod negotiation;
@@ -21,6 +22,7 @@ mod tls;
 mod transmission;
 
 pub use client::ClientInfo;
+pub use contexts::Contexts;
 pub use export::{Export, ExportError, Identity, Serves, Subject};
 pub use server::{ListenError, ListenerId, Server, ServerOptions, Socket};
 pub use tls::{TlsError, TlsSettings};

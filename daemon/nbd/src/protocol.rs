@@ -28,9 +28,9 @@ pub const EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 pub const STRING_MAX: usize = 4096;
 /// The largest payload served in one request, in bytes; advertised to clients.
 pub const PAYLOAD_MAX: u64 = 32 << 20;
-/// The one metadata context served.
+/// The metadata context that every export has.
 pub const ALLOCATION_CONTEXT: &str = "base:allocation";
-/// Its identifier in replies.
+/// Its identifier in replies. Those of an export's own contexts follow.
 pub const ALLOCATION_CONTEXT_ID: u32 = 1;
 
 /// Flags of the server's greeting.
@@ -136,6 +136,9 @@ pub mod allocation {
     pub const ZERO: u32 = 1 << 1;
 }
 
+/// The status flag of an export's own contexts, as QEMU's dirty bitmaps have it.
+pub const MARKED: u32 = 1 << 0;
+
 /// The error numbers the protocol knows.
 pub mod error {
     pub const EPERM: u32 = 1;
@@ -239,8 +242,13 @@ pub enum Reply {
     Data(u64),
     /// This many bytes read at the request's offset are all zero; none follow. Simple replies have no such thing.
     Zeroes(u32),
-    /// This many extents follow, each 8 bytes long, or 16 with extended headers.
-    Extents(u32),
+    /// This many extents of a metadata context follow, each 8 bytes long, or 16 with extended headers.
+    Extents {
+        context: u32,
+        count: u32,
+        /// No chunk of another context follows.
+        is_last: bool,
+    },
 }
 
 impl Reply {
@@ -266,12 +274,13 @@ impl Reply {
             Reply::Error(_) => (chunk::ERROR, 6),
             Reply::Data(len) => (chunk::OFFSET_DATA, 8 + len),
             Reply::Zeroes(_) => (chunk::OFFSET_HOLE, 12),
-            Reply::Extents(count) if extended => (chunk::BLOCK_STATUS_EXT, 8 + 16 * u64::from(count)),
-            Reply::Extents(count) => (chunk::BLOCK_STATUS, 4 + 8 * u64::from(count)),
+            Reply::Extents { count, .. } if extended => (chunk::BLOCK_STATUS_EXT, 8 + 16 * u64::from(count)),
+            Reply::Extents { count, .. } => (chunk::BLOCK_STATUS, 4 + 8 * u64::from(count)),
         };
         let magic = if extended { EXTENDED_REPLY_MAGIC } else { STRUCTURED_REPLY_MAGIC };
         writer.put(&magic.to_be_bytes());
-        writer.put(&chunk::FLAG_DONE.to_be_bytes());
+        let goes_on = matches!(self, Reply::Extents { is_last: false, .. });
+        writer.put(&(if goes_on { 0 } else { chunk::FLAG_DONE }).to_be_bytes());
         writer.put(&kind.to_be_bytes());
         writer.put(&cookie.to_be_bytes());
         if extended {
@@ -290,8 +299,8 @@ impl Reply {
                 writer.put(&offset.to_be_bytes());
                 writer.put(&len.to_be_bytes());
             }
-            Reply::Extents(count) => {
-                writer.put(&ALLOCATION_CONTEXT_ID.to_be_bytes());
+            Reply::Extents { context, count, .. } => {
+                writer.put(&context.to_be_bytes());
                 if extended {
                     writer.put(&count.to_be_bytes());
                 }
@@ -351,11 +360,12 @@ mod tests {
         assert_eq!(encode(Reply::Data(0), Headers::Structured), 20);
         assert_eq!(encode(Reply::Zeroes(4096), Headers::Structured), 20 + 12);
         assert_eq!(encode(Reply::Zeroes(4096), Headers::Extended), 32 + 12);
-        assert_eq!(encode(Reply::Extents(3), Headers::Structured), 20 + 4);
+        let extents = Reply::Extents { context: 1, count: 3, is_last: true };
+        assert_eq!(encode(extents, Headers::Structured), 20 + 4);
         assert_eq!(encode(Reply::Done, Headers::Extended), 32);
         assert_eq!(encode(Reply::Error(5), Headers::Extended), 32 + 6);
         assert_eq!(encode(Reply::Data(4096), Headers::Extended), 32 + 8);
-        assert_eq!(encode(Reply::Extents(3), Headers::Extended), 32 + 8);
+        assert_eq!(encode(extents, Headers::Extended), 32 + 8);
         assert_eq!(be64(&out, 24), 8 + 3 * 16);
     }
 

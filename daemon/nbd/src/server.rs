@@ -22,6 +22,7 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinHandle;
 
 use crate::client::{Client, ClientInfo};
+use crate::contexts::Context;
 use crate::export::{Export, ExportError, Identity, Serves, Table};
 use crate::handshake::{self, Ready, Stream};
 use crate::negotiation::Chosen;
@@ -181,9 +182,10 @@ impl Server {
 
     /// Serves a client that has negotiated somewhere else, from its first request on. False if it must not be served.
     pub fn adopt(&self, socket: OwnedFd, export: &Arc<Export>, headers: Headers, allocation_context: bool) -> bool {
-        let chosen = Chosen { export: export.clone(), name: export.name().to_owned(), headers, allocation_context };
+        let (name, contexts) = (export.name().to_owned(), Vec::new());
+        let chosen = Chosen { export: export.clone(), name, headers, allocation_context, contexts };
         let ready = Ready { socket, early: Vec::new(), tls: None, identity: Identity::default(), chosen };
-        self.shared.attach(ready, "a client negotiated with elsewhere".to_owned())
+        self.shared.attach(ready, Vec::new(), "a client negotiated with elsewhere".to_owned())
     }
 
     async fn close_listeners(&self, which: impl Fn(&Listener) -> bool) {
@@ -292,19 +294,37 @@ fn unix_peer(stream: &tokio::net::UnixStream) -> String {
     }
 }
 
+/// What the contexts that a client selected tell; the client's first requests wait for it.
+async fn find_contexts(export: Arc<Export>, wanted: Vec<(u32, String)>) -> Vec<Context> {
+    if wanted.is_empty() {
+        return Vec::new();
+    }
+    let ids: Vec<u32> = wanted.iter().map(|(id, _)| *id).collect();
+    let find = move || {
+        let contexts = export.own_contexts().map(|contexts| &**contexts);
+        wanted.iter().map(|(id, name)| Context::find(contexts, *id, name)).collect()
+    };
+    let found = tokio::task::spawn_blocking(find).await;
+    found.unwrap_or_else(|_| ids.into_iter().map(|id| Context::find(None, id, "of a question that panicked")).collect())
+}
+
 impl Shared {
     /// Negotiates with a client and hands it to a data-plane thread.
     async fn welcome<S: Stream>(self: Arc<Self>, stream: S, peer: String, serves: &Serves, tls: Option<&TlsSettings>) {
         let negotiation = handshake::negotiate(stream, tls, &self.table, serves);
         match tokio::time::timeout(self.options.handshake_time_max, negotiation).await {
-            Ok(Ok(Some(ready))) => drop(self.attach(ready, peer)),
+            Ok(Ok(Some(ready))) => {
+                let (export, wanted) = (ready.chosen.export.clone(), ready.chosen.contexts.clone());
+                let contexts = find_contexts(export, wanted).await;
+                self.attach(ready, contexts, peer);
+            }
             Ok(Ok(None)) => tracing::debug!("{peer} left without choosing an export"),
             Ok(Err(error)) => tracing::info!("NBD handshake with {peer}: {error}"),
             Err(_) => tracing::info!("NBD handshake with {peer}: took too long"),
         }
     }
 
-    fn attach(&self, ready: Ready, peer: String) -> bool {
+    fn attach(&self, ready: Ready, contexts: Vec<Context>, peer: String) -> bool {
         let Ready { socket, early, tls, identity, chosen } = ready;
         let Some(client) = self.register(chosen.export, peer, identity.0.map(|subject| subject.full)) else {
             return false;
@@ -316,6 +336,7 @@ impl Shared {
             tls,
             headers: chosen.headers,
             allocation_context: chosen.allocation_context,
+            contexts,
             client: client.clone(),
         };
         let (key, gone) = (self.key, self.gone.clone());

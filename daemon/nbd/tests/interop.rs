@@ -4,6 +4,7 @@ mod common;
 
 use std::fs;
 use std::io::Write;
+use std::ops::Range;
 use std::path::Path;
 use std::process::Command;
 use std::rc::Rc;
@@ -12,6 +13,7 @@ use std::sync::Arc;
 use blockdev::{BlockDevice, Capabilities, DeviceError, Geometry, IoQueue, Reactor};
 use common::{Rig, memory};
 use nbd::protocol::PAYLOAD_MAX;
+use nbd::{Contexts, ServerOptions};
 
 const SIZE: u64 = 64 << 20;
 
@@ -88,6 +90,59 @@ impl BlockDevice for Cached {
 fn caching_is_offered_where_reads_are_cached() {
     let rig = Rig::new(Arc::new(Cached(memory(SIZE))));
     assert!(run("nbdinfo", &[&rig.uri()]).contains("can_cache: true"));
+}
+
+/// A context whose marks are the same for everybody.
+struct Marks;
+
+impl Contexts for Marks {
+    fn names(&self) -> Vec<String> {
+        vec!["test:marks:one".to_owned(), "test:marks:none".to_owned(), "test:away".to_owned()]
+    }
+
+    fn marked(&self, name: &str) -> Result<Vec<Range<u64>>, String> {
+        match name {
+            "test:marks:one" => Ok(vec![1 << 20..3 << 20, 10 << 20..10 << 20 | 4096, SIZE..u64::MAX]),
+            "test:marks:none" => Ok(Vec::new()),
+            _ => Err("the pool is away".to_owned()),
+        }
+    }
+}
+
+fn rig_with_marks() -> Rig {
+    Rig::with(memory(SIZE), 1, ServerOptions::default(), |export| export.contexts(Arc::new(Marks)))
+}
+
+#[test]
+fn nbdinfo_lists_an_exports_own_contexts_and_maps_them() {
+    let rig = rig_with_marks();
+    let info = run("nbdinfo", &[&rig.uri()]);
+    for context in ["base:allocation", "test:marks:one", "test:marks:none", "test:away"] {
+        assert!(info.contains(context), "{context} is missing in:\n{info}");
+    }
+    let words = |context: &str| -> Vec<String> {
+        let map = run("nbdinfo", &[&format!("--map={context}"), &rig.uri()]);
+        map.lines().map(|line| line.split_whitespace().take(3).collect::<Vec<_>>().join(" ")).collect()
+    };
+    let expected = ["0 1048576 0", "1048576 2097152 1", "3145728 7340032 0", "10485760 4096 1", "10489856 56619008 0"];
+    assert_eq!(words("test:marks:one"), expected);
+    assert_eq!(words("test:marks:none"), ["0 67108864 0"]);
+    assert_eq!(words("base:allocation"), ["0 67108864 3"]);
+}
+
+#[test]
+fn qemu_img_takes_a_context_for_a_dirty_bitmap() {
+    let rig = rig_with_marks();
+    let options = |context: &str| {
+        let socket = rig.socket.display();
+        format!("driver=nbd,export=disk,server.type=unix,server.path={socket},x-dirty-bitmap={context}")
+    };
+    let map = run("qemu-img", &["map", "--output=json", "--image-opts", &options("test:marks:one")]);
+    let dirty: Vec<&str> = map.lines().filter(|line| line.contains("\"data\": false")).collect();
+    assert_eq!(dirty.len(), 2, "{map}");
+    for (line, start, length) in [(dirty[0], 1048576, 2097152), (dirty[1], 10485760, 4096)] {
+        assert!(line.contains(&format!("\"start\": {start}, \"length\": {length},")), "{line}");
+    }
 }
 
 #[test]

@@ -49,3 +49,11 @@ pub async fn disconnect(
     })
     .await
 }
+
+/// Lets go of an export's volume and opens it anew, with all exports that it has; their clients are dropped and may attach again. The way back after a
+/// failure, or after another host had the volume; it is taken from a host that still serves it.
+#[utoipa::path(post, path = "/v1/exports/{id}/reopen", operation_id = "reopen_export", params(("id" = String, Path)),
+    responses((status = 200, body = ExportInfo), (status = "4XX", body = ErrorBody)))]
+pub async fn reopen(State(daemon): State<Arc<Daemon>>, Name(id): Name<String>) -> Reply<ExportInfo> {
+    blocking(daemon, move |daemon| daemon.exports().reopen(daemon, &id)).await
+}

@@ -8,6 +8,7 @@
 
 pub mod exports;
 pub mod jobs;
+pub mod keys;
 pub mod openapi;
 pub mod pools;
 pub mod reply;
@@ -44,6 +45,9 @@ pub fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/volumes/{volume}/flatten", post(volumes::flatten))
         .route("/v1/volumes/{volume}/usage", get(volumes::usage))
         .route("/v1/volumes/{volume}/check", post(volumes::check))
+        .route("/v1/keys", get(keys::list))
+        .route("/v1/keys/rotate", post(keys::rotate))
+        .route("/v1/keys/erase", post(keys::erase))
         .route("/v1/snapshots", get(snapshots::list).post(snapshots::create))
         .route("/v1/snapshots/diff", get(snapshots::diff))
         .route("/v1/snapshots/{snapshot}", delete(snapshots::remove))
@@ -51,6 +55,7 @@ pub fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/exports", get(exports::list).post(exports::add))
         .route("/v1/exports/{id}", get(exports::show).delete(exports::remove))
         .route("/v1/exports/{id}/disconnect", post(exports::disconnect))
+        .route("/v1/exports/{id}/reopen", post(exports::reopen))
         .route("/v1/transfers", post(jobs::begin_transfer))
         .route("/v1/transfers/{id}", put(jobs::report_transfer))
         .route("/v1/jobs", get(jobs::list))

@@ -3,7 +3,7 @@
 use axum::Json;
 use utoipa::OpenApi;
 
-use super::{exports, jobs, pools, snapshots, system, volumes};
+use super::{exports, jobs, keys, pools, snapshots, system, volumes};
 
 /// novastor's admin API.
 #[derive(OpenApi)]
@@ -28,6 +28,9 @@ use super::{exports, jobs, pools, snapshots, system, volumes};
         volumes::flatten,
         volumes::usage,
         volumes::check,
+        keys::list,
+        keys::rotate,
+        keys::erase,
         snapshots::list,
         snapshots::create,
         snapshots::diff,
@@ -38,6 +41,7 @@ use super::{exports, jobs, pools, snapshots, system, volumes};
         exports::show,
         exports::remove,
         exports::disconnect,
+        exports::reopen,
         jobs::list,
         jobs::show,
         jobs::wait,

@@ -139,8 +139,12 @@ pub struct VolumeUsage {
     pub logical: u64,
     /// Taken on the backend; of a raw volume, snapshots not counted.
     pub allocated: u64,
-    /// Taken by the snapshots of a raw volume.
+    /// Stored for snapshots alone, as far as the backend can tell: it comes back when they are deleted.
     pub snapshots: u64,
+    /// Of a mapped volume: what it has of its logical size.
+    pub data: Option<u64>,
+    /// Of a mapped volume: stored for nothing any more; it comes back by garbage collection.
+    pub reclaimable: Option<u64>,
     /// Of a mapped volume: its own blocks in the pool, each content once, before compression.
     pub unique: Option<u64>,
     /// Of a mapped volume: what those take, compressed.
@@ -149,6 +153,65 @@ pub struct VolumeUsage {
     pub map: Option<u64>,
     /// Of a mapped volume that is open: what its local log holds for the pool.
     pub log: Option<u64>,
+}
+
+/// The key-encryption keys of this host, and the keys of pools.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct KeyList {
+    /// Id of the key-encryption key that wraps what is written from now on.
+    pub current: Option<String>,
+    /// Id of the one before, as long as it is configured.
+    pub previous: Option<String>,
+    pub keys: Vec<KeyInfo>,
+}
+
+/// A key in a pool.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct KeyInfo {
+    pub pool: String,
+    /// "mapped" or "raw": the volumes' data key; "pool": its own, which names blocks.
+    pub of: String,
+    /// Those that share it: a mapped volume, its clones, and theirs. None: left by a deleted volume, or the pool's own.
+    pub volumes: Vec<String>,
+    /// "wrapped", "clear" (of a pool without encrypted volumes), "erased" or "damaged".
+    pub state: String,
+    /// Id of the key-encryption key that wraps it.
+    pub wrapped_by: Option<String>,
+    /// Why it cannot be read.
+    pub problem: Option<String>,
+}
+
+/// Whose keys to wrap anew.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct KeyRotate {
+    /// All pools without it.
+    pub pool: Option<String>,
+}
+
+/// What a rotation did in one pool, in keys.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct KeysRotated {
+    pub pool: String,
+    pub rewrapped: u64,
+    /// Wrapped by the current key-encryption key before.
+    pub already: u64,
+}
+
+/// Which key to destroy.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct KeyErase {
+    /// All volumes that share it.
+    pub volumes: Vec<String>,
+}
+
+/// What became of a key.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct KeyErased {
+    pub volumes: Vec<String>,
+    /// False if it was erased before.
+    pub erased: bool,
 }
 
 /// Outcome of a check.

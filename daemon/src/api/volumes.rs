@@ -95,7 +95,7 @@ pub async fn flatten(State(daemon): State<Arc<Daemon>>, Name(volume): Name<Strin
     as_job(daemon, "volume flatten", &volume.clone(), move |daemon, job| daemon.flatten_volume(&volume, job)).await
 }
 
-/// Space taken.
+/// Space taken. Of a mapped volume, its whole map is read for it.
 #[utoipa::path(get, path = "/v1/volumes/{volume}/usage", operation_id = "volume_usage", params(("volume" = String, Path)),
     responses((status = 200, body = VolumeUsage), (status = "4XX", body = ErrorBody)))]
 pub async fn usage(State(daemon): State<Arc<Daemon>>, Name(volume): Name<String>) -> Reply<VolumeUsage> {
@@ -106,5 +106,5 @@ pub async fn usage(State(daemon): State<Arc<Daemon>>, Name(volume): Name<String>
 #[utoipa::path(post, path = "/v1/volumes/{volume}/check", operation_id = "check_volume", params(("volume" = String, Path)),
     responses((status = 200, body = CheckReport), (status = "4XX", body = ErrorBody)))]
 pub async fn check(State(daemon): State<Arc<Daemon>>, Name(volume): Name<String>) -> Reply<CheckReport> {
-    as_job(daemon, "volume check", &volume.clone(), move |daemon, _| daemon.check_volume(&volume)).await
+    as_job(daemon, "volume check", &volume.clone(), move |daemon, job| daemon.check_volume(&volume, job)).await
 }

@@ -60,6 +60,9 @@ pub enum Command {
     /// Create and manage volumes
     #[command(subcommand)]
     Volume(Volume),
+    /// Keys of encrypted volumes
+    #[command(subcommand)]
+    Key(Key),
     /// Points in time of volumes
     #[command(subcommand)]
     Snapshot(Snapshot),
@@ -203,6 +206,20 @@ pub struct Consent {
 }
 
 #[derive(Subcommand)]
+pub enum Key {
+    /// Which keys there are, and what wraps them
+    List { pool: Option<String> },
+    /// Wrap the keys of one pool, or of all, with the current key-encryption key; no data is rewritten
+    Rotate { pool: Option<String> },
+    /// Destroy the key that a mapped volume shares with its clones, and so their content, for good
+    Erase {
+        volume: String,
+        #[command(flatten)]
+        consent: Consent,
+    },
+}
+
+#[derive(Subcommand)]
 pub enum Snapshot {
     /// Several volumes at once are one consistent point
     Create {
@@ -275,6 +292,10 @@ pub enum Export {
         id: String,
     },
     Remove {
+        id: String,
+    },
+    /// Open its volume anew, after a failure or after another host had it; drops the clients
+    Reopen {
         id: String,
     },
     /// Drop a stuck client, or all

@@ -1,5 +1,7 @@
 //! `novastor export`.
 
+use serde_json::json;
+
 use super::Context;
 use super::arguments::Export;
 use super::output::{facts, table};
@@ -41,6 +43,10 @@ pub fn run(context: &Context, command: Export) -> anyhow::Result<()> {
         Export::Remove { id } => {
             let done: Done = context.client()?.delete(&path(&id))?;
             output.print(&done, |_| format!("export {id} removed"))
+        }
+        Export::Reopen { id } => {
+            let export: ExportInfo = context.client()?.post(&format!("{}/reopen", path(&id)), &json!({}))?;
+            output.print(&export, |export| format!("export {id} of {} is ready", export.volume))
         }
         Export::Disconnect { id, client } => {
             let report: Disconnected = context.client()?.post(&format!("{}/disconnect", path(&id)), &Disconnect { client })?;

@@ -10,6 +10,8 @@ mod exports;
 mod image;
 mod interrupt;
 mod jobs;
+mod keys;
+mod long;
 mod output;
 pub mod paste;
 mod pools;
@@ -73,6 +75,7 @@ fn run(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Config(command) => config::run(context, command),
         Command::Pool(command) => pools::run(context, command),
         Command::Volume(command) => volumes::run(context, command),
+        Command::Key(command) => keys::run(context, command),
         Command::Snapshot(command) => snapshots::run(context, command),
         Command::Export(command) => exports::run(context, command),
         Command::Image(command) => image::run(context, command),

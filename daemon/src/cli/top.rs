@@ -6,7 +6,7 @@ use super::Context;
 use super::arguments::Top;
 use super::output::table;
 use crate::metrics::{ExportStats, OpStats, PoolStats, StatsReport, VolumeStats};
-use crate::units::{format_latency, format_rate};
+use crate::units::{format_latency, format_rate, format_size};
 
 /// To the top left, and from there clear what is left of a longer frame.
 const HOME: &str = "\x1b[H";
@@ -43,7 +43,7 @@ fn frame(report: &StatsReport) -> String {
     format!("{head}\n\n{volumes}\n\n{pools}")
 }
 
-const VOLUME_HEAD: [&str; 14] = [
+const VOLUME_HEAD: [&str; 18] = [
     "VOLUME",
     "READ/s",
     "WRITE/s",
@@ -56,13 +56,17 @@ const VOLUME_HEAD: [&str; 14] = [
     "p99",
     "IN FLIGHT",
     "LOG",
+    "LAG",
+    "REDUCTION",
+    "HITS",
+    "FREED",
     "CLIENTS",
     "HEALTH",
 ];
 
 const POOL_HEAD: [&str; 7] = ["POOL", "DRIVER", "OPS/s", "BYTES", "IN FLIGHT", "ERRORS", "HEALTH"];
 
-fn volume_row(volume: &VolumeStats, clients: usize) -> [String; 14] {
+fn volume_row(volume: &VolumeStats, clients: usize) -> [String; 18] {
     let nothing = OpStats::default();
     let of = |kind: &str| volume.operations.get(kind).unwrap_or(&nothing);
     let (read, write) = (of("read"), of("write"));
@@ -83,6 +87,10 @@ fn volume_row(volume: &VolumeStats, clients: usize) -> [String; 14] {
         latency(write.p99_us),
         in_flight.to_string(),
         log(volume),
+        volume.lag_ms.map(|lag| format!("{} s", lag / 1000)).unwrap_or_default(),
+        volume.reduction.map(|ratio| format!("{ratio:.1}×")).unwrap_or_default(),
+        volume.index_hit_rate.map(|rate| format!("{:.0}%", rate * 100.0)).unwrap_or_default(),
+        freed(volume),
         clients.to_string(),
         health(volume),
     ]
@@ -92,6 +100,12 @@ fn volume_row(volume: &VolumeStats, clients: usize) -> [String; 14] {
 fn log(volume: &VolumeStats) -> String {
     let share = |(used, size): (u64, u64)| format!("{}%", (used * 100).checked_div(size).unwrap_or_default());
     volume.log_used.zip(volume.log_size).map(share).unwrap_or_default()
+}
+
+/// What collecting garbage gave back, with a mark while it runs.
+fn freed(volume: &VolumeStats) -> String {
+    let running = if volume.is_collecting == Some(true) { " …" } else { "" };
+    volume.freed.map(|bytes| format!("{}{running}", format_size(bytes))).unwrap_or_default()
 }
 
 fn clients(report: &StatsReport, volume: &str) -> usize {
@@ -145,6 +159,11 @@ mod tests {
             last_error: (errors > 0).then(|| "read at 0: EIO".to_owned()),
             log_used: Some(30),
             log_size: Some(120),
+            lag_ms: Some(2_500),
+            reduction: Some(3.25),
+            index_hit_rate: Some(0.5),
+            freed: Some(1 << 20),
+            is_collecting: Some(true),
             operations: BTreeMap::from([("read".to_owned(), read), ("flush".to_owned(), flush)]),
         }
     }
@@ -152,8 +171,9 @@ mod tests {
     #[test]
     fn a_row_sums_what_it_should() {
         let row = volume_row(&volume(0, None), 2);
-        let expected = ["p/v", "1234", "0", "2", "2.0 KiB/s", "0.0 B/s", "80.0µs", "", "", "", "4", "25%", "2", "ok"];
-        assert_eq!(row, expected.map(str::to_owned));
+        let expected = ["p/v", "1234", "0", "2", "2.0 KiB/s", "0.0 B/s", "80.0µs", "", "", "", "4", "25%"];
+        assert_eq!(row[..12], expected.map(str::to_owned));
+        assert_eq!(row[12..], ["2 s", "3.2×", "50%", "1M …", "2", "ok"].map(str::to_owned));
     }
 
     #[test]

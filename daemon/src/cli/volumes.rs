@@ -1,10 +1,8 @@
 //! `novastor volume`.
 
-use serde_json::json;
-
-use super::Context;
 use super::arguments::{Usage, Volume};
 use super::output::{facts, table};
+use super::{Context, long};
 use crate::api::reply::Done;
 use crate::api::types::{
     CheckReport, VolumeAdopt, VolumeClone, VolumeCreate, VolumeFlattened, VolumeInfo, VolumeRename, VolumeResize, VolumeUsage,
@@ -64,7 +62,7 @@ pub fn run(context: &Context, command: Volume) -> anyhow::Result<()> {
             output.print(&usage, usage_text)
         }
         Volume::Check { volume } => {
-            let report: CheckReport = context.client()?.post(&format!("{}/check", path(&volume)), &json!({}))?;
+            let report: CheckReport = long::post(context, "volume check", &format!("{}/check", path(&volume)))?;
             output.print(&report, report_text)?;
             if report.ok { Ok(()) } else { Err(anyhow::anyhow!("volume {volume}: {} problems", report.problems.len())) }
         }
@@ -73,7 +71,7 @@ pub fn run(context: &Context, command: Volume) -> anyhow::Result<()> {
             output.print(&volume, |volume| format!("volume {} cloned from {source}", full(volume)))
         }
         Volume::Flatten { volume } => {
-            let outcome: VolumeFlattened = context.client()?.post(&format!("{}/flatten", path(&volume)), &json!({}))?;
+            let outcome: VolumeFlattened = long::post(context, "volume flatten", &format!("{}/flatten", path(&volume)))?;
             output.print(&outcome, |outcome| match outcome.flattened {
                 true => format!("volume {} depends on no other now", outcome.volume),
                 false => format!("volume {} has no parent: nothing to flatten", outcome.volume),
@@ -123,11 +121,13 @@ fn usage_text(usage: &VolumeUsage) -> String {
     facts([
         ("volume", usage.volume.clone()),
         ("logical", format_size(usage.logical)),
-        ("allocated", format_size(usage.allocated)),
-        ("snapshots", format_size(usage.snapshots)),
+        ("data", usage.data.map(format_size).unwrap_or_default()),
         ("unique", usage.unique.map(format_size).unwrap_or_default()),
         ("compressed", usage.compressed.map(format_size).unwrap_or_default()),
         ("map", usage.map.map(format_size).unwrap_or_default()),
+        ("allocated", format_size(usage.allocated)),
+        ("snapshots", format_size(usage.snapshots)),
+        ("reclaimable", usage.reclaimable.map(format_size).unwrap_or_default()),
         ("log", usage.log.map(format_size).unwrap_or_default()),
     ])
 }

@@ -41,19 +41,19 @@ impl Daemon {
         let keys = self.raw_keys().map_err(failed)?;
         let key = keys.open(&record.name, wrapped).map_err(failed)?;
         if let Some(rewrapped) = keys.rewrap(&record.name, wrapped).map_err(failed)?
-            && let Err(error) = pool.set_wrapped_key(&record.name, &rewrapped)
+            && let Err(error) = pool.set_wrapped_key(&record.name, wrapped, &rewrapped)
         {
             tracing::warn!("volume {}: its key is still wrapped by the previous key-encryption key: {error}", record.name);
         }
         Ok(Arc::new(Encrypted::new(device, key)?))
     }
 
-    fn raw_keys(&self) -> std::result::Result<RawKeys, KeyError> {
+    pub(super) fn raw_keys(&self) -> std::result::Result<RawKeys, KeyError> {
         let keks = self.config().keys.as_ref().map(key_encryption_keys).transpose()?.unwrap_or_default();
         Ok(RawKeys { keks, random: Arc::new(volume::system_random) })
     }
 }
 
-fn key_error(volume: &str, error: &KeyError) -> Error {
+pub(super) fn key_error(volume: &str, error: &KeyError) -> Error {
     Error::invalid(error.to_string()).of(format!("volume {volume}"))
 }

@@ -17,6 +17,7 @@ mod encryption;
 #[cfg(feature = "fault-injection")]
 pub mod faults;
 pub mod jobs;
+mod keys;
 pub mod listeners;
 mod locks;
 mod log;
@@ -32,6 +33,7 @@ pub mod sockets;
 pub mod systemd;
 mod transfers;
 mod volumes;
+mod watch;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};

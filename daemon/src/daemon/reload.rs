@@ -29,6 +29,9 @@ impl Daemon {
         if sockets(&old) != sockets(&new) {
             report.changed.push("rules for sockets made from now on".to_owned());
         }
+        if old.keys != new.keys {
+            report.changed.push("key-encryption keys: `novastor key rotate` wraps everything with the current one".to_owned());
+        }
         if old.policy != new.policy {
             report.changed.push("policies".to_owned());
         }

@@ -146,6 +146,7 @@ async fn run(daemon: Arc<Daemon>, announce: impl FnOnce(&Arc<Daemon>) -> anyhow:
     systemd::notify(&[NotifyState::Ready]);
     let background = [
         tokio::spawn(Exports::keep_trying(daemon.clone())),
+        tokio::spawn(daemon.clone().watch_volumes()),
         tokio::spawn(systemd::feed_watchdog(daemon.plane.handles().to_vec())),
     ];
     loop {

@@ -238,6 +238,8 @@ impl Daemon {
             logical: usage.logical,
             allocated: usage.allocated,
             snapshots: usage.snapshots,
+            data: usage.shares.map(|shares| shares.data),
+            reclaimable: usage.shares.map(|shares| shares.reclaimable),
             unique: usage.reduced.map(|reduced| reduced.unique),
             compressed: usage.reduced.map(|reduced| reduced.compressed),
             map: usage.reduced.map(|reduced| reduced.map),
@@ -246,12 +248,15 @@ impl Daemon {
     }
 
     /// Whether the volume opens, has the size that the catalogue says, and is healthy; of a mapped one, whether all of it can be read.
-    pub fn check_volume(&self, name: &str) -> Result<CheckReport> {
+    /// It counts as in use meanwhile, but is not held against other operations: this may take hours.
+    pub fn check_volume(&self, name: &str, job: &Job) -> Result<CheckReport> {
         let id = self.resolve(&name.parse::<VolumeRef>()?.without_snapshot()?)?;
-        let _held = self.hold([&id]);
+        let held = self.hold([&id]);
         let record = self.record(&id)?;
         let mut problems = Vec::new();
-        match self.lease(&id, false) {
+        let lease = self.lease(&id, false);
+        drop(held);
+        match lease {
             Err(error) => problems.push(format!("it does not open: {error}")),
             Ok(lease) => {
                 let size = lease.volume().size();
@@ -261,7 +266,8 @@ impl Daemon {
                         .push(format!("it is {real} ({size} bytes) large, the catalogue says {noted} ({} bytes)", record.size));
                 }
                 problems.extend(lease.volume().health());
-                problems.extend(self.pools.get(&id.pool)?.check_volume(&id.name)?);
+                let tell = |done, total| job.progress(done, Some(total));
+                problems.extend(self.pools.get(&id.pool)?.check_volume(&id.name, &tell)?);
             }
         }
         Ok(CheckReport { subject: id.to_string(), ok: problems.is_empty(), problems })

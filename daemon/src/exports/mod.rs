@@ -7,6 +7,7 @@
 //! Invariants: what `add` reported as done survives a restart; an export that cannot be served says why and is tried again; an
 //! export is stopped (its I/O drained) before its volume is released.
 
+mod changes;
 mod nbd;
 mod restore;
 mod spec;
@@ -23,7 +24,7 @@ use crate::config::Address;
 use crate::daemon::Daemon;
 use crate::daemon::data_dir::DataDir;
 use crate::daemon::open::Lease;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::names::VolumeId;
 pub use nbd::{NbdFrontEnd, PrivateExport};
 use spec::{ExportFile, same_listener};
@@ -188,12 +189,32 @@ impl Exports {
                     "export {id} stands in the configuration file: remove its [[export]] there, then `novastor config reload`"
                 )));
             }
-            entry.record.spec.volume.clone()
+            entry.volume()?
         };
-        let volume: crate::names::VolumeRef = volume.parse()?;
-        let volume = VolumeId { pool: volume.pool.unwrap_or_default(), name: volume.name, snapshot: volume.snapshot };
         let _held = daemon.hold([&volume]);
         self.remove_entry(id)
+    }
+
+    /// Lets go of an export's volume and serves it again, opened anew, with all exports that it has: the way back when no I/O succeeds any more. Their
+    /// clients are dropped.
+    pub fn reopen(&self, daemon: &Daemon, id: &str) -> Result<ExportInfo> {
+        let volume = find(&self.table.lock(), id)?.volume()?;
+        let ids = self.ids_of_exactly(&volume);
+        {
+            let _held = daemon.hold([&volume]);
+            let stopped: Vec<Running> = {
+                let mut table = self.table.lock();
+                ids.iter().filter_map(|id| table.entries.get_mut(id)?.running.take()).collect()
+            };
+            stopped.into_iter().for_each(|mut running| running.front_end.stop());
+            daemon.open_volumes().ensure_closed(&volume, false, "reopening")?;
+        }
+        ids.iter().for_each(|id| self.start_again(daemon, id));
+        let export = self.get(id)?;
+        match &export.error {
+            Some(error) if !export.ready => Err(Error::new(ErrorKind::Backend, error.clone()).of(format!("export {id}"))),
+            _ => Ok(export),
+        }
     }
 
     fn remove_entry(&self, id: &str) -> Result<()> {
@@ -308,6 +329,11 @@ impl Exports {
 }
 
 impl Entry {
+    fn volume(&self) -> Result<VolumeId> {
+        let volume: crate::names::VolumeRef = self.record.spec.volume.parse()?;
+        Ok(VolumeId { pool: volume.pool.unwrap_or_default(), name: volume.name, snapshot: volume.snapshot })
+    }
+
     fn stop(self) {
         if let Some(mut running) = self.running {
             running.front_end.stop();

@@ -9,6 +9,7 @@ use nbd::{Export, Server, ServerOptions, Serves, Socket, TlsSettings};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
+use super::changes::Changes;
 use super::spec::{ExportRecord, ExportSpec};
 use super::{FrontEnd, Lease};
 use crate::api::types::ClientInfo;
@@ -104,6 +105,7 @@ impl NbdFrontEnd {
             .alias(&spec.volume)
             .description(format!("volume {}", spec.volume))
             .read_only(spec.read_only)
+            .contexts(Arc::new(Changes { pools: daemon.pools().clone(), id: lease.id().clone() }))
             .tls_allow(spec.tls_allow.clone());
         let export = Arc::new(export);
         let mut own = None;

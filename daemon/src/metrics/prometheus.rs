@@ -29,7 +29,7 @@ pub fn render(sample: &Sample) -> String {
 }
 
 type PoolBytes = fn(&PoolInfo) -> Option<u64>;
-type EngineBytes = fn(EngineUse) -> u64;
+type EngineValue = fn(EngineUse) -> f64;
 type Count = fn(&ClassSnapshot) -> u64;
 type Labels<'a> = Vec<(&'a str, &'a str)>;
 
@@ -89,20 +89,47 @@ fn volumes(page: &mut Page, sample: &Sample) {
 }
 
 fn engines(page: &mut Page, sample: &Sample) {
-    let families: [(&str, &str, EngineBytes); 6] = [
-        ("novastor_volume_log_used_bytes", "What the local log of a mapped volume holds for the pool.", |engine| engine.log.used),
-        ("novastor_volume_log_size_bytes", "Size of the local log of a mapped volume.", |engine| engine.log.size),
-        ("novastor_volume_unique_bytes", "Blocks of a mapped volume in the pool, before compression.", |engine| {
-            engine.reduced.unique
+    let families: [(&str, &str, &str, EngineValue); 15] = [
+        ("log_used_bytes", "gauge", "What the local log of a mapped volume holds for the pool.", |engine| engine.log.used as f64),
+        ("log_size_bytes", "gauge", "Size of the local log of a mapped volume.", |engine| engine.log.size as f64),
+        ("destage_lag_seconds", "gauge", "How long the oldest write has waited that the pool has not got yet.", |engine| {
+            engine.log.lag.as_secs_f64()
         }),
-        ("novastor_volume_compressed_bytes", "What these blocks take.", |engine| engine.reduced.compressed),
-        ("novastor_volume_map_bytes", "What the map of a mapped volume takes in the pool.", |engine| engine.reduced.map),
-        ("novastor_volume_index_memory_bytes", "Memory of the index for deduplication.", |engine| engine.index),
+        (
+            "pool_waits_seconds",
+            "gauge",
+            "How long the pool has taken nothing that it was given; 0 while it takes it.",
+            |engine| engine.waits.as_secs_f64(),
+        ),
+        ("unique_bytes", "gauge", "Blocks of a mapped volume in the pool, before compression.", |engine| {
+            engine.reduced.unique as f64
+        }),
+        ("compressed_bytes", "gauge", "What these blocks take.", |engine| engine.reduced.compressed as f64),
+        ("map_bytes", "gauge", "What the map of a mapped volume takes in the pool.", |engine| engine.reduced.map as f64),
+        ("index_memory_bytes", "gauge", "Memory of the index for deduplication.", |engine| engine.index as f64),
+        ("destaged_bytes_total", "counter", "Blocks with data that were brought into the pool.", |engine| {
+            engine.destaged.logical as f64
+        }),
+        ("destaged_duplicate_bytes_total", "counter", "Of these, blocks that the index found to be stored already.", |engine| {
+            engine.destaged.duplicate as f64
+        }),
+        ("destaged_stored_bytes_total", "counter", "What the others took in the pool.", |engine| engine.destaged.stored as f64),
+        ("reduction_ratio", "gauge", "Destaged bytes for each byte stored, since the volume was opened.", |engine| {
+            engine.destaged.logical as f64 / engine.destaged.stored.max(1) as f64
+        }),
+        ("collected_moved_bytes_total", "counter", "Blocks that garbage collection has copied.", |engine| {
+            engine.collected.moved as f64
+        }),
+        ("collected_freed_bytes_total", "counter", "Objects that garbage collection has done away with.", |engine| {
+            engine.collected.freed as f64
+        }),
+        ("collecting", "gauge", "1 while garbage is being collected.", |engine| f64::from(engine.collected.is_running)),
     ];
-    for (name, help, bytes) in families {
-        page.family(name, "gauge", help);
+    for (suffix, kind, help, value) in families {
+        let name = format!("novastor_volume_{suffix}");
+        page.family(&name, kind, help);
         for (volume, engine) in sample.volumes.iter().filter_map(|volume| Some((volume, volume.engine?))) {
-            page.value(name, &[("volume", &volume.name)], bytes(engine) as f64);
+            page.value(&name, &[("volume", &volume.name)], value(engine));
         }
     }
 }
@@ -225,7 +252,7 @@ fn escape(value: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use backends::{LogUse, ReducedUsage};
+    use backends::{Collected, Destaged, LogUse, ReducedUsage};
 
     use super::*;
 
@@ -247,9 +274,12 @@ mod tests {
             problem: Some("broken".to_owned()),
             last_error: Some("write of 512 bytes at 4096: EIO".to_owned()),
             engine: Some(EngineUse {
-                log: LogUse { used: 5, size: 9 },
+                log: LogUse { used: 5, size: 9, lag: Duration::from_millis(2500) },
                 reduced: ReducedUsage { unique: 4096, compressed: 77, map: 6 },
                 index: 12,
+                destaged: Destaged { logical: 8192, duplicate: 4096, stored: 2048 },
+                collected: Collected { moved: 1, freed: 2, is_running: true },
+                waits: Duration::from_secs(7),
             }),
         };
         let sample = Sample {
@@ -271,9 +301,19 @@ mod tests {
         assert!(text.contains(&format!("novastor_volume_errors_total{{{label}}} 1\n")), "{text}");
         assert!(text.contains("text=\"write of # bytes at #: EIO\"} 1\n"), "{text}");
         assert!(text.contains("novastor_data_plane_threads 2\n"));
-        for line in
-            ["log_used_bytes{} 5", "unique_bytes{} 4096", "compressed_bytes{} 77", "map_bytes{} 6", "index_memory_bytes{} 12"]
-        {
+        for line in [
+            "log_used_bytes{} 5",
+            "destage_lag_seconds{} 2.5",
+            "pool_waits_seconds{} 7",
+            "unique_bytes{} 4096",
+            "compressed_bytes{} 77",
+            "map_bytes{} 6",
+            "index_memory_bytes{} 12",
+            "destaged_duplicate_bytes_total{} 4096",
+            "reduction_ratio{} 4",
+            "collected_freed_bytes_total{} 2",
+            "collecting{} 1",
+        ] {
             let line = line.replace("{}", "{volume=\"p/a\\\"b\"}");
             assert!(text.contains(&format!("novastor_volume_{line}\n")), "{line}: {text}");
         }

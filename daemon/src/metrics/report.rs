@@ -34,6 +34,15 @@ pub struct VolumeStats {
     /// Of a mapped volume: bytes of its local log that hold what the pool has not got yet, and of all of it.
     pub log_used: Option<u64>,
     pub log_size: Option<u64>,
+    /// Of a mapped volume: how long the oldest write has waited that the pool has not got yet, in milliseconds, to a second.
+    pub lag_ms: Option<u64>,
+    /// Of a mapped volume, of what it has brought into the pool since it was opened: bytes with data for each byte stored.
+    pub reduction: Option<f64>,
+    /// The share of these that was found to be stored already, 0 to 1.
+    pub index_hit_rate: Option<f64>,
+    /// Of a mapped volume: bytes that garbage collection has done away with since it was opened, and whether it runs now.
+    pub freed: Option<u64>,
+    pub is_collecting: Option<bool>,
     /// By kind: read, write, flush, discard, write_zeroes, block_status.
     pub operations: BTreeMap<String, OpStats>,
 }
@@ -97,6 +106,11 @@ impl Sample {
                     last_error: now.last_error.clone(),
                     log_used: now.engine.map(|engine| engine.log.used),
                     log_size: now.engine.map(|engine| engine.log.size),
+                    lag_ms: now.engine.map(|engine| engine.log.lag.as_millis() as u64),
+                    reduction: now.engine.and_then(|engine| ratio(engine.destaged.logical, engine.destaged.stored)),
+                    index_hit_rate: now.engine.and_then(|engine| ratio(engine.destaged.duplicate, engine.destaged.logical)),
+                    freed: now.engine.map(|engine| engine.collected.freed),
+                    is_collecting: now.engine.map(|engine| engine.collected.is_running),
                     operations: operations(&now.stats, then, interval),
                 }
             })
@@ -134,6 +148,11 @@ impl Sample {
         let pools = pools.collect();
         StatsReport { node: self.node.clone(), interval_ms: interval.as_millis() as u64, volumes, exports, pools }
     }
+}
+
+/// Nothing where there is nothing to compare with.
+fn ratio(part: u64, whole: u64) -> Option<f64> {
+    (whole > 0).then(|| part as f64 / whole as f64)
 }
 
 fn operations(now: &Snapshot, then: Option<&Snapshot>, interval: Duration) -> BTreeMap<String, OpStats> {

@@ -26,12 +26,15 @@ use crate::clone::SnapshotView;
 use crate::environment::{Environment, LocalFuture};
 use crate::error::VolumeError;
 use crate::mapped::{MappedVolume, Parts};
+use crate::progress::Progress;
 use crate::reduce::Secrets;
 
 /// Long writes go to the log in parts of so many bytes, or of fewer where the log is small.
 const WRITE_PART: usize = 1 << 20;
 /// How long the thread of an engine may take to say how it is.
 const ANSWER_LIMIT: Duration = Duration::from_secs(1);
+/// How often the progress of long work is looked at.
+const TELL_EVERY: Duration = Duration::from_millis(200);
 
 /// What an engine serves.
 #[derive(Clone)]
@@ -111,6 +114,34 @@ impl Home {
         &self,
         work: impl FnOnce(Rc<MappedVolume>) -> LocalFuture<'static, Result<T, VolumeError>> + Send + 'static,
     ) -> Result<T, OpenError> {
+        Ok(self.begin(work).recv().map_err(|_| stopped())??)
+    }
+
+    /// The same for long work, of whose progress `tell` hears now and then: bytes done, and in all.
+    pub(super) fn run_telling<T: Send + 'static>(
+        &self,
+        tell: &dyn Fn(u64, u64),
+        work: impl FnOnce(Rc<MappedVolume>, Arc<Progress>) -> LocalFuture<'static, Result<T, VolumeError>> + Send + 'static,
+    ) -> Result<T, OpenError> {
+        let progress = Arc::new(Progress::default());
+        let told = progress.clone();
+        let receiver = self.begin(move |volume| work(volume, told));
+        loop {
+            let answer = receiver.recv_timeout(TELL_EVERY);
+            let (done, total) = progress.get();
+            tell(done.min(total), total);
+            match answer {
+                Ok(answer) => return Ok(answer?),
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => return Err(stopped().into()),
+            }
+        }
+    }
+
+    fn begin<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(Rc<MappedVolume>) -> LocalFuture<'static, Result<T, VolumeError>> + Send + 'static,
+    ) -> mpsc::Receiver<Result<T, VolumeError>> {
         let (sender, receiver) = mpsc::sync_channel(1);
         let number = self.number;
         self.thread.spawn(move |_| {
@@ -121,7 +152,7 @@ impl Home {
                 let _ = sender.send(done);
             }));
         });
-        Ok(receiver.recv().map_err(|_| stopped())??)
+        receiver
     }
 }
 

@@ -15,24 +15,30 @@ mod log_disk;
 mod queue;
 mod tasks;
 
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use backends::segments::SegmentStore;
-use backends::{EngineUse, ReducedUsage};
+use backends::{EngineUse, ReducedUsage, Shares};
 use blockdev::null_disk::NullDisk;
-use blockdev::{BlockDevice, Capabilities, DeviceError, Geometry, IoQueue, Reactor, ReactorHandle};
+use blockdev::{BlockDevice, Capabilities, DeviceError, Geometry, IoQueue, Reactor, ReactorHandle, clock};
+use parking_lot::Mutex;
 use uuid::Uuid;
 
-use crate::clone::{SnapshotView, clone_snapshot, delete_volume, refuse_clones};
+use crate::clone::{SnapshotView, clone_snapshot, delete_volume, diff_snapshots, refuse_clones};
 use crate::environment::LocalFuture;
 use crate::error::VolumeError;
 use crate::gather::Gathered;
 use crate::mapped::{MappedVolume, Parts, Settings};
+use crate::progress::Progress;
 use crate::reduce::Secrets;
 use crate::segment::BLOCK;
+use crate::shares::shares_in_store;
 use crate::snapshots::SnapshotInfo;
+use crate::troubles::Trouble;
 use engine::{Content, Home};
 use queue::MappedQueue;
 
@@ -106,6 +112,18 @@ impl MappedOptions {
         self.in_store(move |parts| Box::pin(async move { Ok(parts.chain(group).read_meta().await?.1.table.usage()) }))
     }
 
+    /// What its blocks in the pool are for, as its newest checkpoint says. Reads the whole map; blocks.
+    pub fn shares(&self) -> Result<Shares, OpenError> {
+        let group = self.group.into_bytes();
+        self.in_store(move |parts| Box::pin(async move { shares_in_store(&parts, group).await }))
+    }
+
+    /// The ranges, in bytes, in which two snapshots that are in the pool may differ: see [`MappedVolume::diff`]. Blocks.
+    pub fn diff_snapshots(&self, before: &str, to: &str, from: u64, ranges_max: usize) -> Result<Vec<Range<u64>>, OpenError> {
+        let (group, before, to) = (self.group.into_bytes(), before.to_owned(), to.to_owned());
+        self.in_store(move |parts| Box::pin(async move { diff_snapshots(&parts, group, [&before, &to], from, ranges_max).await }))
+    }
+
     /// Forgets a clone of this volume that was not made, or is no more. Blocks.
     pub fn unpin(&self, clone: Uuid) -> Result<(), OpenError> {
         let (group, clone) = (self.group.into_bytes(), clone.into_bytes());
@@ -117,6 +135,8 @@ impl MappedOptions {
 pub struct MappedDevice {
     home: Home,
     size: AtomicU64,
+    /// When the pool began to take nothing, by the engine's clock and by the calendar.
+    trouble_since: Mutex<Option<(Duration, SystemTime)>>,
 }
 
 impl MappedDevice {
@@ -131,7 +151,7 @@ impl MappedDevice {
             })
         };
         let (home, size) = Home::start(&options, &log, open)?;
-        Ok(MappedDevice { home, size: AtomicU64::new(size) })
+        Ok(MappedDevice { home, size: AtomicU64::new(size), trouble_since: Mutex::default() })
     }
 
     /// What it uses; `None` if its thread does not say. Blocks for a moment; never call it from a data-plane thread.
@@ -175,14 +195,44 @@ impl MappedDevice {
         Ok(size)
     }
 
-    /// See [`MappedVolume::flatten`].
-    pub fn flatten(&self) -> Result<bool, OpenError> {
-        self.home.run(|volume| Box::pin(async move { volume.flatten().await }))
+    /// See [`MappedVolume::flatten`]. `progress` is told bytes done and in all, by this thread.
+    pub fn flatten(&self, progress: &dyn Fn(u64, u64)) -> Result<bool, OpenError> {
+        let work =
+            |volume: Rc<MappedVolume>, told| -> LocalFuture<'static, _> { Box::pin(async move { volume.flatten(told).await }) };
+        self.home.run_telling(progress, work)
     }
 
     /// See [`MappedVolume::scrub`].
-    pub fn scrub(&self) -> Result<Vec<String>, OpenError> {
-        self.home.run(|volume| Box::pin(async move { volume.scrub().await }))
+    pub fn scrub(&self, progress: &dyn Fn(u64, u64)) -> Result<Vec<String>, OpenError> {
+        let work = |volume: Rc<MappedVolume>, told: Arc<Progress>| -> LocalFuture<'static, _> {
+            Box::pin(async move { volume.scrub(&told).await })
+        };
+        self.home.run_telling(progress, work)
+    }
+
+    /// See [`MappedVolume::shares`].
+    pub fn shares(&self) -> Result<Shares, OpenError> {
+        self.home.run(|volume| Box::pin(async move { volume.shares().await }))
+    }
+
+    /// What the pool does not take of this volume, in words that stay the same as long as it lasts. Blocks for a moment; never call it from a data-plane thread.
+    pub fn trouble(&self) -> Option<String> {
+        let found = self.home.ask(|volume| volume.trouble().map(|trouble| (trouble, volume.now()))).flatten();
+        self.told_trouble(found)
+    }
+
+    fn told_trouble(&self, found: Option<(Trouble, Duration)>) -> Option<String> {
+        let mut known = self.trouble_since.lock();
+        let Some((Trouble { since, error }, now)) = found else {
+            *known = None;
+            return None;
+        };
+        // Told by one clock and meant by another, the beginning would seem to move.
+        let wall =
+            known.filter(|(of, _)| *of == since).map_or_else(|| clock::wall() - now.saturating_sub(since), |(_, wall)| wall);
+        *known = Some((since, wall));
+        let seconds = wall.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        Some(format!("the pool takes nothing since {}: {error}", clock::format_utc(seconds)))
     }
 
     /// See [`MappedVolume::gather`].
@@ -202,13 +252,7 @@ impl MappedDevice {
     }
 
     /// See [`MappedVolume::diff`].
-    pub fn diff(
-        &self,
-        before: &str,
-        to: Option<&str>,
-        from: u64,
-        ranges_max: usize,
-    ) -> Result<Vec<std::ops::Range<u64>>, OpenError> {
+    pub fn diff(&self, before: &str, to: Option<&str>, from: u64, ranges_max: usize) -> Result<Vec<Range<u64>>, OpenError> {
         let (before, to) = (before.to_owned(), to.map(str::to_owned));
         self.home.run(move |volume| Box::pin(async move { volume.diff(&before, to.as_deref(), from, ranges_max).await }))
     }
@@ -256,10 +300,19 @@ impl BlockDevice for MappedDevice {
     }
 
     fn health(&self) -> Option<String> {
-        match self.home.ask(|volume| (volume.failed(), volume.last_read_error())) {
-            Some((Some(error), _)) => Some(format!("{error}; no I/O succeeds until it is opened anew")),
-            Some((None, unread)) => unread.map(|error| format!("a read failed: {error}")),
-            None => Some("its engine does not answer".to_owned()),
+        let ask = |volume: &MappedVolume| {
+            let trouble = volume.trouble().map(|trouble| (trouble, volume.now()));
+            (volume.failed(), trouble, volume.last_read_error())
+        };
+        let Some((failed, trouble, unread)) = self.home.ask(ask) else { return Some("its engine does not answer".to_owned()) };
+        if let Some(error) = failed {
+            return Some(format!("{error}; no I/O succeeds until it is opened anew: `novastor export reopen` does that"));
+        }
+        match self.told_trouble(trouble) {
+            Some(trouble) => {
+                Some(format!("{trouble}; writes wait in the local log, and go on by themselves when that is mended"))
+            }
+            None => unread.map(|error| format!("a read failed: {error}")),
         }
     }
 }

@@ -17,6 +17,7 @@ mod mark;
 
 use std::collections::{BTreeSet, HashMap};
 
+use dedup::BLOCK_LEN;
 use dedup::location::Location;
 
 use crate::checkpoint::Change;
@@ -123,7 +124,10 @@ impl Core {
 
     pub(crate) async fn collect(&self, which: Which) -> Result<Gathered, VolumeError> {
         let _alone = self.gathering.hold().await;
-        self.collect_alone(which).await
+        self.collecting.set(true);
+        let gathered = self.collect_alone(which).await;
+        self.collecting.set(false);
+        gathered
     }
 
     /// For whoever holds the right to collect.
@@ -153,6 +157,7 @@ impl Core {
         }
         self.swap(forgotten, written, &mut done).await?;
         self.reader.tally.blocks_moved.add(done.blocks_moved);
+        self.reader.tally.bytes_freed.add(done.bytes_deleted);
         self.reader.tally.collections.add((done.blocks_moved > 0).into());
         Ok(done)
     }
@@ -201,6 +206,8 @@ impl Core {
                 Err(error) => self.leave(handle, error)?,
             }
         }
+        let bytes = |blocks: usize| (blocks * BLOCK_LEN) as u64;
+        self.note_progress(|progress| progress.begin(live.values().map(|spots| bytes(spots.len())).sum()));
         let mut written = Vec::new();
         for content in [Content::Data, Content::Pages] {
             let mut gathering = Gathering::new(self, content);
@@ -212,7 +219,10 @@ impl Core {
                 }
                 let Some(spots) = live.remove(handle) else { continue };
                 match gathering.add(*handle, &spots).await {
-                    Ok(()) => done.blocks_moved += spots.len() as u64,
+                    Ok(()) => {
+                        done.blocks_moved += spots.len() as u64;
+                        self.note_progress(|progress| progress.advance(bytes(spots.len())));
+                    }
                     Err(error) => self.leave(*handle, error)?,
                 }
             }

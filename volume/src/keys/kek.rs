@@ -103,6 +103,11 @@ impl Keks {
         [&self.current, &self.previous].into_iter().flatten().find(|kek| kek.id == id)
     }
 
+    /// Of the current and of the previous one.
+    pub fn ids(&self) -> [Option<KekId>; 2] {
+        [&self.current, &self.previous].map(|kek| kek.as_ref().map(Kek::id))
+    }
+
     /// Which there are, for an error.
     pub(crate) fn describe(&self) -> String {
         let ids: Vec<String> = [&self.current, &self.previous].into_iter().flatten().map(|kek| kek.id.to_string()).collect();

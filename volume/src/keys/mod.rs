@@ -15,6 +15,7 @@
 //! - Records change by compare-and-swap. Every step may be the last of a process, and every operation may be repeated.
 
 mod error;
+mod inspect;
 mod kek;
 mod raw;
 mod record;
@@ -25,7 +26,7 @@ mod tests;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use backends::segments::{Listed, SegmentStore, StoreError, Tag};
+use backends::segments::{SegmentStore, StoreError, Tag};
 use bytes::Bytes;
 use uuid::Uuid;
 use zeroize::Zeroizing;
@@ -33,6 +34,7 @@ use zeroize::Zeroizing;
 use crate::Secrets;
 use crate::crypto::Key;
 pub use error::KeyError;
+pub use inspect::{KeyStatus, Wrapping, inspect};
 pub use kek::{Credential, EnvironmentVariable, Kek, KekId, Keks, KeyFile, KeySource};
 pub use raw::{RawKey, RawKeys};
 use record::{Owner, Purpose, Record, State};
@@ -168,8 +170,13 @@ impl Keyring {
         }
     }
 
+    /// Whether it was opened with these key-encryption keys.
+    pub(crate) fn has_keks(&self, keks: &Keks) -> bool {
+        self.keks.ids() == keks.ids()
+    }
+
     async fn make_pool_key(&self) -> Result<(), KeyError> {
-        if !self.list().await?.is_empty() {
+        if !again(async || self.store.list(PREFIX).await).await?.is_empty() {
             return Err(KeyError::Missing { record: root_called(POOL_RECORD) });
         }
         let (owner, key_id, key) = (self.owner(Purpose::Pool, Uuid::nil()), self.random_array(), self.new_key());
@@ -264,10 +271,6 @@ impl Keyring {
 
     async fn read(&self, name: &str) -> Result<Option<(Bytes, Tag)>, KeyError> {
         Ok(again(async || self.store.read_root(name).await).await?)
-    }
-
-    async fn list(&self) -> Result<Vec<Listed>, KeyError> {
-        Ok(again(async || self.store.list(PREFIX).await).await?)
     }
 
     /// Sets a root. An answer that was lost is looked up; [`KeyError::Raced`] only if there is other content than was expected or wanted.

@@ -6,7 +6,7 @@
 use uuid::Uuid;
 use zeroize::Zeroizing;
 
-use super::kek::Keks;
+use super::kek::{KekId, Keks};
 use super::record::{Owner, Purpose, RECORD_LEN, Record, State};
 use super::{KeyError, Random};
 use crate::bytes_at::array_at;
@@ -62,6 +62,18 @@ impl RawKeys {
         let mut random = [0; 32];
         (self.random)(&mut random);
         Ok(Some(to_text(&Record::wrap(kek, owner(record.group()), record.key_id(), &data_key, &random))))
+    }
+
+    /// The key-encryption key that wraps the key in the entry of `volume` (for errors). Needs none.
+    ///
+    /// # Errors
+    /// [`KeyError::Damaged`].
+    pub fn wrapped_by(&self, volume: &str, text: &str) -> Result<KekId, KeyError> {
+        let record = self.parse(volume, text)?;
+        match record.state {
+            State::Wrapped(kek) => Ok(kek),
+            _ => Err(record.damaged("it holds no wrapped key")),
+        }
     }
 
     fn parse(&self, volume: &str, text: &str) -> Result<Record, KeyError> {

@@ -6,13 +6,11 @@
 //!
 //! Records that are wrapped by the current key already are passed over, so it is begun again after a crash, and may run on several hosts.
 
-use std::str::FromStr;
-
 use uuid::Uuid;
 
 use super::kek::Kek;
 use super::record::State;
-use super::{KeyError, Keyring, POOL_RECORD, PREFIX, TRIES, root_called};
+use super::{KeyError, Keyring, POOL_RECORD, TRIES, inspect, root_called};
 
 /// How far a rotation is, in domains.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -38,7 +36,7 @@ impl Keyring {
     /// [`KeyError::NoKek`] without a current key. If any key cannot be read, nothing was changed.
     pub async fn rotate(&self, mut report: impl FnMut(Progress)) -> Result<Rotation, KeyError> {
         let kek = self.keks.current_for(|| format!("rotating the keys of pool {}", self.pool))?;
-        for group in self.groups().await? {
+        for group in inspect::listed(&self.store).await? {
             if let Some((record, _)) = self.domain_record(group).await? {
                 match self.data_key_in(&record) {
                     Err(KeyError::Erased { .. }) => {}
@@ -48,7 +46,7 @@ impl Keyring {
         }
         let mut rotation = Rotation::default();
         rotation.count(self.rotate_pool_key(kek).await?);
-        let groups = self.groups().await?;
+        let groups = inspect::listed(&self.store).await?;
         let total = groups.len() as u64;
         for (done, group) in groups.into_iter().enumerate() {
             report(Progress { done: done as u64, total });
@@ -56,13 +54,6 @@ impl Keyring {
         }
         report(Progress { done: total, total });
         Ok(rotation)
-    }
-
-    /// The domains that have a record, or are about to get one.
-    async fn groups(&self) -> Result<Vec<Uuid>, KeyError> {
-        let listed = self.list().await?;
-        let group = |name: &str| name.strip_prefix(PREFIX).and_then(|group| Uuid::from_str(group).ok());
-        Ok(listed.iter().filter_map(|object| group(&object.name)).collect())
     }
 
     async fn rotate_pool_key(&self, kek: &Kek) -> Result<Outcome, KeyError> {

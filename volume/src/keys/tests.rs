@@ -1,9 +1,9 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use backends::segments::StoreFuture;
 use backends::segments::drive::block_on;
 use backends::segments::memory::MemoryStore;
+use backends::segments::{Listed, StoreFuture};
 use proptest::prelude::*;
 
 use super::record::RECORD_LEN;
@@ -407,4 +407,34 @@ proptest! {
             prop_assert!(record.unwrap(&keks(1, None)).is_err() && record.check(&Key::new([1; 32])).is_err());
         }
     }
+}
+
+#[test]
+fn keys_are_told_without_any_key_encryption_key() {
+    let store = MemoryStore::new();
+    let told = || -> Vec<(Option<Uuid>, Wrapping)> {
+        let found = block_on(inspect(&store, POOL, [GROUPS[1]])).unwrap();
+        found.into_iter().map(|status| (status.domain, status.wrapping)).collect()
+    };
+    assert_eq!(told(), []);
+    let keys = |current: Option<Kek>, previous: Option<Kek>| {
+        let keks = Keks { current, previous };
+        block_on(Keyring::open(Arc::new(store.clone()), POOL, keks, Arc::new(crate::system_random))).unwrap()
+    };
+    block_on(keys(None, None).create_domain(GROUPS[2], false)).unwrap();
+    assert_eq!(told(), [(None, Wrapping::Clear)]);
+    let [old, new] = [1, 2].map(|number| kek(number).unwrap().id());
+    for group in &GROUPS[..2] {
+        block_on(keys(kek(1), None).create_domain(*group, true)).unwrap();
+    }
+    let [first, second] = [GROUPS[0], GROUPS[1]].map(Some);
+    assert_eq!(told(), [None, first, second].map(|domain| (domain, Wrapping::By(old))));
+    block_on(keys(kek(2), kek(1)).rotate(|_| {})).unwrap();
+    for group in &GROUPS[..2] {
+        block_on(keys(kek(2), None).erase(*group)).unwrap();
+    }
+    assert_eq!(told(), [(None, Wrapping::By(new)), (second, Wrapping::Erased)], "what nobody asks for is over");
+    let (_, tag) = block_on(store.read_root(POOL_RECORD)).unwrap().unwrap();
+    block_on(store.swap(POOL_RECORD, Some(&tag), Bytes::from_static(b"torn"))).unwrap();
+    assert!(matches!(&told()[0], (None, Wrapping::Damaged(_))));
 }

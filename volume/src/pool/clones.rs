@@ -98,10 +98,10 @@ impl MappedPool {
     }
 
     /// Copies what a clone shares with its parent; its record names no origin then.
-    pub(super) fn flatten_mapped(&self, record: &VolumeRecord) -> Result<Flattened> {
+    pub(super) fn flatten_mapped(&self, record: &VolumeRecord, progress: &dyn Fn(u64, u64)) -> Result<Flattened> {
         let device = self.device(record)?;
         let flattened = loop {
-            match device.flatten() {
+            match device.flatten(progress) {
                 Ok(flattened) => break flattened,
                 Err(OpenError::Volume(VolumeError::VolumeHasClones(groups))) => {
                     let what = format!("volume {}: flatten refused: its snapshots have clones", record.name);
@@ -117,7 +117,8 @@ impl MappedPool {
     pub(super) fn delete_mapped(&self, record: &VolumeRecord) -> Result<()> {
         let name = &record.name;
         self.refuse_clones(record)?;
-        if !record.snapshots.is_empty() {
+        // Without its key a volume cannot be opened to delete them, and nobody can read them.
+        if !record.snapshots.is_empty() && !self.store()?.is_erased(record.uuid)? {
             let names = record.snapshots.keys().map(|snapshot| format!("{name}@{snapshot}")).collect::<Vec<_>>().join(", ");
             return Err(PoolError::InUse(format!("volume {name} has snapshots ({names}); delete them first")));
         }

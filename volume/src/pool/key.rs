@@ -1,15 +1,16 @@
 //! The keys of a pool's volumes.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use backends::PoolError;
 use backends::pool::Result;
 use backends::segments::StoreError;
 use backends::segments::drive::block_on;
+use backends::{KeyRecord, KeyRotation, KeyState, Layout, PoolError, VolumeRecord};
 use uuid::Uuid;
 
-use super::SharedStore;
-use crate::keys::{Keks, KeyError, Keyring};
+use super::{MappedPool, SharedStore, segments};
+use crate::keys::{Keks, KeyError, Keyring, Wrapping, inspect};
 use crate::names::root_path;
 use crate::root::Root;
 
@@ -37,6 +38,66 @@ pub(super) fn domain_of(store: &SharedStore, group: Uuid) -> std::result::Result
     let name = root_path(group.as_bytes());
     let root = block_on(store.read_root(&name))?.and_then(|(bytes, _)| Root::decode(&bytes, &name).ok());
     Ok(root.map_or(group, |root| Uuid::from_bytes(root.domain)))
+}
+
+impl MappedPool {
+    pub(super) fn mapped_keys(&self) -> Result<Vec<KeyRecord>> {
+        if !self.segments.is_made() {
+            return Ok(Vec::new());
+        }
+        let store = self.segments.store()?;
+        let mut volumes: BTreeMap<Uuid, Vec<String>> = BTreeMap::new();
+        for record in self.mapped_records()? {
+            let domain = domain_of(&store, record.uuid).map_err(|error| segments::failed(&self.name, error))?;
+            volumes.entry(domain).or_default().push(record.name);
+        }
+        let found =
+            block_on(inspect(&store, self.segments.uuid(), volumes.keys().copied())).map_err(|error| self.key_failed(&error))?;
+        let record = |status: crate::keys::KeyStatus| KeyRecord {
+            volumes: status.domain.map(|domain| volumes.get(&domain).cloned().unwrap_or_default()),
+            state: match status.wrapping {
+                Wrapping::By(kek) => KeyState::Wrapped(kek.to_string()),
+                Wrapping::Clear => KeyState::Clear,
+                Wrapping::Erased => KeyState::Erased,
+                Wrapping::Damaged(why) => KeyState::Unreadable(why.to_string()),
+            },
+        };
+        // Of deleted volumes, only what is not erased yet is of interest.
+        let is_over = |key: &KeyRecord| key.state == KeyState::Erased && key.volumes.as_ref().is_some_and(Vec::is_empty);
+        Ok(found.into_iter().map(record).filter(|key| !is_over(key)).collect())
+    }
+
+    pub(super) fn rotate_mapped_keys(&self, progress: &dyn Fn(u64, u64)) -> Result<KeyRotation> {
+        if !self.segments.is_made() {
+            return Ok(KeyRotation::default());
+        }
+        let rotated = block_on(self.store()?.keyring.rotate(|at| progress(at.done, at.total)));
+        let rotation = rotated.map_err(|error| self.key_failed(&error))?;
+        Ok(KeyRotation { rewrapped: rotation.rewrapped, already: rotation.already })
+    }
+
+    pub(super) fn erase_mapped_key(&self, record: &VolumeRecord) -> Result<bool> {
+        let name = &record.name;
+        if !record.encrypted {
+            return Err(PoolError::Invalid(format!("volume {name}: key erase refused: it is not encrypted, so there is no key")));
+        }
+        let opened = self.store()?;
+        if opened.is_erased(record.uuid)? {
+            return Ok(false);
+        }
+        let domain = domain_of(&opened.store, record.uuid).map_err(|error| segments::failed(&self.name, error))?;
+        let erased = block_on(opened.keyring.erase(domain));
+        erased.map(|()| true).map_err(|error| key_failed(&format!("volume {name}"), &error))
+    }
+
+    fn mapped_records(&self) -> Result<Vec<VolumeRecord>> {
+        let records = self.records.list()?.into_iter();
+        Ok(records.filter(|record| record.layout == Layout::Mapped).collect())
+    }
+
+    fn key_failed(&self, error: &KeyError) -> PoolError {
+        key_failed(&format!("pool {}", self.name), error)
+    }
 }
 
 #[cfg(test)]

@@ -38,7 +38,10 @@ use backends::file::FilePool;
 use backends::pool::Result;
 use backends::segments::SegmentStore;
 use backends::segments::drive::block_on;
-use backends::{EngineUse, Flattened, Layout, Pool, PoolError, PoolHealth, Usage, VolumeRecord, VolumeSpec, check_name};
+use backends::{
+    EngineUse, Flattened, KeyRecord, KeyRotation, Layout, Pool, PoolError, PoolHealth, Usage, VolumeRecord, VolumeSpec,
+    check_name,
+};
 use blockdev::{BlockDevice, ReactorHandle};
 use dedup::frame::Allowed;
 use parking_lot::Mutex;
@@ -179,14 +182,32 @@ impl MappedPool {
     fn usage_mapped(&self, record: &VolumeRecord) -> Result<Usage> {
         let opened = self.store()?;
         let allocated = groups::stored(&*opened.store, record.uuid).map_err(|error| segments::failed(&self.name, error))?;
-        let reduced = match self.opened(record).and_then(|device| device.usage()) {
-            Some(found) => found.reduced,
+        let device = self.opened(record);
+        let found = match device.as_ref().and_then(|device| Some((device, device.usage()?))) {
+            Some((device, found)) => device.shares().map(|shares| (found.reduced, shares)),
             None => {
-                let found = self.engine_of(record.uuid, &opened)?.usage();
-                found.map_err(|error| snapshots::refused(&format!("volume {}: usage", record.name), error))?
+                let engine = self.engine_of(record.uuid, &opened)?;
+                engine.usage().and_then(|reduced| Ok((reduced, engine.shares()?)))
             }
         };
-        Ok(Usage { logical: record.size, allocated, snapshots: 0, reduced: Some(reduced) })
+        let (reduced, shares) = found.map_err(|error| snapshots::refused(&format!("volume {}: usage", record.name), error))?;
+        let (reduced, shares) = (Some(reduced), Some(shares));
+        Ok(Usage { logical: record.size, allocated, snapshots: shares.map_or(0, |shares| shares.snapshots), reduced, shares })
+    }
+
+    /// Volumes that are open here and wait for the pool, and what of it is told.
+    fn waiting(&self) -> Option<String> {
+        let devices: Vec<(String, Arc<MappedDevice>)> = {
+            let open = self.open.lock();
+            open.iter().filter_map(|(name, (_, device))| Some((name.clone(), device.upgrade()?))).collect()
+        };
+        let told = devices.into_iter().filter_map(|(name, device)| Some((device.trouble()?, name)));
+        let waiting: BTreeSet<(String, String)> = told.collect();
+        // The one that began first.
+        let (why, _) = waiting.first()?.clone();
+        let mut names: Vec<String> = waiting.into_iter().map(|(_, name)| name).collect();
+        names.sort();
+        Some(format!("{why} (volumes that wait: {})", names.join(", ")))
     }
 
     fn check_mapped(&self, records: &[VolumeRecord]) -> Result<Vec<String>> {
@@ -298,10 +319,25 @@ impl Pool for MappedPool {
         }
     }
 
-    fn set_wrapped_key(&self, volume: &str, wrapped_key: &str) -> Result<()> {
+    fn set_wrapped_key(&self, volume: &str, from: &str, to: &str) -> Result<()> {
         match self.found(volume)? {
-            (_, Some(raw)) => raw.set_wrapped_key(volume, wrapped_key),
+            (_, Some(raw)) => raw.set_wrapped_key(volume, from, to),
             (_, None) => Err(PoolError::Unsupported(format!("volume {volume}: a mapped volume's key is in the pool's keys"))),
+        }
+    }
+
+    fn keys(&self) -> Result<Vec<KeyRecord>> {
+        self.mapped_keys()
+    }
+
+    fn rotate_keys(&self, progress: &dyn Fn(u64, u64)) -> Result<KeyRotation> {
+        self.rotate_mapped_keys(progress)
+    }
+
+    fn erase_key(&self, volume: &str) -> Result<bool> {
+        match self.found(volume)? {
+            (_, Some(raw)) => raw.erase_key(volume),
+            (record, None) => self.erase_mapped_key(&record),
         }
     }
 
@@ -327,7 +363,7 @@ impl Pool for MappedPool {
     fn flatten(&self, volume: &str, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<Flattened> {
         match self.found(volume)? {
             (_, Some(raw)) => raw.flatten(volume, progress),
-            (record, None) => self.flatten_mapped(&record),
+            (record, None) => self.flatten_mapped(&record, progress),
         }
     }
 
@@ -361,6 +397,10 @@ impl Pool for MappedPool {
         }
     }
 
+    fn tells_changes(&self, layout: Layout) -> bool {
+        layout == Layout::Mapped
+    }
+
     fn changed(&self, volume: &str, before: &str, to: Option<&str>) -> Result<Option<Vec<Range<u64>>>> {
         match self.found(volume)? {
             (_, Some(raw)) => raw.changed(volume, before, to),
@@ -381,20 +421,22 @@ impl Pool for MappedPool {
     }
 
     fn health(&self) -> PoolHealth {
-        if let Some(raw) = &self.raw {
-            return raw.health();
-        }
-        match self.records.list() {
+        let listed = || match self.records.list() {
             Ok(_) => PoolHealth { ok: true, detail: "answers".to_owned(), total: None, free: None },
             Err(error) => PoolHealth { ok: false, detail: error.to_string(), total: None, free: None },
+        };
+        let health = self.raw.as_ref().map_or_else(listed, |raw| raw.health());
+        match self.waiting() {
+            Some(detail) if health.ok => PoolHealth { ok: false, detail, ..health },
+            _ => health,
         }
     }
 
-    fn check_volume(&self, volume: &str) -> Result<Vec<String>> {
+    fn check_volume(&self, volume: &str, progress: &dyn Fn(u64, u64)) -> Result<Vec<String>> {
         match self.found(volume)? {
-            (_, Some(raw)) => raw.check_volume(volume),
+            (_, Some(raw)) => raw.check_volume(volume, progress),
             (record, None) => {
-                let scrubbed = self.device(&record)?.scrub();
+                let scrubbed = self.device(&record)?.scrub(progress);
                 scrubbed.map_err(|error| snapshots::refused(&format!("volume {volume}: check"), error))
             }
         }

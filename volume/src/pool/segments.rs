@@ -24,6 +24,11 @@ pub(super) struct Opened {
 }
 
 impl Opened {
+    /// Whether the key of a volume was destroyed on purpose. Blocks.
+    pub(super) fn is_erased(&self, group: Uuid) -> Result<bool> {
+        Ok(matches!(self.find_secrets(group)?, Err(KeyError::Erased { .. })))
+    }
+
     /// What opens the objects of a volume. Blocks.
     pub(super) fn secrets(&self, group: Uuid) -> Result<Secrets> {
         self.find_secrets(group)?.map_err(|error| key_failed(&format!("volume {group}"), &error))
@@ -50,8 +55,14 @@ enum Place {
 
 pub(super) struct Segments {
     place: Place,
-    opened: Mutex<Option<Opened>>,
+    state: Mutex<State>,
     keks: KeksOf,
+}
+
+#[derive(Default)]
+struct State {
+    store: Option<SharedStore>,
+    keyring: Option<Keyring>,
 }
 
 /// An error of a pool's store.
@@ -61,11 +72,11 @@ pub(super) fn failed(pool: &str, error: StoreError) -> PoolError {
 
 impl Segments {
     pub(super) fn directory(path: PathBuf, pool: Uuid, keks: KeksOf) -> Segments {
-        Segments { place: Place::Directory { path, pool }, opened: Mutex::default(), keks }
+        Segments { place: Place::Directory { path, pool }, state: Mutex::default(), keks }
     }
 
     pub(super) fn given(store: SharedStore, pool: Uuid, keks: KeksOf) -> Segments {
-        Segments { place: Place::Given { store, pool }, opened: Mutex::default(), keks }
+        Segments { place: Place::Given { store, pool }, state: Mutex::default(), keks }
     }
 
     /// False while no mapped volume was ever made.
@@ -76,23 +87,49 @@ impl Segments {
         }
     }
 
-    /// The store of pool `pool`. With `make` it is made where there is none. Neither it nor its key is made while there are volumes that should be in
-    /// it. Blocks.
+    /// The store of pool `pool`, and its keys. With `make` they are made where there are none, but not while there are volumes that should be in it.
+    /// The keys are opened anew when the host has other key-encryption keys than before. Blocks.
     pub(super) fn open(&self, pool: &str, has_volumes: impl Fn() -> Result<bool>, make: bool) -> Result<Opened> {
-        let mut opened = self.opened.lock();
-        if let Some(opened) = &*opened {
-            return Ok(opened.clone());
+        let mut state = self.state.lock();
+        if let Some(keyring) = self.keyring_as_it_is(&state) {
+            return Ok(Opened { store: self.store_in(&mut state, false)?, keyring });
         }
         let is_empty = !has_volumes()?;
-        let (store, uuid): (SharedStore, Uuid) = match &self.place {
-            Place::Given { store, pool } => (store.clone(), *pool),
+        let store = self.store_in(&mut state, make && is_empty)?;
+        let keyring = key::keyring(pool, &store, self.uuid(), (self.keks)()?, is_empty)?;
+        state.keyring = Some(keyring.clone());
+        Ok(Opened { store, keyring })
+    }
+
+    /// The store alone, which must be there. Blocks.
+    pub(super) fn store(&self) -> Result<SharedStore> {
+        self.store_in(&mut self.state.lock(), false)
+    }
+
+    pub(super) fn uuid(&self) -> Uuid {
+        match &self.place {
+            Place::Directory { pool, .. } | Place::Given { pool, .. } => *pool,
+        }
+    }
+
+    /// Keys that were opened before, unless the host has other key-encryption keys by now. If those cannot be read, what is open stays open.
+    fn keyring_as_it_is(&self, state: &State) -> Option<Keyring> {
+        let keyring = state.keyring.as_ref()?;
+        let is_current = (self.keks)().map_or(true, |keks| keyring.has_keks(&keks));
+        is_current.then(|| keyring.clone())
+    }
+
+    fn store_in(&self, state: &mut State, may_make: bool) -> Result<SharedStore> {
+        if let Some(store) = &state.store {
+            return Ok(store.clone());
+        }
+        let store: SharedStore = match &self.place {
+            Place::Given { store, .. } => store.clone(),
             Place::Directory { path, pool } => {
-                let store = open_directory(path, *pool, make && is_empty).map_err(|error| named(path, error))?;
-                (Arc::new(store), *pool)
+                Arc::new(open_directory(path, *pool, may_make).map_err(|error| named(path, error))?)
             }
         };
-        let keyring = key::keyring(pool, &store, uuid, (self.keks)()?, is_empty)?;
-        Ok(opened.insert(Opened { store, keyring }).clone())
+        Ok(state.store.insert(store).clone())
     }
 }
 

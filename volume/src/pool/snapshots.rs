@@ -177,19 +177,33 @@ impl MappedPool {
         })
     }
 
-    /// Ranges, in bytes, in which a snapshot may differ from another one, or from the volume as it is.
+    /// Ranges, in bytes, in which a snapshot may differ from another one, or from the volume as it is. Of two that are in the pool, the volume need
+    /// not be opened.
     pub(super) fn changed_mapped(&self, record: &VolumeRecord, before: &str, to: Option<&str>) -> Result<Vec<Range<u64>>> {
-        let device = self.device(record)?;
-        let mut changed: Vec<Range<u64>> = Vec::new();
-        loop {
-            let from = changed.last().map_or(0, |range| range.end);
-            let found = device.diff(before, to, from, RANGES_MAX);
-            let found = found.map_err(|error| refused(&format!("diff of {}@{before}", record.name), error))?;
-            let is_all = found.len() < RANGES_MAX;
-            changed.extend(found);
-            if is_all {
-                return Ok(changed);
+        let failed = |error| refused(&format!("diff of {}@{before}", record.name), error);
+        if let Some(to) = to {
+            let engine = self.engine(record, &self.store()?, false)?;
+            match in_parts(|from| engine.diff_snapshots(before, to, from, RANGES_MAX)) {
+                Err(OpenError::Volume(VolumeError::NoSnapshot)) => {}
+                found => return found.map_err(failed),
             }
+        }
+        let device = self.device(record)?;
+        in_parts(|from| device.diff(before, to, from, RANGES_MAX)).map_err(failed)
+    }
+}
+
+/// Asks again and again for the ranges from some offset on, until there are no more.
+fn in_parts(
+    mut ask: impl FnMut(u64) -> std::result::Result<Vec<Range<u64>>, OpenError>,
+) -> std::result::Result<Vec<Range<u64>>, OpenError> {
+    let mut all: Vec<Range<u64>> = Vec::new();
+    loop {
+        let found = ask(all.last().map_or(0, |range| range.end))?;
+        let is_all = found.len() < RANGES_MAX;
+        all.extend(found);
+        if is_all {
+            return Ok(all);
         }
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use backends::file::{FilePool, FilePoolConfig};
-use backends::segments::memory::MemoryStore;
+use backends::segments::SegmentStore;
 use backends::{Layout, Pool, PoolError, VolumeSpec};
 use blockdev::client::Client;
 use blockdev::{DataPlane, DataPlaneOptions, Volume, VolumeOptions};
@@ -49,7 +49,7 @@ impl Host {
         MappedPool::beside(files, self.options(Durability::Local))
     }
 
-    pub fn store_pool(&self, store: &Arc<MemoryStore>, durability: Durability) -> MappedPool {
+    pub fn store_pool<S: SegmentStore + Send + Sync + 'static>(&self, store: &Arc<S>, durability: Durability) -> MappedPool {
         let store: SharedStore = store.clone();
         MappedPool::in_store("p", "s3", "memory".to_owned(), (store, Uuid::from_u128(3)), self.options(durability))
     }

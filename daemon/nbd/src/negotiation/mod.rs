@@ -25,6 +25,8 @@ use reply::Replies;
 const OPTION_MAX: usize = 16 << 10;
 /// A client that announces an option longer than this is cut off.
 const OPTION_SKIP_MAX: u32 = 1 << 20;
+/// The most metadata contexts of an export's own that one client may use.
+const CONTEXTS_MAX: usize = 16;
 /// The most options of one client.
 const OPTIONS_MAX: u32 = 4096;
 const OPTION_HEADER: usize = 16;
@@ -37,6 +39,10 @@ pub trait Directory {
     fn list(&self, visit: &mut dyn FnMut(&str, &str));
     /// Looks an export up; the empty name asks for the default one.
     fn find(&self, name: &str) -> Result<(Self::Export, Description), Refusal>;
+    /// The metadata contexts that an export has beside [`crate::protocol::ALLOCATION_CONTEXT`].
+    fn contexts(&self, _export: &Self::Export) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 /// What a client is told of an export.
@@ -78,8 +84,19 @@ pub struct Chosen<E> {
     pub export: E,
     pub name: String,
     pub headers: Headers,
-    /// BLOCK_STATUS may be used.
+    /// BLOCK_STATUS tells what is allocated.
     pub allocation_context: bool,
+    /// The export's own contexts that BLOCK_STATUS tells of, with their identifiers.
+    pub contexts: Vec<(u32, String)>,
+}
+
+/// What a client selected.
+#[derive(Debug)]
+struct Selected {
+    /// The canonical name of the export.
+    export: String,
+    allocation: bool,
+    own: Vec<(u32, String)>,
 }
 
 /// What happened in one step.
@@ -120,8 +137,7 @@ pub struct Negotiation {
     no_zeroes: bool,
     options: u32,
     headers: Headers,
-    /// The canonical name of the export whose allocation context was selected.
-    context_of: Option<String>,
+    selected: Option<Selected>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -140,7 +156,7 @@ impl Negotiation {
             no_zeroes: false,
             options: 0,
             headers: Headers::Simple,
-            context_of: None,
+            selected: None,
         }
     }
 
@@ -158,7 +174,7 @@ impl Negotiation {
     pub fn tls_established(&mut self) {
         self.encryption = Encryption::Established;
         self.headers = Headers::Simple;
-        self.context_of = None;
+        self.selected = None;
     }
 
     /// Handles at most one message at the start of `input`. Returns how many bytes it took and what came of it.
@@ -290,8 +306,14 @@ impl Negotiation {
     }
 
     fn chosen<E>(&self, export: E, description: Description) -> Chosen<E> {
-        let allocation_context = self.context_of.as_ref() == Some(&description.name);
-        Chosen { export, name: description.name, headers: self.headers, allocation_context }
+        let selected = self.selected.as_ref().filter(|selected| selected.export == description.name);
+        Chosen {
+            export,
+            name: description.name,
+            headers: self.headers,
+            allocation_context: selected.is_some_and(|selected| selected.allocation),
+            contexts: selected.map(|selected| selected.own.clone()).unwrap_or_default(),
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::protocol::{ALLOCATION_CONTEXT, ALLOCATION_CONTEXT_ID, Headers, STRING_MAX, info, option_reply};
 
 use super::reply::Replies;
-use super::{Chosen, Directory, Encryption, Negotiation, Outcome, Refusal, Violation};
+use super::{CONTEXTS_MAX, Chosen, Directory, Encryption, Negotiation, Outcome, Refusal, Selected, Violation};
 
 /// Reads fields off the front of an option's data.
 struct Fields<'a>(&'a [u8]);
@@ -57,27 +57,31 @@ fn info_request(data: &[u8]) -> Option<InfoRequest<'_>> {
 
 struct ContextRequest<'a> {
     name: &'a str,
-    no_queries: bool,
-    /// Our context was asked for by name.
-    exact: bool,
-    /// All contexts of our context's namespace were asked for.
-    wildcard: bool,
+    queries: Vec<&'a str>,
+}
+
+impl ContextRequest<'_> {
+    /// Whether the context was asked for by its name.
+    fn names(&self, context: &str) -> bool {
+        self.queries.contains(&context)
+    }
+
+    /// The same, or by the beginning of its name up to a colon, or all contexts were asked for.
+    fn covers(&self, context: &str) -> bool {
+        let begins = |query: &&str| query.ends_with(':') && context.starts_with(*query);
+        self.queries.is_empty() || self.names(context) || self.queries.iter().any(begins)
+    }
 }
 
 fn context_request(data: &[u8]) -> Option<ContextRequest<'_>> {
     let mut fields = Fields(data);
     let name = fields.string()?;
     let count = fields.u32()?;
-    let mut request = ContextRequest { name, no_queries: count == 0, exact: false, wildcard: false };
+    let mut queries = Vec::new();
     for _ in 0..count {
-        let query = fields.string()?;
-        if !query.contains(':') {
-            return None;
-        }
-        request.exact |= query == ALLOCATION_CONTEXT;
-        request.wildcard |= query == "base:";
+        queries.push(fields.string().filter(|query| query.contains(':'))?);
     }
-    fields.0.is_empty().then_some(request)
+    fields.0.is_empty().then_some(ContextRequest { name, queries })
 }
 
 fn refuse(replies: &mut Replies<'_>, name: &str, refusal: Refusal) {
@@ -175,22 +179,30 @@ impl Negotiation {
     }
 
     pub(super) fn list_contexts<D: Directory>(&self, data: &[u8], replies: &mut Replies<'_>, directory: &D) {
-        if let Some((request, _)) = self.find_for_contexts(data, replies, directory) {
-            if request.no_queries || request.exact || request.wildcard {
-                replies.context(0);
-            }
-            replies.ack();
-        }
+        let Some((request, export, _)) = self.find_for_contexts(data, replies, directory) else { return };
+        let own = directory.contexts(&export);
+        let offered = std::iter::once(ALLOCATION_CONTEXT).chain(own.iter().map(String::as_str));
+        offered.filter(|context| request.covers(context)).for_each(|context| replies.context(0, context));
+        replies.ack();
     }
 
     pub(super) fn set_contexts<D: Directory>(&mut self, data: &[u8], replies: &mut Replies<'_>, directory: &D) {
-        self.context_of = None;
-        let Some((request, canonical)) = self.find_for_contexts(data, replies, directory) else { return };
-        if request.exact {
-            replies.context(ALLOCATION_CONTEXT_ID);
-            self.context_of = Some(canonical);
+        self.selected = None;
+        let Some((request, export, canonical)) = self.find_for_contexts(data, replies, directory) else { return };
+        let is_own = |query: &&str| *query != ALLOCATION_CONTEXT;
+        let offered = if request.queries.iter().any(is_own) { directory.contexts(&export) } else { Vec::new() };
+        let numbered = (ALLOCATION_CONTEXT_ID + 1..).zip(offered);
+        let own: Vec<(u32, String)> = numbered.filter(|(_, context)| request.names(context)).collect();
+        if own.len() > CONTEXTS_MAX {
+            return replies.error(option_reply::ERR_TOO_BIG, "too many metadata contexts at once");
         }
+        let allocation = request.names(ALLOCATION_CONTEXT);
+        if allocation {
+            replies.context(ALLOCATION_CONTEXT_ID, ALLOCATION_CONTEXT);
+        }
+        own.iter().for_each(|(id, context)| replies.context(*id, context));
         replies.ack();
+        self.selected = Some(Selected { export: canonical, allocation, own });
     }
 
     /// Checks a request about metadata contexts; answers it itself if it must be refused.
@@ -199,7 +211,7 @@ impl Negotiation {
         data: &'a [u8],
         replies: &mut Replies<'_>,
         directory: &D,
-    ) -> Option<(ContextRequest<'a>, String)> {
+    ) -> Option<(ContextRequest<'a>, D::Export, String)> {
         if self.headers == Headers::Simple {
             replies.error(option_reply::ERR_INVALID, "metadata contexts need structured replies");
             return None;
@@ -209,7 +221,7 @@ impl Negotiation {
             return None;
         };
         match directory.find(request.name) {
-            Ok((_, description)) => Some((request, description.name)),
+            Ok((export, description)) => Some((request, export, description.name)),
             Err(refusal) => {
                 refuse(replies, request.name, refusal);
                 None

@@ -1,6 +1,6 @@
 //! Replies to one option, appended to the output.
 
-use crate::protocol::{ALLOCATION_CONTEXT, OPTION_REPLY_MAGIC, PAYLOAD_MAX, info, option_reply};
+use crate::protocol::{OPTION_REPLY_MAGIC, PAYLOAD_MAX, info, option_reply};
 
 use super::Description;
 
@@ -39,8 +39,8 @@ impl<'a> Replies<'a> {
         self.reply(option_reply::SERVER, &[&len, name.as_bytes(), description.as_bytes()]);
     }
 
-    pub(super) fn context(&mut self, id: u32) {
-        self.reply(option_reply::META_CONTEXT, &[&id.to_be_bytes(), ALLOCATION_CONTEXT.as_bytes()]);
+    pub(super) fn context(&mut self, id: u32, name: &str) {
+        self.reply(option_reply::META_CONTEXT, &[&id.to_be_bytes(), name.as_bytes()]);
     }
 
     /// One piece of information; kinds not known here are left out.

@@ -29,6 +29,10 @@ impl Directory for Exports {
             _ => Err(Refusal::Unknown),
         }
     }
+
+    fn contexts(&self, _export: &&'static str) -> Vec<String> {
+        (0..20).map(|number| format!("own:kind:{number}")).collect()
+    }
 }
 
 /// What a client saw: replies to options, and how it ended.
@@ -219,7 +223,7 @@ fn contexts_belong_to_the_export_they_were_set_for() {
     assert_eq!(client.kinds(option::SET_META_CONTEXT, &set), [option_reply::ERR_INVALID], "not without structured replies");
     assert_eq!(client.kinds(option::STRUCTURED_REPLY, &[]), [option_reply::ACK]);
     let listed = [option_reply::META_CONTEXT, option_reply::ACK];
-    assert_eq!(client.kinds(option::LIST_META_CONTEXT, &contexts("disk", &[])), listed);
+    assert_eq!(client.kinds(option::LIST_META_CONTEXT, &contexts("disk", &[])).len(), 1 + 20 + 1);
     assert_eq!(client.kinds(option::LIST_META_CONTEXT, &contexts("disk", &["base:", "x:y"])), listed);
     assert_eq!(client.kinds(option::LIST_META_CONTEXT, &contexts("disk", &["x:y"])), [option_reply::ACK]);
     assert_eq!(client.kinds(option::SET_META_CONTEXT, &contexts("disk", &["base:"])), [option_reply::ACK]);
@@ -233,6 +237,33 @@ fn contexts_belong_to_the_export_they_were_set_for() {
     assert!(chosen(&mut client, ""), "the default export is the same one");
     assert_eq!(client.kinds(option::SET_META_CONTEXT, &contexts("gone", &[])), [option_reply::ERR_UNKNOWN]);
     assert!(!chosen(&mut client, "disk"), "a failed request selects nothing");
+}
+
+#[test]
+fn an_exports_own_contexts_are_listed_and_selected_with_lasting_numbers() {
+    let mut client = Client::new();
+    client.kinds(option::STRUCTURED_REPLY, &[]);
+    let names = |seen: &Seen| -> Vec<(u32, String)> {
+        let told = seen.replies.iter().filter(|(_, kind, _)| *kind == option_reply::META_CONTEXT);
+        let split =
+            |data: &[u8]| (u32::from_be_bytes(data[..4].try_into().unwrap()), String::from_utf8(data[4..].to_vec()).unwrap());
+        told.map(|(_, _, data)| split(data)).collect()
+    };
+    for (query, count) in [("own:", 20), ("own:kind:", 20), ("own:kind:1", 1), ("own:ki", 0)] {
+        let seen = client.option(option::LIST_META_CONTEXT, &contexts("disk", &[query])).1;
+        assert_eq!(names(&seen).len(), count, "{query}");
+    }
+    let wanted = ["own:kind:3", ALLOCATION_CONTEXT, "own:kind:0", "own:none"];
+    let seen = client.option(option::SET_META_CONTEXT, &contexts("disk", &wanted)).1;
+    let own = [(2, "own:kind:0".to_owned()), (5, "own:kind:3".to_owned())];
+    assert_eq!(names(&seen), [&[(1, ALLOCATION_CONTEXT.to_owned())], &own[..]].concat());
+    let Ok(Outcome::Chosen(chosen)) = client.option(option::GO, &go("disk", &[])).0 else { panic!("no export") };
+    assert_eq!((chosen.allocation_context, chosen.contexts), (true, own.to_vec()));
+    let all: Vec<String> = Exports.contexts(&"the disk");
+    let all: Vec<&str> = all.iter().map(String::as_str).collect();
+    assert_eq!(client.kinds(option::SET_META_CONTEXT, &contexts("disk", &all)), [option_reply::ERR_TOO_BIG]);
+    let Ok(Outcome::Chosen(chosen)) = client.option(option::GO, &go("disk", &[])).0 else { panic!("no export") };
+    assert!(!chosen.allocation_context && chosen.contexts.is_empty());
 }
 
 #[test]

@@ -186,7 +186,7 @@ mod tests {
             let mut memory = Memory::from_buffer(pool.try_get(100).unwrap(), 100);
             memory.fill(9);
             batch.push_memory(memory, 100);
-            batch.push(Reply::Extents(1), Headers::Structured, 4, 0);
+            batch.push(Reply::Extents { context: 1, count: 1, is_last: true }, Headers::Structured, 4, 0);
             batch.push_bytes(vec![7; 8]);
             batch
         };
@@ -209,7 +209,7 @@ mod tests {
         batch.push(Reply::Data(1), Headers::Extended, 0, 0);
         let first = batch.pending()[0].iov_base;
         for _ in 1..REPLIES_MAX {
-            batch.push(Reply::Extents(1), Headers::Extended, 0, 0);
+            batch.push(Reply::Extents { context: 1, count: 1, is_last: true }, Headers::Extended, 0, 0);
             batch.push_bytes(vec![0]);
         }
         assert_eq!(batch.pending()[0].iov_base, first);

@@ -12,6 +12,8 @@ const EXTENTS_MAX: usize = 1 << 16;
 pub(super) struct Rules {
     pub(super) headers: Headers,
     pub(super) allocation_context: bool,
+    /// Contexts of the export's own were selected.
+    pub(super) own_contexts: bool,
     pub(super) read_only: bool,
     pub(super) fast_zero: bool,
 }
@@ -22,6 +24,8 @@ pub(super) enum Action {
     Submit(Op),
     /// Read the range for the sake of caches below.
     Prefetch,
+    /// Tell what the export's own contexts say of the range, which the volume is not asked for.
+    OwnContexts,
 }
 
 /// Checks everything that the volume does not check itself. The error is one of the protocol's numbers.
@@ -46,7 +50,9 @@ pub(super) fn check(header: &RequestHeader, rules: &Rules) -> Result<Action, u32
         }),
         command::WRITE if header.len > PAYLOAD_MAX => Err(error::EINVAL),
         command::FLUSH if header.offset != 0 || header.len != 0 => Err(error::EINVAL),
-        command::BLOCK_STATUS if !rules.allocation_context || header.len == 0 => Err(error::EINVAL),
+        command::BLOCK_STATUS if header.len == 0 => Err(error::EINVAL),
+        command::BLOCK_STATUS if !rules.allocation_context && !rules.own_contexts => Err(error::EINVAL),
+        command::BLOCK_STATUS if !rules.allocation_context => Ok(Action::OwnContexts),
         command::READ => Ok(Action::Submit(Op::Read)),
         command::WRITE => Ok(Action::Submit(Op::Write { fua })),
         command::FLUSH => Ok(Action::Submit(Op::Flush)),
@@ -120,7 +126,8 @@ pub(super) fn encode_extents(extents: &[Extent], len: u64, one: bool, headers: H
 mod tests {
     use super::*;
 
-    const RULES: Rules = Rules { headers: Headers::Structured, allocation_context: true, read_only: false, fast_zero: false };
+    const RULES: Rules =
+        Rules { headers: Headers::Structured, allocation_context: true, own_contexts: false, read_only: false, fast_zero: false };
 
     fn header(command: u16, flags: u16, offset: u64, len: u64) -> RequestHeader {
         RequestHeader { flags, command, cookie: 0, offset, len }
@@ -155,6 +162,9 @@ mod tests {
         assert_eq!(check(&header(command::READ, 0, 0, big), &simple), Err(error::EINVAL));
         let no_context = Rules { allocation_context: false, ..RULES };
         assert_eq!(check(&header(command::BLOCK_STATUS, 0, 0, 1), &no_context), Err(error::EINVAL));
+        let own = Rules { own_contexts: true, ..no_context };
+        assert_eq!(check(&header(command::BLOCK_STATUS, 0, 0, 1), &own), Ok(Action::OwnContexts));
+        assert_eq!(check(&header(command::BLOCK_STATUS, 0, 0, 0), &own), Err(error::EINVAL));
         let plain_zero = header(command::WRITE_ZEROES, 0, 0, 1);
         assert_eq!(reply_number(&plain_zero, Errno::EOPNOTSUPP), error::EINVAL);
     }

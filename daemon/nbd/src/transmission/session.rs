@@ -14,14 +14,18 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use blockdev::stats::{OpClass, OpStats, Stage};
-use blockdev::{Buffer, Completion, CompletionQueue, Errno, Memory, Op, Payload, Reactor, Request, VolumeQueue};
+use blockdev::{Buffer, Completion, CompletionQueue, Errno, Extent, Memory, Op, Payload, Reactor, Request, VolumeQueue};
 use slab::Slab;
 
 use super::batch::{Batch, BatchPool, REPLIES_MAX};
 use super::prefetch::Prefetch;
 use super::request::{Action, Rules, check, encode_extents, reply_number};
 use crate::client::Client;
-use crate::protocol::{Headers, PAYLOAD_MAX, REQUEST_HEADER_MAX, Reply, RequestHeader, command, command_flag, error};
+use crate::contexts::Context;
+use crate::protocol::{
+    ALLOCATION_CONTEXT_ID, Headers, PAYLOAD_MAX, REPLY_HEADER_MAX, REQUEST_HEADER_MAX, Reply, RequestHeader, command,
+    command_flag, error,
+};
 
 /// The most bytes of buffers that one connection holds with several requests.
 const HELD_MAX: usize = 32 << 20;
@@ -92,6 +96,8 @@ struct Slot {
 /// What a session works with.
 pub(super) struct SessionSetup {
     pub(super) rules: Rules,
+    /// Of the export's own, those that were selected.
+    pub(super) contexts: Vec<Context>,
     pub(super) client: Arc<Client>,
     pub(super) stats: Arc<OpStats>,
     pub(super) queue: Rc<VolumeQueue>,
@@ -260,6 +266,10 @@ impl Session {
                 self.expect = Expect::Header;
                 self.admit_prefetch(&header, batches);
             }
+            Ok(Action::OwnContexts) => {
+                self.expect = Expect::Header;
+                self.tell_own_contexts(&header, batches);
+            }
             Ok(Action::Submit(op @ Op::Write { .. })) if header.len > 0 => {
                 let buffer = self.buffer(header.len as usize)?;
                 self.expect = Expect::Payload(Incoming { header, op, buffer, filled: 0 });
@@ -278,10 +288,53 @@ impl Session {
         Ok(())
     }
 
+    fn is_inside(&self, header: &RequestHeader) -> bool {
+        let size = self.setup.client.export.volume().size();
+        header.offset.checked_add(header.len).is_some_and(|end| end <= size)
+    }
+
+    fn tell_own_contexts(&mut self, header: &RequestHeader, batches: &BatchPool) {
+        if !self.is_inside(header) {
+            return self.refuse(header, error::EINVAL, batches);
+        }
+        let (stats, class) = (&self.setup.stats, OpClass::BlockStatus);
+        stats.started(class);
+        stats.ended(class, 0, true);
+        self.setup.client.count(class, 0);
+        self.tell_extents(header, None, batches);
+    }
+
+    /// Answers BLOCK_STATUS: a chunk for what is allocated, if that was asked for, and one for each context of the export's own.
+    fn tell_extents(&mut self, header: &RequestHeader, allocated: Option<&[Extent]>, batches: &BatchPool) {
+        let (one, headers) = (header.flags & command_flag::REQ_ONE != 0, self.setup.rules.headers);
+        let allocation =
+            allocated.map(|extents| (ALLOCATION_CONTEXT_ID, Some(encode_extents(extents, header.len, one, headers))));
+        let of_own = |context: &Context| (context.id, context.encode(header.offset, header.len, one, headers));
+        let mut chunks = Vec::with_capacity(1 + self.setup.contexts.len());
+        for (context, told) in allocation.into_iter().chain(self.setup.contexts.iter().map(of_own)) {
+            let Some((count, bytes)) = told.filter(|(count, _)| *count > 0) else {
+                return self.refuse(header, error::EIO, batches);
+            };
+            chunks.push((context, count, bytes));
+        }
+        let chunk_count = chunks.len();
+        let reply = |number: usize, context, count| Reply::Extents { context, count, is_last: number + 1 == chunk_count };
+        // The batch has room for one header for each request: those of further chunks follow as data.
+        let mut chunks = chunks.into_iter().enumerate();
+        let Some((number, (context, count, mut data))) = chunks.next() else { return self.refuse(header, error::EIO, batches) };
+        let first = reply(number, context, count);
+        for (number, (context, count, bytes)) in chunks {
+            let mut head = [0; REPLY_HEADER_MAX];
+            let len = reply(number, context, count).encode(headers, header.cookie, header.offset, &mut head);
+            data.extend_from_slice(&head[..len]);
+            data.extend(bytes);
+        }
+        self.reply(header, first, batches).push_bytes(data);
+    }
+
     /// Nothing is read of a range that is not all there.
     fn admit_prefetch(&mut self, header: &RequestHeader, batches: &BatchPool) {
-        let size = self.setup.client.export.volume().size();
-        if header.offset.checked_add(header.len).is_none_or(|end| end > size) {
+        if !self.is_inside(header) {
             return self.refuse(header, error::EINVAL, batches);
         }
         if header.len == 0 {
@@ -402,14 +455,7 @@ impl Session {
                 let batch = self.reply(&header, Reply::Data(header.len), batches);
                 batch.push_memory(memory, held_len);
             }
-            (Ok(()), Payload::Extents(extents)) => {
-                let one = header.flags & command_flag::REQ_ONE != 0;
-                let (count, bytes) = encode_extents(&extents, header.len, one, self.setup.rules.headers);
-                if count == 0 {
-                    return self.refuse(&header, error::EIO, batches);
-                }
-                self.reply(&header, Reply::Extents(count), batches).push_bytes(bytes);
-            }
+            (Ok(()), Payload::Extents(extents)) => self.tell_extents(&header, Some(&extents), batches),
             (Ok(()), payload) => {
                 drop(payload);
                 self.held_len -= held_len;

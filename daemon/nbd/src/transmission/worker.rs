@@ -21,6 +21,7 @@ use super::request::Rules;
 use super::session::{Session, SessionSetup};
 use super::transport::{ReceiveBuffer, Tls, Transport};
 use crate::client::Client;
+use crate::contexts::Context;
 use crate::protocol::Headers;
 
 const COMPLETIONS: usize = 1024;
@@ -37,6 +38,7 @@ pub(crate) struct Negotiated {
     pub(crate) tls: Option<Box<ServerConnection>>,
     pub(crate) headers: Headers,
     pub(crate) allocation_context: bool,
+    pub(crate) contexts: Vec<Context>,
     pub(crate) client: Arc<Client>,
 }
 
@@ -105,7 +107,7 @@ impl Worker {
     }
 
     fn try_adopt(self: &Rc<Self>, negotiated: Negotiated) -> Result<(), String> {
-        let Negotiated { socket, early, tls, headers, allocation_context, client } = negotiated;
+        let Negotiated { socket, early, tls, headers, allocation_context, contexts, client } = negotiated;
         prepare_socket(&socket).map_err(|error| format!("preparing the socket: {error}"))?;
         let volume = client.export.volume();
         let queue = volume.queue(&self.reactor).map_err(|error| error.to_string())?;
@@ -113,6 +115,7 @@ impl Worker {
         let rules = Rules {
             headers,
             allocation_context,
+            own_contexts: !contexts.is_empty(),
             read_only: client.export.is_read_only(),
             fast_zero: volume.capabilities().fast_zero,
         };
@@ -122,6 +125,7 @@ impl Worker {
             let index = entry.key();
             let session = Session::new(SessionSetup {
                 rules,
+                contexts,
                 client: client.clone(),
                 stats: client.export.thread_stats(),
                 queue,

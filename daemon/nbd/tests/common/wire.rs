@@ -116,6 +116,14 @@ impl Wire {
         [&(name.len() as u32).to_be_bytes()[..], name.as_bytes(), &0u16.to_be_bytes()].concat()
     }
 
+    /// The data of a request about metadata contexts.
+    pub fn contexts_data(name: &str, queries: &[&str]) -> Vec<u8> {
+        let text = |text: &str| [&(text.len() as u32).to_be_bytes()[..], text.as_bytes()].concat();
+        let count = (queries.len() as u32).to_be_bytes().to_vec();
+        let queries = queries.iter().map(|query| text(query));
+        [text(name), count].into_iter().chain(queries).flatten().collect()
+    }
+
     /// Chooses an export; with structured replies or extended headers, the allocation context too.
     pub fn attach(mut self, name: &str, headers: Headers) -> Wire {
         let last = |replies: Vec<(u32, Vec<u8>)>| replies.last().unwrap().0;
@@ -125,15 +133,8 @@ impl Wire {
             Headers::Extended => assert_eq!(last(self.option(option::EXTENDED_HEADERS, &[])), option_reply::ACK),
         }
         if headers != Headers::Simple {
-            let query = ALLOCATION_CONTEXT;
-            let data = [
-                &(name.len() as u32).to_be_bytes()[..],
-                name.as_bytes(),
-                &1u32.to_be_bytes(),
-                &(query.len() as u32).to_be_bytes(),
-                query.as_bytes(),
-            ];
-            assert_eq!(last(self.option(option::SET_META_CONTEXT, &data.concat())), option_reply::ACK);
+            let data = Wire::contexts_data(name, &[ALLOCATION_CONTEXT]);
+            assert_eq!(last(self.option(option::SET_META_CONTEXT, &data)), option_reply::ACK);
         }
         assert_eq!(last(self.option(option::GO, &Wire::go_data(name))), option_reply::ACK);
         self.headers = headers;
@@ -246,6 +247,28 @@ impl Wire {
                 Answer::Error(number)
             }
             other => panic!("chunk of type {other}"),
+        }
+    }
+
+    /// The chunks of one reply to BLOCK_STATUS: for each context its number and its extents.
+    pub fn context_extents(&mut self, cookie: u64) -> Vec<(u32, Extents)> {
+        let mut chunks = Vec::new();
+        loop {
+            let extended = self.headers == Headers::Extended;
+            assert_eq!(self.u32(), if extended { EXTENDED_REPLY_MAGIC } else { STRUCTURED_REPLY_MAGIC });
+            let (flags, kind, answered) = (self.u16(), self.u16(), self.u64());
+            assert_eq!((answered, kind), (cookie, if extended { chunk::BLOCK_STATUS_EXT } else { chunk::BLOCK_STATUS }));
+            let _offset = extended.then(|| self.u64());
+            let len = if extended { self.u64() } else { u64::from(self.u32()) };
+            let context = self.u32();
+            let extents = match extended {
+                true => (0..self.u32()).map(|_| (self.u64(), self.u64())).collect(),
+                false => (0..(len - 4) / 8).map(|_| (u64::from(self.u32()), u64::from(self.u32()))).collect(),
+            };
+            chunks.push((context, extents));
+            if flags == chunk::FLAG_DONE {
+                return chunks;
+            }
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
@@ -248,7 +249,7 @@ impl Host {
 
     async fn flatten(&self, member: &Member, volume: &MappedVolume) -> Option<()> {
         member.is_loose.set(member.origin.is_some());
-        match volume.flatten().await {
+        match volume.flatten(Arc::default()).await {
             Ok(true) => self.0.family.count(|seen| seen.flattened += 1),
             Ok(false) | Err(VolumeError::VolumeHasClones(_)) => {}
             // What is on its way to the pool may refer to the ancestors still.
@@ -397,7 +398,7 @@ pub async fn take_down(family: Family, process: ProcessId, member: Rc<Member>) -
         let volume = MappedVolume::open(&parts, member.group, family.settings).await.map_err(failed)?;
         if family.world.random.per_mille(500) {
             volume.destage().await.map_err(|errno| errno.to_string())?;
-            volume.flatten().await.map_err(failed)?;
+            volume.flatten(Arc::default()).await.map_err(failed)?;
             census::scan(&parts, &volume).await?;
         }
         for snapshot in volume.snapshots() {

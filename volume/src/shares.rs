@@ -1,0 +1,157 @@
+//! What the blocks of a volume's objects are for: the volume as it is, its snapshots alone, or nothing any more.
+//!
+//! ```text
+//!   tree and layers of the volume ─▶ named ─┐
+//!   trees of its snapshots        ─▶ named  ├─▶ by object: used by the volume · by snapshots alone · by nobody
+//!   table                         ─▶ stored ┘
+//! ```
+//!
+//! Of a volume with more than [`COUNTED_MAX`] blocks, only some objects are counted and stand for the others.
+
+use std::collections::{HashMap, HashSet};
+
+use backends::Shares;
+use blockdev::{Extent, ExtentKind};
+
+use crate::clone::reader_of;
+use crate::core::Core;
+use crate::error::VolumeError;
+use crate::map::{Pointer, Tree};
+use crate::mapped::Parts;
+use crate::names::Group;
+use crate::reader::Reader;
+use crate::segment::BLOCK;
+use crate::table::Entry;
+
+/// Blocks that are remembered at once.
+const COUNTED_MAX: u64 = 2 << 20;
+/// Blocks that are looked at together for what they hold.
+const SPAN_BLOCKS: u64 = 1 << 18;
+/// How often a volume is looked at that changes meanwhile.
+const TRIES_MAX: u32 = 4;
+
+/// Which blocks were named, of those objects that are counted.
+struct Count<'a> {
+    reader: &'a Reader,
+    /// One object in so many is counted.
+    every: u32,
+    named: HashSet<Pointer>,
+    /// By object, in blocks.
+    by_volume: HashMap<u32, u64>,
+    by_anyone: HashMap<u32, u64>,
+}
+
+impl Count<'_> {
+    fn name(&mut self, pointer: Pointer, is_volume: bool) {
+        let Some(location) = pointer.location() else { return };
+        let named = location.segment.get();
+        let handle = self.reader.forward_of(named).unwrap_or(named);
+        if !handle.is_multiple_of(self.every) || !self.named.insert(pointer) {
+            return;
+        }
+        *self.by_anyone.entry(handle).or_default() += 1;
+        if is_volume {
+            *self.by_volume.entry(handle).or_default() += 1;
+        }
+    }
+
+    /// Bytes of an object: for the volume, for its snapshots alone, for nothing.
+    fn split(&self, handle: u32, entry: &Entry) -> [f64; 3] {
+        let blocks = u64::from(entry.blocks);
+        let count = |counts: &HashMap<u32, u64>| counts.get(&handle).copied().unwrap_or(0).min(blocks);
+        let (volume, anyone) = (count(&self.by_volume), count(&self.by_anyone));
+        let of = |part: u64| f64::from(entry.bytes) * part as f64 / blocks.max(1) as f64;
+        [of(volume), of(anyone - volume), of(blocks.max(1) - anyone)]
+    }
+}
+
+/// `own` says which entries of the table are the volume's.
+async fn count(
+    reader: &Reader,
+    own: u16,
+    head: Tree,
+    layers: impl Fn(&mut dyn FnMut(Pointer)),
+    snapshots: &[Tree],
+) -> Result<Shares, VolumeError> {
+    let is_own = |entry: &&Entry| entry.owner == own && entry.is_live();
+    let stored: u64 = reader.table.borrow().entries().iter().filter(is_own).map(|entry| u64::from(entry.blocks)).sum();
+    let every = u32::try_from(stored.div_ceil(COUNTED_MAX)).unwrap_or(u32::MAX).max(1);
+    let (named, by_volume, by_anyone) = Default::default();
+    let mut count = Count { reader, every, named, by_volume, by_anyone };
+    let mut data = 0;
+    let mut known = HashSet::new();
+    head.walk(reader, &mut known, |pointer, is_page| {
+        data += u64::from(!is_page);
+        count.name(pointer, true);
+    })
+    .await?;
+    layers(&mut |pointer| count.name(pointer, true));
+    for tree in snapshots {
+        tree.walk(reader, &mut known, |pointer, _| count.name(pointer, false)).await?;
+    }
+    let mut sums = [0.0; 3];
+    let (mut counted, mut all) = (0_u64, 0_u64);
+    let table = reader.table.borrow();
+    for (handle, entry) in table.used().filter(|(_, entry)| is_own(entry)) {
+        all += u64::from(entry.bytes);
+        if handle.is_multiple_of(every) {
+            counted += u64::from(entry.bytes);
+            let parts = count.split(handle, entry);
+            sums.iter_mut().zip(parts).for_each(|(sum, part)| *sum += part);
+        }
+    }
+    let scaled = |sum: f64| (sum * all as f64 / counted.max(1) as f64).round() as u64;
+    Ok(Shares { data: data * BLOCK as u64, snapshots: scaled(sums[1]), reclaimable: scaled(sums[2]) })
+}
+
+impl Core {
+    /// As the newest checkpoint says, and of what has been written since as much as the pool has.
+    pub(crate) async fn shares(&self) -> Result<Shares, VolumeError> {
+        let mut tries = 1..TRIES_MAX;
+        loop {
+            let before = self.keeper.root().checkpoint;
+            match self.try_shares().await {
+                // What was looked at has moved, or is gone.
+                Err(VolumeError::Moved | VolumeError::ObjectDamaged { .. })
+                    if self.keeper.root().checkpoint != before && tries.next().is_some() => {}
+                found => return Ok(Shares { data: self.data().await?, ..found? }),
+            }
+        }
+    }
+
+    /// Bytes of the volume that hold data, in the log too.
+    async fn data(&self) -> Result<u64, VolumeError> {
+        let unread = |_| self.failure().or_else(|| self.last_unread.borrow().clone()).unwrap_or(VolumeError::Moved);
+        let (mut data, mut from) = (0, 0);
+        while from < self.blocks() {
+            let extents = self.extents(from..self.blocks().min(from + SPAN_BLOCKS)).await.map_err(unread)?;
+            let is_data = |extent: &&Extent| extent.kind == ExtentKind::Data;
+            data += extents.iter().filter(is_data).map(|extent| extent.len).sum::<u64>();
+            from += extents.iter().map(|extent| extent.len).sum::<u64>().max(BLOCK as u64) / BLOCK as u64;
+        }
+        Ok(data)
+    }
+
+    fn show_layers(&self, mut show: impl FnMut(Pointer)) {
+        let map = self.map.borrow();
+        let layers = map.layers.iter().map(|layer| &**layer).chain([&map.open]);
+        layers.flat_map(|layer| layer.runs.iter()).for_each(|(_, pointer)| show(*pointer));
+    }
+
+    async fn try_shares(&self) -> Result<Shares, VolumeError> {
+        let _looking = self.reader.looking();
+        let head = self.map.borrow().tree;
+        let snapshots: Vec<Tree> = self.snapshot_trees().into_iter().map(|(_, tree, _)| tree).collect();
+        count(&self.reader, 0, head, |show| self.show_layers(show), &snapshots).await
+    }
+}
+
+/// Of a volume that need not be open, as its newest checkpoint says.
+pub(crate) async fn shares_in_store(parts: &Parts, group: Group) -> Result<Shares, VolumeError> {
+    let chain = parts.chain(group);
+    let (root, meta) = chain.read_meta().await?;
+    let snapshots: Vec<Tree> = meta.snapshots.iter().map(|snapshot| snapshot.tree).collect();
+    // There, the volume is the first ancestor of a clone that is none.
+    let reader = reader_of(parts, &chain, &root, &meta)?;
+    count(&reader, 1, meta.tree, |_| (), &snapshots).await
+}
