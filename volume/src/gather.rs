@@ -153,6 +153,10 @@ impl Core {
 
     pub(crate) async fn collect(&self, which: Which) -> Result<Gathered, VolumeError> {
         let _alone = self.house.hold().await;
+        // The tree still leads to what was changed since the last checkpoint.
+        if self.map.borrow().segments > 0 {
+            self.checkpoint_with(Change::default()).await?;
+        }
         self.gather_alone(which).await
     }
 

@@ -11,6 +11,7 @@ mod cases;
 mod census;
 mod client;
 mod contents;
+mod deletions;
 mod disk;
 #[cfg(test)]
 mod encrypted_log;
