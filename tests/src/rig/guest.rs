@@ -80,6 +80,9 @@ pub enum Memory {
     FromArguments,
 }
 
+/// The first process of a guest that boots from its first disk.
+const BOOT_FROM_DISK: &str = include_str!("../../rig/guest-boot");
+
 /// What to boot.
 #[derive(Debug, Clone)]
 pub struct GuestSpec {
@@ -107,6 +110,12 @@ impl GuestSpec {
             files: Vec::new(),
             run_as: None,
         }
+    }
+
+    /// Boots a system of its own from the first disk, an ext4 file system. Its `/sbin/init` takes over, which reports to the test as the rig's own
+    /// does. The kernel is given directly, as no boot loader is at hand.
+    pub fn from_disk() -> Self {
+        Self::new("").file("init", BOOT_FROM_DISK)
     }
 
     pub fn memory(mut self, mib: u64, kind: Memory) -> Self {
