@@ -130,6 +130,12 @@ impl SharedStore {
         self.state.borrow().used()
     }
 
+    /// Bytes of an object, 0 if there is none.
+    #[cfg(test)]
+    pub fn len_of(&self, name: &str) -> usize {
+        self.state.borrow().object(name).map_or(0, Bytes::len)
+    }
+
     /// Why an object may not be deleted.
     #[cfg(test)]
     pub fn may_delete(&self, name: &str) -> Result<(), String> {

@@ -5,6 +5,7 @@ mod bench;
 mod owners;
 mod reclaim;
 mod reduction;
+mod scale;
 
 use crate::simulation::seen::Seen;
 use crate::simulation::{family, run};
