@@ -13,7 +13,7 @@ use crate::gather::Which;
 use crate::map::{Pointer, Tree};
 use crate::mapped::{MappedVolume, Parts};
 use crate::meta::{Meta, Parent, Snapshot};
-use crate::names::{Group, Source, group_path};
+use crate::names::{Group, Source, group_path, root_path};
 use crate::pins::Pin;
 use crate::reader::Reader;
 use crate::root::Root;
@@ -73,17 +73,12 @@ pub async fn unpin(parts: &Parts, group: Group, clone: Group) -> Result<(), Volu
 /// interruption leaves behind is removed by another call.
 pub async fn delete_volume(parts: &Parts, group: Group) -> Result<(), VolumeError> {
     let chain = parts.chain(group);
-    let was_there = match chain.read_root().await {
-        Ok(_) => true,
-        Err(VolumeError::NoVolume) => false,
-        Err(error) => return Err(error),
-    };
     refuse_clones(parts, group).await?;
-    let Some(root) = chain.set_deleted(true).await? else { return Err(VolumeError::NoVolume) };
+    let Some(Deletion { root, is_first }) = chain.mark_deleted().await? else { return Err(VolumeError::NoVolume) };
     if let Err(refused) = refuse_clones(parts, group).await {
         // If it was deleted before, whoever did that may be removing it.
-        if was_there {
-            chain.set_deleted(false).await?;
+        if is_first {
+            chain.unmark_deleted(&root).await?;
         }
         return Err(refused);
     }
@@ -109,24 +104,48 @@ impl Chain {
         if clones.is_empty() { Ok(()) } else { Err(VolumeError::VolumeHasClones(clones.join(", "))) }
     }
 
-    /// Says in the root whether the volume is there. `None`: there never was one.
-    async fn set_deleted(&self, is_deleted: bool) -> Result<Option<Root>, VolumeError> {
-        let name = crate::names::root_path(&self.group);
+    /// Says in the root that the volume is no more, even if it says so already: whoever marked it before takes nothing back from now on. `None`:
+    /// there never was one.
+    async fn mark_deleted(&self) -> Result<Option<Deletion>, VolumeError> {
+        let name = root_path(&self.group);
+        let owner = random_id(&*self.environment);
+        let mut is_first = false;
         loop {
             let Some((bytes, tag)) = self.read_until_known(&name).await? else { return Ok(None) };
             let root = Root::decode(&bytes, &name)?;
-            if root.is_deleted == is_deleted {
-                return Ok(Some(root));
+            if root.owner == owner {
+                return Ok(Some(Deletion { root, is_first }));
             }
+            is_first = !root.is_deleted;
             // A new epoch, so that its owner is fenced.
-            let owner = random_id(&*self.environment);
-            let changed = Root { is_deleted, owner, epoch: root.epoch + 1, ..root };
-            if self.store.swap(&name, Some(&tag), changed.encode()).await.is_ok() {
-                return Ok(Some(changed));
+            let marked = Root { is_deleted: true, owner, epoch: root.epoch + 1, ..root };
+            if self.store.swap(&name, Some(&tag), marked.encode()).await.is_err() {
+                self.rest().await;
             }
-            self.rest().await;
         }
     }
+
+    /// The volume is there again, unless somebody else has marked it as deleted since.
+    async fn unmark_deleted(&self, marked: &Root) -> Result<(), VolumeError> {
+        let name = root_path(&self.group);
+        let restored = Root { is_deleted: false, epoch: marked.epoch + 1, ..*marked };
+        loop {
+            let Some((bytes, tag)) = self.read_until_known(&name).await? else { return Ok(()) };
+            if Root::decode(&bytes, &name)? != *marked {
+                return Ok(());
+            }
+            if self.store.swap(&name, Some(&tag), restored.encode()).await.is_err() {
+                self.rest().await;
+            }
+        }
+    }
+}
+
+/// A volume was marked as deleted.
+struct Deletion {
+    root: Root,
+    /// It was not before.
+    is_first: bool,
 }
 
 impl MappedVolume {
