@@ -45,7 +45,9 @@ const BOOT_LIMIT: Duration = Duration::from_secs(180);
 const MIGRATION_DOWNTIME_MS: u32 = 2000;
 const LAST_WORDS_LIMIT: Duration = Duration::from_secs(2);
 
-const KERNEL_ARGUMENTS: &str = "console=ttyS0 panic=-1 mitigations=off nokaslr random.trust_cpu=on tsc=unstable quiet";
+/// On a busy machine an emulated timer comes late, which a kernel that checks it takes for a broken one, and panics.
+const KERNEL_ARGUMENTS: &str =
+    "console=ttyS0 panic=-1 mitigations=off nokaslr random.trust_cpu=on tsc=unstable no_timer_check quiet";
 
 /// The kernel and initramfs that `cargo xtask rig install guest` makes.
 #[derive(Debug)]
