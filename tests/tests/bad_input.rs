@@ -224,6 +224,55 @@ fn a_full_disk_fails_writes_there_until_there_is_space() -> Result<()> {
     })
 }
 
+/// Bytes that are free on a file system.
+fn free(path: &Path) -> Result<u64> {
+    let listed = run(Command::new("df").args(["--output=avail", "--block-size=1"]).arg(path), LIMIT)?;
+    listed.lines().nth(1).context("no line of df")?.trim().parse().context("df")
+}
+
+#[test]
+fn a_full_disk_stalls_writers_of_a_mapped_volume_until_there_is_space() -> Result<()> {
+    const BALLAST: u64 = 64 << 20;
+    let small = LoopMount::ext4(128)?;
+    let ballast = small.path().join("ballast");
+    fs::write(&ballast, noise(1, BALLAST as usize))?;
+    let mut daemon = Daemon::new(&format!("[pool.small]\ndriver = \"file\"\npath = \"{}\"", small.path().display()))?;
+    // With the room that is left in the pool, less than what is written.
+    daemon.set_env("NOVASTOR_DAEMON__LOG_SIZE", "16MiB");
+    daemon.start()?;
+    beside_a_healthy_volume(daemon, |daemon| {
+        daemon.create_mapped_volume("small/thin", "1G")?;
+        let uri = daemon.export_nbd("thin")?;
+        let kept = qemu_io(&uri, "write -P 3 0 4M")?;
+        ensure!(kept.contains("wrote 4194304/4194304"), "{kept}");
+        let part = ["--offset=64M", "--size=80M", "--rw=write", "--bs=64k", "--iodepth=8", "--refill_buffers=1"];
+        let verified = ["--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--verify_state_save=0", "--end_fsync=1"];
+        let mut writer = Fio::nbd(&uri).with(part).with(verified).start()?;
+        let deadline = Deadline::after(LIMIT);
+        let log_fills = || -> Result<bool> {
+            let labels = [("volume", "small/thin")];
+            let (used, size) = (
+                daemon.metrics()?.sum("novastor_volume_log_used_bytes", &labels)?,
+                daemon.metrics()?.sum("novastor_volume_log_size_bytes", &labels)?,
+            );
+            Ok(used > 0.75 * size)
+        };
+        while !(log_fills()? && free(small.path())? < 8 << 20) {
+            ensure!(writer.has_ended()?.is_none(), "the pool had room for everything");
+            ensure!(deadline.pause(), "the pool never was full: {} bytes are free", free(small.path())?);
+        }
+        let read = qemu_io(&uri, "read -P 3 0 4M")?;
+        ensure!(read.contains("read 4194304/4194304") && !read.contains("verification failed"), "{read}");
+        ensure!(writer.has_ended()?.is_none(), "a writer was told that there is no space, and may not try again");
+        fs::remove_file(&ballast)?;
+        ensure!(writer.wait(LIMIT)?.success(), "what was written while the disk was full is not there");
+        let read = qemu_io(&uri, "read -P 3 0 4M")?;
+        ensure!(read.contains("read 4194304/4194304") && !read.contains("verification failed"), "{read}");
+        daemon.cli(["volume", "check", "small/thin"])?;
+        Ok(())
+    })
+}
+
 #[test]
 fn another_users_file_is_refused() -> Result<()> {
     let mut daemon = Daemon::new("")?;

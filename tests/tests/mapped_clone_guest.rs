@@ -30,28 +30,10 @@ fn system_image(folder: &Path) -> Result<PathBuf> {
     Ok(image)
 }
 
-/// A copy of what an exported volume or snapshot holds.
-fn contents(daemon: &Daemon, name: &str) -> Result<PathBuf> {
-    let read_only: &[&str] = if name.contains('@') { &["--read-only"] } else { &[] };
-    let export = daemon.json([&["export", "add", name, "--nbd"], read_only].concat())?;
-    let uri = export["uris"][0].as_str().context("the export's URI")?;
-    let file = daemon.disk().join(format!("contents of {name}"));
-    run(Command::new(tools::require("nbdcopy")?).arg(uri).arg(&file), LIMIT)?;
-    daemon.cli(["export", "remove", export["id"].as_str().context("the export's id")?])?;
-    Ok(file)
-}
-
 /// What a file in an ext4 image holds; the image must be sound.
 fn file_in(image: &Path, path: &str) -> Result<String> {
     run(Command::new(tools::require("e2fsck")?).arg("-fn").arg(image), LIMIT)?;
     run(Command::new("debugfs").args(["-R", &format!("cat {path}")]).arg(image), LIMIT)
-}
-
-fn remove_exports(daemon: &Daemon) -> Result<()> {
-    for export in daemon.json(["export", "list"])?.as_array().context("a list")? {
-        daemon.cli(["export", "remove", export["id"].as_str().context("an id")?])?;
-    }
-    Ok(())
 }
 
 #[test]
@@ -78,15 +60,15 @@ fn a_system_runs_from_clones_of_an_imported_image_and_each_keeps_its_changes() -
         spec = spec.vhost_user_disk(clone, &daemon.export_vhost_user(clone)?, 2);
     }
     Guest::start(&spec)?.finish(LIMIT)?;
-    remove_exports(&daemon)?;
+    daemon.remove_exports()?;
 
     let golden = fs::read(&image)?;
     for name in ["golden", "golden@v1"] {
-        ensure!(fs::read(contents(&daemon, name)?)? == golden, "{name} is not the image any more");
+        ensure!(daemon.contents(name)? == golden, "{name} is not the image any more");
     }
     let mut names = BTreeSet::new();
     for clone in &clones {
-        let found = contents(&daemon, clone)?;
+        let found = daemon.copy_of(clone)?;
         ensure!(file_in(&found, "/etc/version")?.trim() == "changed", "{clone}");
         names.insert(file_in(&found, "/etc/name")?.trim().to_owned());
         let unique = daemon.json(["volume", "usage", clone])?["unique"].as_u64().context("unique bytes")?;
@@ -100,7 +82,7 @@ fn a_system_runs_from_clones_of_an_imported_image_and_each_keeps_its_changes() -
 /// The last clone is made independent; the rest and the origin go.
 fn outlives_its_origin(daemon: &Daemon, clones: &[String]) -> Result<()> {
     let (last, others) = clones.split_last().context("no clone")?;
-    let before = fs::read(contents(daemon, last)?)?;
+    let before = daemon.contents(last)?;
     let refused = daemon.try_cli(["volume", "delete", "golden", "--yes"])?;
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     ensure!(!refused.status.success() && clones.iter().all(|clone| said.contains(clone.as_str())), "{said}");
@@ -110,7 +92,7 @@ fn outlives_its_origin(daemon: &Daemon, clones: &[String]) -> Result<()> {
     }
     daemon.cli(["snapshot", "delete", "golden@v1", "--yes"])?;
     daemon.cli(["volume", "delete", "golden", "--yes"])?;
-    ensure!(fs::read(contents(daemon, last)?)? == before, "{last} changed when its origin went");
+    ensure!(daemon.contents(last)? == before, "{last} changed when its origin went");
     let report = daemon.json(["pool", "check", "local"])?;
     ensure!(report["ok"] == true, "{report}");
     Ok(())
@@ -150,15 +132,15 @@ fn a_file_system_cloned_in_use_is_whole_and_changing_the_clone_leaves_its_origin
     daemon.cli(["volume", "clone", "disk", "copy"])?;
     guest.send("stop")?;
     guest.finish(LIMIT)?;
-    remove_exports(&daemon)?;
-    let before = fs::read(contents(&daemon, "disk")?)?;
+    daemon.remove_exports()?;
+    let before = daemon.contents("disk")?;
 
     let reader = GuestSpec::new(READER).vhost_user_disk("disk0", &daemon.export_vhost_user("copy")?, 2);
     let mut guest = Guest::start(&reader)?;
     ensure!(guest.wait_mark("found", LIMIT)? == checksum, "the clone does not hold what had been synced");
     guest.finish(LIMIT)?;
-    remove_exports(&daemon)?;
-    ensure!(fs::read(contents(&daemon, "disk")?)? == before, "changing the clone changed its origin");
-    ensure!(file_in(&contents(&daemon, "copy")?, "/kept")?.trim() == "other");
+    daemon.remove_exports()?;
+    ensure!(daemon.contents("disk")? == before, "changing the clone changed its origin");
+    ensure!(file_in(&daemon.copy_of("copy")?, "/kept")?.trim() == "other");
     daemon.stop()
 }

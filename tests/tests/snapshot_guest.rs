@@ -5,10 +5,7 @@ use novastor_tests::rig::daemon::Daemon;
 use novastor_tests::rig::fio::Fio;
 use novastor_tests::rig::guest::{Guest, GuestSpec};
 use novastor_tests::rig::loop_mount::LoopMount;
-use novastor_tests::rig::process::run;
-use novastor_tests::rig::tools;
-use std::fs;
-use std::process::Command;
+use novastor_tests::rig::snapshots::md5;
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(180);
@@ -17,23 +14,6 @@ const MIB: usize = 1 << 20;
 const SIZES: [&str; 2] = ["64M", "68M"];
 /// Where the guest counts, on both disks.
 const COUNTER: usize = 40 * MIB;
-
-/// The contents of an exported volume.
-fn contents(daemon: &Daemon, export: &str) -> Result<Vec<u8>> {
-    let file = daemon.disk().join("contents");
-    run(Command::new(tools::require("nbdcopy")?).arg(daemon.nbd_uri(export)).arg(&file), LIMIT)?;
-    Ok(fs::read(file)?)
-}
-
-fn exported(daemon: &Daemon, snapshot: &str) -> Result<Vec<u8>> {
-    let export = daemon.json(["export", "add", snapshot, "--nbd", "--read-only"])?;
-    let id = export["id"].as_str().context("the export's id")?.to_owned();
-    let uri = export["uris"][0].as_str().context("the export's URI")?.to_owned();
-    let name = uri.split(":///").nth(1).and_then(|rest| rest.split("?socket").next()).context("an export name")?;
-    let bytes = contents(daemon, name)?;
-    daemon.cli(["export", "remove", &id])?;
-    Ok(bytes)
-}
 
 fn counter(bytes: &[u8]) -> Result<u64> {
     let text = bytes.get(COUNTER..COUNTER + 20).context("a short volume")?;
@@ -65,11 +45,11 @@ fn snapshots_and_clones_under_load_are_points_in_time() -> Result<()> {
         guest.skip_marks();
         guest.wait_mark("counted", LIMIT)?;
         daemon.cli(["snapshot", "create", &both[0], &both[1]])?;
-        let disks = [exported(&daemon, &both[0])?, exported(&daemon, &both[1])?];
+        let disks = [daemon.contents(&both[0])?, daemon.contents(&both[1])?];
         let counts = [counter(&disks[0])?, counter(&disks[1])?];
         // The guest counts on the first disk, then on the second.
         ensure!(counts[0] == counts[1] || counts[0] == counts[1] + 1, "{both:?} hold {counts:?}");
-        ensure!(md5(&daemon, &disks[0][..8 * MIB])? == checksum, "{} changed what had been written", both[0]);
+        ensure!(md5(&disks[0][..8 * MIB])? == checksum, "{} changed what had been written", both[0]);
     }
     daemon.cli(["volume", "clone", "xfs/one", "xfs/copy"])?;
     daemon.cli(["volume", "clone", "xfs/one@a", "xfs/early"])?;
@@ -77,11 +57,11 @@ fn snapshots_and_clones_under_load_are_points_in_time() -> Result<()> {
     let newer = guest.wait_mark("overwritten", LIMIT)?;
     ensure!(newer != checksum);
     for snapshot in ["xfs/one@a", "xfs/one@c", "xfs/copy", "xfs/early"] {
-        ensure!(md5(&daemon, &exported(&daemon, snapshot)?[..8 * MIB])? == checksum, "{snapshot} changed");
+        ensure!(md5(&daemon.contents(snapshot)?[..8 * MIB])? == checksum, "{snapshot} changed");
     }
     let clone = daemon.export_nbd("xfs/early")?;
     Fio::nbd(&clone).verify(0, 8).run(LIMIT)?;
-    ensure!(md5(&daemon, &exported(&daemon, "xfs/one@a")?[..8 * MIB])? == checksum, "writing a clone changed its origin");
+    ensure!(md5(&daemon.contents("xfs/one@a")?[..8 * MIB])? == checksum, "writing a clone changed its origin");
 
     ensure!(writes(&daemon, "xfs/one")? >= before + 2048.0, "the guest's writes are counted");
     for volume in volumes {
@@ -89,7 +69,7 @@ fn snapshots_and_clones_under_load_are_points_in_time() -> Result<()> {
     }
     guest.send("stop")?;
     guest.finish(LIMIT)?;
-    ensure!(md5(&daemon, &exported(&daemon, "xfs/one")?[..8 * MIB])? == newer, "the volume itself is as the guest left it");
+    ensure!(md5(&daemon.contents("xfs/one")?[..8 * MIB])? == newer, "the volume itself is as the guest left it");
     daemon.stop()
 }
 
@@ -122,11 +102,4 @@ fn script() -> String {
          wait
          ! dmesg | grep -i 'i/o error'"
     )
-}
-
-fn md5(daemon: &Daemon, bytes: &[u8]) -> Result<String> {
-    let file = daemon.disk().join("part");
-    fs::write(&file, bytes)?;
-    let sum = run(Command::new("md5sum").arg(file), LIMIT)?;
-    Ok(sum.split_whitespace().next().unwrap_or_default().to_owned())
 }

@@ -113,7 +113,8 @@ pub(crate) struct Core {
     pub(crate) hit_uses: RefCell<HashMap<u32, u32>>,
     pub(crate) checkpoint_wanted: Cell<bool>,
     pub(crate) gather_wanted: Cell<Option<Which>>,
-    /// Blocks changed since garbage was collected last, and blocks that were in use then.
+    /// Blocks changed since garbage was collected last, and blocks that were in use then, without those that may be garbage since. What was
+    /// stored since counts as garbage too, as it may have overwritten as much.
     pub(crate) written: Cell<u64>,
     pub(crate) live: Cell<u64>,
     /// Now and then, when a write came, and where the log ended before it.
@@ -156,6 +157,12 @@ impl Core {
     pub(crate) fn failure(&self) -> Option<VolumeError> {
         let log_failed = || self.log.failed().map(|errno| VolumeError::log_io("write", 0, errno));
         self.failed.borrow().clone().or_else(log_failed)
+    }
+
+    /// So many blocks that were in use may be garbage now.
+    pub(crate) fn note_garbage(&self, blocks: u64) {
+        self.written.set(self.written.get().max(1));
+        self.live.set(self.live.get().saturating_sub(blocks));
     }
 
     /// Brings everything acknowledged so far into the pool.

@@ -102,11 +102,13 @@ impl Core {
         self.reader.opened(handle, crate::object::Opened { body_at, opener });
         self.deduplication.hook(&self.reader, handle, &step);
         let pointers = self.source_handles(&step, handle)?;
+        let changed: u64 = step.extents.iter().map(|extent| u64::from(extent.blocks)).sum();
+        self.written.set(self.written.get().saturating_add(changed));
+        self.note_garbage(changed.saturating_sub(step.stored.len() as u64));
         let mut map = self.map.borrow_mut();
         let mut spots = step.spots.iter();
         for extent in &step.extents {
             let blocks = extent.first..extent.first + u64::from(extent.blocks);
-            self.written.set(self.written.get() + u64::from(extent.blocks));
             let segment = match extent.kind {
                 ExtentKind::Zero => {
                     map.open.runs.insert(blocks, Pointer::ZERO);

@@ -115,7 +115,7 @@ impl Core {
             return Err(VolumeError::SnapshotHasClones(clones.join(", ")));
         }
         self.snapshots.borrow_mut().remove(name);
-        self.written.set(self.written.get() + 1);
+        self.note_garbage(u64::MAX);
         self.checkpoint_with(Change::default()).await
     }
 
@@ -158,6 +158,7 @@ impl Core {
         let _alone = self.house.hold().await;
         let snapshot = self.snapshot_now(name)?;
         let change = Change { tree: Some(snapshot.tree), size: Some(snapshot.size) };
+        self.note_garbage(u64::MAX);
         self.checkpoint_with(change).await
     }
 

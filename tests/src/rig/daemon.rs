@@ -10,8 +10,8 @@
 use crate::rig::console::{Console, Position};
 use crate::rig::deadline::Deadline;
 use crate::rig::metrics::Metrics;
-use crate::rig::process::{Running, capture};
-use crate::rig::scratch;
+use crate::rig::process::{Running, capture, run};
+use crate::rig::{scratch, tools};
 use anyhow::{Context, Result, bail};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -224,6 +224,34 @@ impl Daemon {
         Ok(self.nbd_uri(volume))
     }
 
+    /// A file with what a volume or snapshot holds, copied through an export of its own.
+    pub fn copy_of(&self, name: &str) -> Result<PathBuf> {
+        let read_only: &[&str] = if name.contains('@') { &["--read-only"] } else { &[] };
+        let socket = format!("--nbd=unix:{}", self.folder().join("copy.sock").display());
+        let export = self.json([&["export", "add", name, &socket], read_only].concat())?;
+        let uri = export["uris"][0].as_str().context("the export's URI")?;
+        let file = self.disk().join(format!("copy of {}", name.replace('/', " ")));
+        run(Command::new(tools::require("nbdcopy")?).arg(uri).arg(&file), LIMIT)?;
+        self.cli(["export", "remove", export["id"].as_str().context("the export's id")?])?;
+        Ok(file)
+    }
+
+    /// What a volume or snapshot holds.
+    pub fn contents(&self, name: &str) -> Result<Vec<u8>> {
+        let file = self.copy_of(name)?;
+        let contents = fs::read(&file).with_context(|| format!("reading {}", file.display()))?;
+        fs::remove_file(&file)?;
+        Ok(contents)
+    }
+
+    /// Removes every export.
+    pub fn remove_exports(&self) -> Result<()> {
+        for export in self.json(["export", "list"])?.as_array().context("a list of exports")? {
+            self.cli(["export", "remove", export["id"].as_str().context("an export's id")?])?;
+        }
+        Ok(())
+    }
+
     /// Waits until every export is served: the daemon says `ready` without those whose volumes take long to open.
     pub fn wait_until_served(&self) -> Result<()> {
         self.wait_for_all("export", "ready")
@@ -256,11 +284,17 @@ impl Daemon {
         Ok(Metrics::new(http_get(stream, "/metrics")?))
     }
 
-    /// Runs `novastor ARGUMENTS` against this daemon, whatever comes of it.
-    pub fn try_cli<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<Output> {
+    /// `novastor ARGUMENTS` against this daemon, to be run.
+    pub fn command<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<Command> {
         let mut command = Command::new(binary()?);
         command.env("NOVASTOR_ADMIN", format!("unix:{}", self.folder().join("admin.sock").display()));
-        capture(command.args(arguments).current_dir(self.folder()), LIMIT)
+        command.args(arguments).current_dir(self.folder());
+        Ok(command)
+    }
+
+    /// Runs `novastor ARGUMENTS` against this daemon, whatever comes of it.
+    pub fn try_cli<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<Output> {
+        capture(&mut self.command(arguments)?, LIMIT)
     }
 
     /// Runs `novastor ARGUMENTS`, which must succeed, and returns its output.

@@ -17,4 +17,6 @@ pub mod proxy;
 pub mod qmp;
 pub mod scratch;
 pub mod seaweedfs;
+pub mod snapshots;
 pub mod tools;
+pub mod verified_load;

@@ -53,7 +53,8 @@ impl Seaweedfs {
         command.arg("-master.telemetry=false");
         command.args(["-master.electionTimeout=1s", "-master.volumeSizeLimitMB=256", "-volume.max=50"]);
         command.args(["-volume.preStopSeconds=0", "-volume.minFreeSpace=1GiB", "-filer", "-s3", "-s3.config=s3.json"]);
-        command.args(["-s3.port.iceberg=0", "-filer.localSocket=filer.sock"]);
+        // Listeners at fixed addresses, which a second server would miss.
+        command.args(["-s3.port.iceberg=0", "-s3.port.lance=0", "-filer.localSocket=filer.sock"]);
         let ports = [("master.port", master), ("volume.port", volume), ("filer.port", filer), ("s3.port", s3)];
         let grpc = [("master", master_grpc), ("volume", volume_grpc), ("filer", filer_grpc), ("s3", s3_grpc)];
         command.args(ports.map(|(name, port)| format!("-{name}={port}")));

@@ -124,6 +124,10 @@ impl Core {
 
     pub(crate) async fn collect(&self, which: Which) -> Result<Gathered, VolumeError> {
         let _alone = self.gathering.hold().await;
+        // The tree still leads to what was changed since the last checkpoint.
+        if self.map.borrow().segments > 0 {
+            self.checkpoint().await?;
+        }
         self.collecting.set(true);
         let gathered = self.collect_alone(which).await;
         self.collecting.set(false);

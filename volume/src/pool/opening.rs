@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::records::moved_away;
 use super::segments::Opened;
 use super::{MappedPool, SEGMENT_BYTES_MAX, VolumePolicy};
-use crate::device::{MappedDevice, MappedOptions, OpenError};
+use crate::device::{MappedDevice, MappedOptions, OpenError, name_of};
 use crate::error::VolumeError;
 use crate::mapped::Settings;
 use crate::reduce::Secrets;
@@ -101,7 +101,13 @@ impl MappedPool {
     fn not_opened(&self, record: &VolumeRecord, error: NotClaimed) -> PoolError {
         let name = &record.name;
         match error {
+            NotClaimed::Pool(PoolError::InUse(why)) => PoolError::InUse(format!("volume {name}: its log {why}")),
             NotClaimed::Pool(error) => error,
+            NotClaimed::Volume(VolumeError::NoVolume) => PoolError::Backend(format!(
+                "volume {name}: {}/root, which says where its data is, is missing, or says that it was deleted; nothing was changed. Restore \
+                 it from a copy of the pool",
+                name_of(record.uuid)
+            )),
             NotClaimed::Volume(error) if is_of_the_log(&error) => PoolError::Backend(format!(
                 "volume {name}: {error}. Its log on this host is {}; `novastor export add {name} … --accept-loss` opens it without what only \
                  that log has, once and for all",

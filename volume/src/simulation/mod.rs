@@ -13,6 +13,7 @@ mod client;
 mod contents;
 #[cfg(test)]
 mod damage;
+mod deletions;
 mod disk;
 #[cfg(test)]
 mod encrypted_log;

@@ -3,19 +3,28 @@
 //! Fault model: each operation takes effect as a whole at one moment, in any order with others. Its reply may be lost: the caller hears
 //! `Unknown`, whether it took effect, takes effect later, or never does. A process that dies leaves its requests under way. The store may
 //! be full for a while. It never breaks its conditions.
+//!
+//! It also watches what is deleted: never what the newest checkpoint of a volume, or its history after that, refers to.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::rc::Rc;
+#[cfg(test)]
+use std::time::Duration;
 
 use backends::segments::{Listed, SegmentStore, StoreError, StoreFuture, Tag};
 use bytes::Bytes;
 use dedup::seal::Protection;
 
 use crate::bytes_at::array_at;
+#[cfg(test)]
+use crate::environment::Environment;
 use crate::object::CLEAR_LEN;
+use crate::simulation::deletions;
 use crate::simulation::world::{Fate, ProcessId, World};
+#[cfg(test)]
+use crate::simulation::world::{NOBODY, SimulatedEnvironment};
 
 /// In the header in clear.
 const PROTECTION_AT: usize = 60;
@@ -24,8 +33,13 @@ const SALT_AT: usize = 64;
 const SLOW: u64 = 30;
 const ROUNDS_MAX: u64 = 100;
 
+/// Of an object.
+pub fn is_encrypted(content: &[u8]) -> bool {
+    content.len() > CLEAR_LEN && content[PROTECTION_AT] == Protection::Aes256Gcm as u8
+}
+
 #[derive(Default)]
-struct State {
+pub struct State {
     objects: BTreeMap<String, Bytes>,
     roots: BTreeMap<String, (Bytes, u64)>,
     next_tag: u64,
@@ -33,13 +47,34 @@ struct State {
     damaged: BTreeMap<String, Bytes>,
     /// Of every encrypted object that ever was, even of those that are deleted.
     salts: BTreeMap<[u8; 32], String>,
+    /// Names of everything but seals of epochs, even of what is deleted.
+    given: BTreeSet<String>,
 }
 
 impl State {
+    pub fn object(&self, name: &str) -> Option<&Bytes> {
+        self.objects.get(name)
+    }
+
+    pub fn root(&self, name: &str) -> Option<&Bytes> {
+        self.roots.get(name).map(|(bytes, _)| bytes)
+    }
+
+    /// A seal that stands where something else stood before and was deleted does not end an epoch: whoever put it there was replaced already.
+    pub fn ends_epoch(&self, name: &str) -> bool {
+        let is_seal = |object: &Bytes| object.len() == CLEAR_LEN && !self.given.contains(name);
+        self.object(name).is_some_and(is_seal)
+    }
+
+    /// Bytes of everything.
+    fn used(&self) -> u64 {
+        let roots = self.roots.values().map(|(bytes, _)| bytes);
+        self.objects.values().chain(roots).map(|bytes| bytes.len() as u64).sum()
+    }
+
     /// Two objects with one salt would be encrypted with one key and the same nonces.
     fn note_salt(&mut self, name: &str, content: &[u8]) {
-        let is_encrypted = content.len() > CLEAR_LEN && content[PROTECTION_AT] == Protection::Aes256Gcm as u8;
-        if is_encrypted {
+        if is_encrypted(content) {
             let other = self.salts.insert(array_at(content, SALT_AT), name.to_owned());
             assert!(other.is_none_or(|other| other == name), "{name} and another object are encrypted with one salt");
         }
@@ -53,11 +88,33 @@ pub struct SharedStore {
     state: Rc<RefCell<State>>,
     faults: Rc<Cell<u64>>,
     slow: Rc<Cell<u64>>,
+    capacity: Rc<Cell<Option<u64>>>,
+    #[cfg(test)]
+    late: Rc<RefCell<Option<Late>>>,
+}
+
+/// A create that takes long.
+#[cfg(test)]
+pub struct Late {
+    /// In its name.
+    pub part: &'static str,
+    /// Until it takes effect, whatever becomes of its caller.
+    pub takes: Duration,
+    /// Its caller hears `Unknown` long before.
+    pub times_out: bool,
 }
 
 impl SharedStore {
     pub fn new(world: &Rc<World>) -> SharedStore {
-        SharedStore { world: world.clone(), state: Rc::default(), faults: Rc::default(), slow: Rc::new(Cell::new(SLOW)) }
+        SharedStore {
+            world: world.clone(),
+            state: Rc::default(),
+            faults: Rc::default(),
+            slow: Rc::new(Cell::new(SLOW)),
+            capacity: Rc::default(),
+            #[cfg(test)]
+            late: Rc::default(),
+        }
     }
 
     /// Lost replies out of a thousand operations.
@@ -68,6 +125,42 @@ impl SharedStore {
     /// Operations out of a thousand that take long.
     pub fn set_slow(&self, per_mille: u64) {
         self.slow.set(per_mille);
+    }
+
+    /// What would make it hold more bytes than these is refused.
+    #[cfg(test)]
+    pub fn set_capacity(&self, bytes: Option<u64>) {
+        self.capacity.set(bytes);
+    }
+
+    /// Bytes that it holds.
+    #[cfg(test)]
+    pub fn used(&self) -> u64 {
+        self.state.borrow().used()
+    }
+
+    /// Bytes of an object, 0 if there is none.
+    #[cfg(test)]
+    pub fn len_of(&self, name: &str) -> usize {
+        self.state.borrow().object(name).map_or(0, Bytes::len)
+    }
+
+    /// Why an object may not be deleted.
+    #[cfg(test)]
+    pub fn may_delete(&self, name: &str) -> Result<(), String> {
+        deletions::check(&self.state.borrow(), name)
+    }
+
+    /// The next create of such a name is late.
+    #[cfg(test)]
+    pub fn delay(&self, late: Late) {
+        self.late.replace(Some(late));
+    }
+
+    /// Whether a create that was to be late has begun.
+    #[cfg(test)]
+    pub fn is_delaying(&self) -> bool {
+        self.late.borrow().is_none()
     }
 
     pub fn opened_by(&self, process: ProcessId) -> SimulatedStore {
@@ -192,21 +285,66 @@ impl SimulatedStore {
     }
 }
 
+#[cfg(test)]
+impl SimulatedStore {
+    /// Takes effect when its time has come, even if its caller is dead by then.
+    fn takes_long(
+        &self,
+        late: &Late,
+        apply: impl FnOnce(&mut State) -> Result<(), StoreError> + 'static,
+    ) -> StoreFuture<'static, ()> {
+        let SharedStore { world, state, .. } = self.shared.clone();
+        let (asked, done) = crate::signal::answer();
+        let (clock, takes) = (SimulatedEnvironment { world: world.clone(), process: NOBODY }, late.takes);
+        let effect = async move {
+            clock.sleep(takes).await;
+            let applied = apply(&mut state.borrow_mut());
+            asked.give(applied);
+        };
+        world.spawn(NOBODY, Box::pin(effect));
+        if late.times_out {
+            return world.operation(self.process, |fate| (fate == Fate::Happens).then(unknown));
+        }
+        Box::pin(done.get())
+    }
+}
+
+/// Whether so many bytes more fit.
+fn has_room(state: &State, capacity: Option<u64>, bytes: usize) -> Result<(), StoreError> {
+    match capacity {
+        Some(capacity) if state.used() + bytes as u64 > capacity => {
+            Err(StoreError::NoSpace("the simulated store has no room for it".into()))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn unknown<T>() -> Result<T, StoreError> {
     Err(StoreError::Unknown("the simulated reply was lost".into()))
 }
 
 impl SegmentStore for SimulatedStore {
     fn create<'a>(&'a self, name: &'a str, content: Vec<Bytes>) -> StoreFuture<'a, ()> {
-        let (name, content) = (name.to_owned(), content.concat());
-        self.changes(move |state| {
+        let (name, content, capacity) = (name.to_owned(), content.concat(), self.shared.capacity.get());
+        #[cfg(test)]
+        let late = self.shared.late.borrow_mut().take_if(|late| name.contains(late.part));
+        let apply = move |state: &mut State| {
             if state.objects.contains_key(&name) {
                 return Err(StoreError::Exists(name));
             }
+            has_room(state, capacity, content.len())?;
             state.note_salt(&name, &content);
+            if content.len() > CLEAR_LEN {
+                state.given.insert(name.clone());
+            }
             state.objects.insert(name, content.into());
             Ok(())
-        })
+        };
+        #[cfg(test)]
+        if let Some(late) = late {
+            return self.takes_long(&late, apply);
+        }
+        self.changes(apply)
     }
 
     fn read<'a>(&'a self, name: &'a str, range: Range<u64>) -> StoreFuture<'a, Bytes> {
@@ -221,6 +359,9 @@ impl SegmentStore for SimulatedStore {
     fn delete<'a>(&'a self, name: &'a str) -> StoreFuture<'a, ()> {
         let name = name.to_owned();
         self.changes(move |state| {
+            if let Err(why) = deletions::check(state, &name) {
+                panic!("{name} is deleted, {why}");
+            }
             state.objects.remove(&name);
             state.damaged.remove(&name);
             Ok(())
@@ -241,12 +382,13 @@ impl SegmentStore for SimulatedStore {
     }
 
     fn swap<'a>(&'a self, name: &'a str, expected: Option<&'a Tag>, content: Bytes) -> StoreFuture<'a, Tag> {
-        let (name, expected) = (name.to_owned(), expected.cloned());
+        let (name, expected, capacity) = (name.to_owned(), expected.cloned(), self.shared.capacity.get());
         self.changes(move |state| {
             let now = state.roots.get(&name).map(|(_, tag)| Tag(tag.to_string()));
             if now != expected {
                 return Err(StoreError::Changed(name));
             }
+            has_room(state, capacity, content.len())?;
             state.next_tag += 1;
             let tag = state.next_tag;
             state.roots.insert(name, (content, tag));

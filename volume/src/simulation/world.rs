@@ -3,6 +3,7 @@
 //! ```text
 //!   step: poll a ready task, or let one pending operation happen; when there is neither, time jumps to the next timer
 //!   kill: the tasks of a process vanish; each of its pending operations learns that, and decides what it still does
+//!   pause: a process stands still, and its pending operations with it, until it is resumed
 //! ```
 //!
 //! One thread, one random number generator: the same seed gives the same steps, always.
@@ -77,6 +78,14 @@ struct Timer {
     process: ProcessId,
     at: Duration,
     waker: Waker,
+}
+
+/// A process that stands still.
+#[cfg(test)]
+pub struct Paused {
+    tasks: Vec<(u64, Task)>,
+    operations: Vec<Operation>,
+    timers: Vec<Timer>,
 }
 
 #[derive(Default)]
@@ -212,6 +221,31 @@ impl World {
         self.operations.replace(others);
         let ours: Vec<Operation> = ours;
         ours.into_iter().for_each(|operation| (operation.run)(Fate::ProcessDied));
+    }
+
+    /// The process stands still between two steps.
+    #[cfg(test)]
+    pub fn pause(&self, process: ProcessId) -> Paused {
+        let (tasks, others) = self.tasks.take().into_iter().partition(|(_, task)| task.process == process);
+        self.tasks.replace(others);
+        let (operations, others) = self.operations.take().into_iter().partition(|operation| operation.process == process);
+        self.operations.replace(others);
+        let (timers, others) = self.timers.take().into_iter().partition(|timer| timer.process == process);
+        self.timers.replace(others);
+        let tasks: BTreeMap<u64, Task> = tasks;
+        Paused { tasks: tasks.into_iter().collect(), operations, timers }
+    }
+
+    /// The process goes on. Its tasks are woken, as each may have been meanwhile.
+    #[cfg(test)]
+    pub fn resume(&self, paused: Paused) {
+        let Paused { tasks, operations, timers } = paused;
+        self.operations.borrow_mut().extend(operations);
+        self.timers.borrow_mut().extend(timers);
+        for (id, task) in tasks {
+            self.tasks.borrow_mut().insert(id, task);
+            Arc::new(TaskWaker { task: id, ready: self.ready.clone() }).wake();
+        }
     }
 
     /// Everything that is under way is forgotten. Tasks hold the world that holds them, so without this neither would ever be freed.

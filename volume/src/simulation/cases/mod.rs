@@ -1,5 +1,11 @@
 //! Some of what the engine must survive, by the names it was given when it was designed. Each case runs fixed seeds, and sees that what it is
-//! about did happen.
+//! about did happen: schedules at random here, and arranged ones beside.
+
+mod bench;
+mod owners;
+mod reclaim;
+mod reduction;
+mod scale;
 
 use crate::simulation::seen::Seen;
 use crate::simulation::{family, run};

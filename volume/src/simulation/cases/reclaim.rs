@@ -1,0 +1,193 @@
+//! Cases about getting space back: trims, garbage, full stores.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::bench::Bench;
+use super::{families, schedules};
+use crate::segment::BLOCK;
+use crate::simulation::contents::{Version, content_of};
+use crate::{Durability, Settings};
+
+const BLOCKS: u64 = 64;
+/// Long enough for a volume that nobody uses to tidy up.
+const IDLE: Duration = Duration::from_secs(120);
+
+fn numbers(from: Version) -> Vec<Version> {
+    (from..from + BLOCKS).collect()
+}
+
+#[test]
+fn case_22_a_trim_of_terabytes_costs_a_handful_of_objects() {
+    // More than one extent can say, too.
+    for (seed, tib) in (2_200..).zip([4, 20]) {
+        let blocks = tib << 28;
+        let bench = Bench::new(seed, blocks, Durability::Local);
+        let disk = bench.disk();
+        let owner = bench.open(&disk);
+        let places: Vec<u64> = (0..64).map(|number| number * (blocks / 64) + number).collect();
+        for (number, block) in (1..).zip(&places) {
+            bench.write(&owner, *block, &[number]).unwrap();
+        }
+        bench.run(&owner, |volume| async move {
+            volume.destage().await.unwrap();
+            volume.checkpoint().await.unwrap();
+        });
+        let (objects, bytes) = (bench.store.names().len(), bench.store.used());
+        let size = blocks * BLOCK as u64;
+        for discard in [true, false] {
+            bench.run(&owner, move |volume| async move {
+                volume.zero(0, size, discard).await.unwrap();
+                volume.destage().await.unwrap();
+                volume.checkpoint().await.unwrap();
+            });
+        }
+        assert!(bench.store.names().len() < objects + 8, "{tib} TiB: {} objects", bench.store.names().len());
+        bench.run(&owner, |volume| async move { volume.gather(1.0).await }).unwrap();
+        assert!(bench.store.used() < bytes, "{tib} TiB: {} bytes, {bytes} before", bench.store.used());
+        bench.kill(owner);
+        let owner = bench.open(&disk);
+        for block in places {
+            let read = bench.run(&owner, move |volume| async move { volume.read(block * BLOCK as u64, BLOCK as u64).await });
+            assert!(read.unwrap() == content_of(0), "{tib} TiB: block {block}");
+        }
+        bench.scan(&owner);
+    }
+}
+
+#[test]
+fn what_is_trimmed_deleted_or_rolled_back_comes_back_by_itself() {
+    let bench = Bench::new(4_000, BLOCKS, Durability::Local);
+    let owner = bench.open(&bench.disk());
+    let stored = |blocks: u64, what: &str| {
+        bench.pass(&owner, IDLE);
+        assert_eq!(owner.volume.usage().reduced.unique, blocks * BLOCK as u64, "{what}");
+    };
+    let half = BLOCKS / 2 * BLOCK as u64;
+    bench.write(&owner, 0, &numbers(100)).unwrap();
+    stored(BLOCKS, "as it was written");
+    bench.run(&owner, move |volume| async move { volume.zero(0, half, true).await }).unwrap();
+    stored(BLOCKS / 2, "after a trim");
+    bench.write(&owner, 0, &numbers(200)).unwrap();
+    bench.run(&owner, |volume| async move { volume.snapshot("s", 0).await }).unwrap();
+    bench.write(&owner, 0, &numbers(300)).unwrap();
+    stored(2 * BLOCKS, "with a snapshot");
+    bench.run(&owner, |volume| async move { volume.roll_back("s").await }).unwrap();
+    stored(BLOCKS, "after going back to it");
+    bench.write(&owner, 0, &numbers(400)).unwrap();
+    stored(2 * BLOCKS, "overwritten again");
+    bench.run(&owner, |volume| async move { volume.delete_snapshot("s").await }).unwrap();
+    stored(BLOCKS, "without the snapshot");
+    bench.run(&owner, move |volume| async move { volume.zero(half, half, false).await }).unwrap();
+    stored(BLOCKS / 2, "after writing zeroes");
+    bench.run(&owner, move |volume| async move { volume.resize(BLOCK as u64).await }).unwrap();
+    stored(1, "after making it smaller");
+}
+
+#[test]
+fn case_44_a_store_is_full_while_blocks_are_trimmed_and_garbage_is_collected() {
+    let mut stalled = 0;
+    for seed in 4_400..4_430 {
+        let bench = Bench::new(seed, BLOCKS, Durability::Local);
+        let disk = bench.disk();
+        let owner = bench.open(&disk);
+        bench.write(&owner, 0, &numbers(100)).unwrap();
+        bench.run(&owner, |volume| async move { volume.snapshot("s", 0).await }).unwrap();
+        bench.run(&owner, |volume| async move { volume.wait_for_snapshot("s").await }).unwrap();
+        bench.store.set_capacity(Some(bench.store.used() + bench.world.random.below(4_000)));
+
+        // Somebody writes, trims and flushes, and garbage is collected, whatever comes of it.
+        let acknowledged: Rc<Cell<u64>> = Rc::default();
+        let (volume, count) = (owner.volume.clone(), acknowledged.clone());
+        let writing = async move {
+            for round in 0..40 {
+                for block in 0..BLOCKS {
+                    let (offset, len) = (block * BLOCK as u64, BLOCK as u64);
+                    let bytes = Bytes::from(content_of(200 + round * BLOCKS + block));
+                    volume.write(offset, bytes).await.unwrap();
+                    count.set(count.get() + 1);
+                    if block % 8 == 7 {
+                        volume.zero(offset, len, true).await.unwrap();
+                        volume.flush().await.unwrap();
+                    }
+                }
+            }
+        };
+        bench.world.spawn(owner.process, Box::pin(writing));
+        let volume = owner.volume.clone();
+        let collecting = async move {
+            volume.delete_snapshot("s").await.unwrap();
+            volume.gather(1.0).await.unwrap();
+        };
+        bench.world.spawn(owner.process, Box::pin(collecting));
+        bench.steps(5_000);
+        let is_done = acknowledged.get() == 40 * BLOCKS;
+        stalled += u64::from(!is_done);
+        let expected = |acknowledged: u64, block: u64| {
+            let rounds = acknowledged / BLOCKS + u64::from(block < acknowledged % BLOCKS);
+            let version = |rounds: u64| if rounds == 0 { 100 + block } else { 200 + (rounds - 1) * BLOCKS + block };
+            // One more write, or one trim, may be on its way.
+            [version(rounds), version(rounds + 1), 0]
+        };
+        let before = acknowledged.get();
+        for (block, found) in (0..).zip(bench.content(&owner).unwrap()) {
+            let after = acknowledged.get();
+            assert!(
+                expected(before, block).contains(&found) || expected(after, block).contains(&found),
+                "seed {seed}: block {block} reads as {found} with {before} to {after} writes acknowledged"
+            );
+        }
+
+        let is_killed = bench.world.random.per_mille(500);
+        let owner = if is_killed {
+            bench.kill(owner);
+            let kept = acknowledged.get();
+            // Opening it writes to the store too.
+            let refused = bench.try_open(&disk, bench.settings);
+            bench.store.set_capacity(None);
+            let owner = refused.unwrap_or_else(|_| bench.open(&disk));
+            for (block, found) in (0..).zip(bench.content(&owner).unwrap()) {
+                assert!(expected(kept, block).contains(&found), "seed {seed}: block {block} is {found} after {kept} writes");
+            }
+            owner
+        } else {
+            bench.store.set_capacity(None);
+            while acknowledged.get() < 40 * BLOCKS {
+                bench.steps(1);
+            }
+            owner
+        };
+        bench.pass(&owner, IDLE);
+        bench.scan(&owner);
+    }
+    assert!(stalled > 10, "{stalled} stores were full");
+}
+
+#[test]
+fn case_45_no_object_is_deleted_that_the_newest_checkpoint_needs() {
+    // The store watches each deletion.
+    let mut seen = schedules(4_500..4_540);
+    seen += families(4_500..4_520);
+    assert!(seen.collections > 0 && seen.takeovers > 0 && seen.snapshots_deleted > 0 && seen.flattened > 0, "{seen}");
+}
+
+#[test]
+fn the_watch_on_deletions_finds_all_that_a_volume_needs() {
+    let bench = Bench::new(4_500, BLOCKS, Durability::Remote);
+    let settings = Settings { checkpoint_segments: 1000, ..bench.settings };
+    let owner = bench.try_open(&bench.disk(), settings).unwrap();
+    bench.write(&owner, 0, &numbers(100)).unwrap();
+    bench.run(&owner, |volume| async move { volume.checkpoint().await }).unwrap();
+    bench.write(&owner, 0, &numbers(200)[..8]).unwrap();
+    let needed = |letter: &str| {
+        let names = bench.store.names().into_iter().filter(|name| name.contains(letter));
+        names.filter(|name| bench.store.may_delete(name).is_err()).count()
+    };
+    let all = |letter: &str| bench.store.names().iter().filter(|name| name.contains(letter)).count();
+    assert_eq!((needed("/w/"), needed("/g/"), needed("/m/")), (all("/w/"), all("/g/"), all("/m/")));
+    assert!(all("/w/") > 16 && all("/g/") > 0 && all("/m/") == 1);
+    assert_eq!(bench.store.may_delete(&bench.store.names()[0].replace("/0000", "/ffff")), Ok(()));
+}
