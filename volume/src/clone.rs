@@ -71,8 +71,8 @@ pub(crate) async fn diff_snapshots(
     let tree = |name| named(&meta, name).map(|snapshot| snapshot.tree).ok_or(VolumeError::NoSnapshot);
     let (before, after) = (tree(names[0])?, tree(names[1])?);
     let reader = reader_of(parts, &chain, &root, &meta)?;
-    let (block, same) = (BLOCK as u64, |one: Pointer, other: Pointer| one == other);
-    let ranges = before.diff(&after, &reader, from / block, ranges_max, same).await?;
+    let block = BLOCK as u64;
+    let ranges = before.diff(&after, &reader, from / block, ranges_max).await?;
     Ok(ranges.into_iter().map(|range| range.start * block..range.end * block).collect())
 }
 

@@ -65,7 +65,6 @@ impl<V: Run> ExtentMap<V> {
         })
     }
 
-    #[cfg(test)]
     pub(crate) fn iter(&self) -> impl Iterator<Item = (Range<u64>, &V)> + '_ {
         self.runs.iter().map(|(&start, run)| (start..run.end, &run.value))
     }

@@ -49,9 +49,10 @@ impl Core {
 
     /// Reads what objects say of what is in them: garbage collection needs it, and reading what it has moved.
     async fn scrub_headers(&self, findings: &mut Vec<String>) -> Result<(), VolumeError> {
+        // No handle comes to stand for an object that is only being written.
+        let _looking = self.reader.looking();
         let handles: Vec<u32> = self.reader.table.borrow().live().collect();
         for handle in handles {
-            let _looking = self.reader.looking();
             match self.reader.step_of(handle).await {
                 Ok(_) | Err(VolumeError::Moved) => {}
                 Err(VolumeError::ObjectDamaged { .. }) if !self.reader.table.borrow().is_live(handle) => {}

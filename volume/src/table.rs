@@ -49,7 +49,8 @@ impl Entry {
         self.state == State::Live
     }
 
-    fn own_blocks(&self) -> u64 {
+    /// Blocks in it, if it is one of the volume's own that is live.
+    pub(crate) fn own_blocks(&self) -> u64 {
         if self.owner == 0 && self.is_live() { self.blocks.into() } else { 0 }
     }
 }
@@ -138,9 +139,9 @@ impl Table {
         (0..).zip(&self.entries).filter(|(_, entry)| entry.state != State::Free)
     }
 
-    /// Handles of objects that are there.
+    /// Handles of objects that are in the store, and not only being written.
     pub(crate) fn live(&self) -> impl Iterator<Item = u32> {
-        self.used().filter(|(_, entry)| entry.is_live()).map(|(handle, _)| handle)
+        self.used().filter(|(_, entry)| entry.is_live() && entry.bytes > 0).map(|(handle, _)| handle)
     }
 
     pub(crate) fn is_live(&self, handle: u32) -> bool {

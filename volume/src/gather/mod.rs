@@ -86,7 +86,7 @@ impl Candidate {
     }
 }
 
-/// Which of the candidates are rewritten. Of the volume's own, `live` of `stored` blocks are in use.
+/// Which of the candidates are rewritten. Of the volume's own blocks that are left when unused objects are gone, `live` of `stored` are in use.
 fn victims(mut candidates: Vec<Candidate>, which: Which, live: u64, mut stored: u64) -> Vec<u32> {
     if which != Which::Inherited {
         candidates.retain(|candidate| candidate.live < candidate.blocks);
@@ -175,19 +175,20 @@ impl Core {
     fn choose(&self, mut uses: Uses, which: Which, done: &Gathered) -> Chosen {
         let mut chosen = Chosen::default();
         let (table, hit_uses, unreadable) = (self.reader.table.borrow(), self.hit_uses.borrow(), self.unreadable.borrow());
-        let mut candidates = Vec::new();
+        let (mut candidates, mut stored) = (Vec::new(), done.stored_blocks);
         for (handle, entry) in table.used() {
             if hit_uses.contains_key(&handle) || uses.may_be_needed(handle) || self.is_in_history(entry) {
                 continue;
             }
             if uses.is_unused(handle) {
                 chosen.forgotten.push(handle);
+                stored -= entry.own_blocks();
             } else if entry.is_live() && uses.tracks(entry) && !unreadable.contains(&handle) {
                 let live = uses.live_blocks(handle, entry);
                 candidates.push(Candidate { handle, live, blocks: entry.blocks.into() });
             }
         }
-        let victims = victims(candidates, which, done.live_blocks, done.stored_blocks);
+        let victims = victims(candidates, which, done.live_blocks, stored);
         chosen.victims = victims.into_iter().filter_map(|handle| Some((handle, uses.take(handle)?))).collect();
         let taken = chosen.forgotten.iter().chain(chosen.victims.iter().map(|(handle, _)| handle));
         taken.for_each(|handle| self.deduplication.retire(*handle));

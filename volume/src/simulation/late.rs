@@ -17,13 +17,14 @@ use crate::simulation::world::{ProcessId, World};
 use crate::simulation::{REST, VOLUME, census, create, new_disk, parts, random_settings};
 use crate::{MappedVolume, Parts, Settings};
 
-const BLOCKS_MAX: u64 = 24;
+/// So few that what is overwritten soon leaves whole objects without use.
+const BLOCKS_MAX: u64 = 12;
 const WRITERS: u64 = 2;
-const READERS: u64 = 4;
-const WRITES: u64 = 60;
+const READERS: u64 = 6;
+const WRITES: u64 = 400;
 const LONGEST: u64 = 6;
 /// Of a thousand operations of the store, at most so many take long.
-const SLOW_MAX: u64 = 500;
+const SLOW_MAX: u64 = 150;
 
 struct Late {
     world: Rc<World>,
@@ -47,8 +48,8 @@ fn start(world: &Rc<World>) -> Result<Seen, String> {
     let (store, disk) = (SharedStore::new(world), new_disk(world));
     let blocks = 4 + world.random.below(BLOCKS_MAX - 4);
     create(world, &parts(world, &store, &disk, 0), VOLUME, blocks * BLOCK as u64)?;
-    let page_cache_bytes = BLOCK * world.random.below(2) as usize;
-    let settings = Settings { page_cache_bytes, gathers: false, ..random_settings(world) };
+    let segment_bytes = BLOCK as u64 * (1 + world.random.below(6));
+    let settings = Settings { segment_bytes, page_cache_bytes: 0, gathers: false, ..random_settings(world) };
     store.set_slow(world.random.below(SLOW_MAX));
     let process = world.new_process();
     let living = live(world.clone(), process, parts(world, &store, &disk, process), settings, blocks);
