@@ -65,7 +65,7 @@ impl Place {
         let disk = self.host.disk(&pool, volume).unwrap();
         assert!(disk.read(0, MIB).unwrap() == noise(), "volume {volume}");
         drop(disk);
-        assert_eq!(pool.check_volume(volume).unwrap(), Vec::<String>::new());
+        assert_eq!(pool.check_volume(volume, &|_, _| ()).unwrap(), Vec::<String>::new());
     }
 }
 
@@ -149,7 +149,7 @@ fn what_a_copy_of_a_pool_lacks_is_named_and_concerns_its_volume_alone() {
                 let disk = place.host.disk(&pool, "v").unwrap();
                 assert!(disk.read(0, MIB).is_err());
                 drop(disk);
-                pool.check_volume("v").unwrap().join("\n")
+                pool.check_volume("v", &|_, _| ()).unwrap().join("\n")
             }
         };
         says(&why, &["volume", &format!("{group}/{family}/"), "missing"]);

@@ -6,6 +6,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 
 use crate::object::{CLEAR_LEN, header_len};
+use crate::progress::Progress;
 use crate::segment::BLOCK;
 use crate::simulation::contents::{Version, contents_of, place};
 use crate::simulation::disk::HostDisk;
@@ -130,7 +131,7 @@ fn a_damaged_leaf_costs_its_own_range_until_it_is_overwritten_or_repaired() {
         disk.0.wait_for_snapshot("s").await.unwrap();
         assert!(disk.0.gather(1.0).await.unwrap().blocks_moved == 0, "what the leaf may lead to was moved");
         checks(disk.clone()).await;
-        let findings = disk.0.scrub().await.unwrap();
+        let findings = disk.0.scrub(&Progress::default()).await.unwrap();
         assert!(findings.iter().any(|finding| finding.contains("bytes 2097152 to 2101248 ")), "{findings:?}");
         assert!(findings.iter().all(|finding| finding.contains("/g/")), "{findings:?}");
         assert!(disk.0.last_read_error().is_some());
@@ -147,7 +148,7 @@ fn a_damaged_leaf_costs_its_own_range_until_it_is_overwritten_or_repaired() {
     bench.store.repair();
     bench.live(|disk| async move {
         disk.holds(LEAF, &[4, 7, 6, 0]).await;
-        assert_eq!(disk.0.scrub().await.unwrap(), Vec::<String>::new());
+        assert_eq!(disk.0.scrub(&Progress::default()).await.unwrap(), Vec::<String>::new());
         disk.write(0, &[10]).await;
         disk.checkpoint().await;
         disk.holds(LEAF, &[4, 7, 6, 0]).await;
@@ -217,13 +218,13 @@ fn a_damaged_header_of_moved_blocks_costs_those_blocks() {
             checks(disk.clone()).await;
             disk.holds(3, &[8]).await;
         }
-        assert!(!disk.0.scrub().await.unwrap().is_empty());
+        assert!(!disk.0.scrub(&Progress::default()).await.unwrap().is_empty());
     });
     bench.store.repair();
     bench.live(|disk| async move {
         disk.holds(0, &[5, 6, 3, 8]).await;
         disk.0.gather(1.0).await.unwrap();
         disk.holds(0, &[5, 6, 3, 8]).await;
-        assert_eq!(disk.0.scrub().await.unwrap(), Vec::<String>::new());
+        assert_eq!(disk.0.scrub(&Progress::default()).await.unwrap(), Vec::<String>::new());
     });
 }

@@ -16,6 +16,7 @@ use bytes::Bytes;
 
 use crate::names::{Family, Source};
 use crate::object::CLEAR_LEN;
+use crate::progress::Progress;
 use crate::segment::BLOCK;
 use crate::simulation::contents::{Contents, Version, contents_of, place, version_of};
 use crate::simulation::disk::HostDisk;
@@ -313,7 +314,7 @@ impl Life {
         self.done("collecting", self.volume.gather(0.0).await)?;
         let failed_before = self.failed_reads.get();
         self.read_all().await?;
-        let findings = self.done("check", self.volume.scrub().await)?;
+        let findings = self.done("check", self.volume.scrub(&Progress::default()).await)?;
         if !self.is_damaged() && !findings.is_empty() {
             return Err(format!("nothing is damaged, but: {findings:?}"));
         }
