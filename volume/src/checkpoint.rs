@@ -26,6 +26,7 @@ use crate::map::{PAGES_PER_FRAME, Page, PageSink, Pointer, Tree};
 use crate::meta::{Meta, Snapshot, SnapshotId};
 use crate::names::{Family, Source};
 use crate::object::{self, Kind, Opened};
+use crate::patience::PatientPages;
 use crate::root::Checkpoint;
 use crate::segment::BLOCK;
 use crate::step_header::StepHeader;
@@ -170,15 +171,15 @@ impl Core {
         };
         let writer = PageWriter { core: self, filling: RefCell::default() };
         let (mut tree, mut trees) = (base, HashMap::new());
-        let damaged = |error| self.note_damage(error);
+        let (pages, damaged) = (PatientPages(self), |error| self.note_damage(error));
         for layer in &layers {
-            tree = merge(tree, self.blocks(), &layer.runs, &self.reader, &writer, damaged).await?;
+            tree = merge(tree, self.blocks(), &layer.runs, &pages, &writer, damaged).await?;
             trees.extend(layer.ends_with.map(|snapshot| (snapshot, tree)));
         }
         let size = change.size.unwrap_or(self.size());
         let unchanged = ExtentMap::default();
         let tree = change.tree.unwrap_or(tree);
-        let tree = merge(tree, size / BLOCK as u64, &unchanged, &self.reader, &writer, damaged).await?;
+        let tree = merge(tree, size / BLOCK as u64, &unchanged, &pages, &writer, damaged).await?;
         writer.flush().await?;
 
         let doomed = self.doomed.borrow().clone();

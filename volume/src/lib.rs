@@ -32,6 +32,7 @@ mod mapped;
 mod meta;
 mod names;
 mod object;
+mod patience;
 mod pins;
 pub mod pool;
 mod progress;

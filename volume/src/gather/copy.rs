@@ -64,11 +64,11 @@ impl<'a> Gathering<'a> {
         let wanted: Vec<(usize, Pointer)> =
             spots.iter().map(|bits| Pointer::to(Location { segment, spot: spot_of(*bits) })).enumerate().collect();
         for part in wanted.chunks(READ_BLOCKS) {
-            reader.read(part, &mut content).await?;
+            self.core.patiently(async || reader.read(part, &mut content).await).await?;
         }
         // After the blocks: reading those finds out where an ancestor has moved them.
-        let hashes = self.hashes_of(handle).await?;
-        let moves = reader.moves_into(handle).await?;
+        let hashes = self.core.patiently(async || self.hashes_of(handle).await).await?;
+        let moves = self.core.patiently(async || reader.moves_into(handle).await).await?;
         let packing = match self.content {
             Content::Data => choose(self.core.settings.compression, self.core.log.fill() as f32, Temperature::Warm, None),
             Content::Pages => choose(Allowed::Auto, 0.0, Temperature::Warm, None),

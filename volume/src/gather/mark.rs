@@ -12,7 +12,7 @@ use crate::error::VolumeError;
 use crate::gather::Which;
 use crate::map::{Page, Pages, Pointer, Tree};
 use crate::names::Family;
-use crate::reader::Reader;
+use crate::patience::PatientPages;
 use crate::signal::give_way;
 use crate::table::{Entry, State, Table};
 
@@ -157,7 +157,7 @@ fn may_refer_to(page: &Entry, other: &Entry) -> bool {
 
 /// Pages for somebody who is in no hurry.
 struct Unhurried<'a> {
-    reader: &'a Reader,
+    pages: PatientPages<'a>,
     in_a_row: Cell<u32>,
 }
 
@@ -169,7 +169,7 @@ impl Pages for Unhurried<'_> {
                 self.in_a_row.set(0);
                 give_way().await;
             }
-            self.reader.page(pointer).await
+            self.pages.page(pointer).await
         })
     }
 }
@@ -197,7 +197,7 @@ impl Core {
     async fn mark_all(&self, uses: &mut Uses, trees: Vec<Tree>, layers: Vec<Rc<Layer>>) -> Result<Vec<Pointer>, VolumeError> {
         let table = &self.reader.table;
         let (mut known, mut unreadable) = (HashSet::new(), Vec::new());
-        let pages = Unhurried { reader: &self.reader, in_a_row: Cell::new(0) };
+        let pages = Unhurried { pages: PatientPages(self), in_a_row: Cell::new(0) };
         for tree in trees {
             for (page, error) in tree.walk(&pages, &mut known, |pointer, _| uses.note(pointer, &table.borrow())).await? {
                 self.note_damage(error);

@@ -242,7 +242,7 @@ impl Core {
         for location in pointers.into_iter().filter_map(|pointer| pointer.location()) {
             let Location { segment, spot } = match location.segment.get() == victim {
                 true => location,
-                false => self.reader.resolve(location).await?,
+                false => self.patiently(async || self.reader.resolve(location).await).await?,
             };
             // Else an ancestor has moved the block on.
             if segment.get() == victim {

@@ -59,6 +59,29 @@ fn case_22_a_trim_of_terabytes_costs_a_handful_of_objects() {
 }
 
 #[test]
+fn case_20_the_store_is_away_for_long_while_a_checkpoint_and_a_collection_read_it() {
+    for seed in 2_000..2_020 {
+        let mut bench = Bench::new(seed, BLOCKS, Durability::Local);
+        bench.settings = Settings { page_cache_bytes: 0, deduplicate: seed % 2 == 0, ..bench.settings };
+        let owner = bench.open(&bench.disk());
+        bench.write(&owner, 0, &numbers(100)).unwrap();
+        bench.pass(&owner, IDLE);
+        bench.write(&owner, 0, &numbers(200)[..32]).unwrap();
+        bench.store.set_faults(1000);
+        bench.pass(&owner, Duration::from_secs(seed % 7));
+        bench.write(&owner, 32, &numbers(300)[..16]).unwrap();
+        bench.pass(&owner, Duration::from_secs(3600));
+        assert_eq!(owner.volume.failed(), None, "seed {seed}");
+        bench.store.set_faults(0);
+        bench.pass(&owner, IDLE);
+        assert_eq!(owner.volume.failed(), None, "seed {seed}");
+        let expected = [&numbers(200)[..32], &numbers(300)[..16], &numbers(100)[48..]].concat();
+        assert!(bench.content(&owner).unwrap() == expected, "seed {seed}");
+        bench.scan(&owner);
+    }
+}
+
+#[test]
 fn what_is_trimmed_deleted_or_rolled_back_comes_back_by_itself() {
     let bench = Bench::new(4_000, BLOCKS, Durability::Local);
     let owner = bench.open(&bench.disk());

@@ -1,0 +1,36 @@
+//! Reading for work that is not given up while the store is away: checkpoints and collections.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use crate::core::Core;
+use crate::environment::LocalFuture;
+use crate::error::VolumeError;
+use crate::map::{Page, Pages, Pointer};
+
+const PAUSE: Duration = Duration::from_secs(1);
+
+impl Core {
+    /// Reads until the store answers, or the volume goes on no more.
+    pub(crate) async fn patiently<T>(&self, mut read: impl AsyncFnMut() -> Result<T, VolumeError>) -> Result<T, VolumeError> {
+        let attempt = self.chain.troubles.attempt();
+        loop {
+            match read().await {
+                Err(VolumeError::Store(error)) if self.failed_errno().is_none() => {
+                    attempt.failed(self.chain.environment.now(), error);
+                    self.chain.environment.sleep(PAUSE).await;
+                }
+                done => return done,
+            }
+        }
+    }
+}
+
+/// The pages of a volume, read so.
+pub(crate) struct PatientPages<'a>(pub(crate) &'a Core);
+
+impl Pages for PatientPages<'_> {
+    fn page(&self, pointer: Pointer) -> LocalFuture<'_, Result<Rc<Page>, VolumeError>> {
+        Box::pin(self.0.patiently(async move || self.0.reader.page(pointer).await))
+    }
+}
