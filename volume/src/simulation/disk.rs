@@ -129,15 +129,18 @@ impl State {
         while let Some((header, _)) = bytes.starts_with(b"NVLOGBAT").then(|| BatchHeader::decode(bytes)).flatten() {
             let (batch, rest) = bytes.split_at(header.total_len(self.sector));
             if header.salt != [0; 32] {
-                self.watch_seal(batch);
+                self.watch_seal(&header, batch);
             }
             bytes = rest;
         }
     }
 
-    fn watch_seal(&mut self, bytes: &[u8]) {
+    /// What fills the sectors up is not sealed, and may rot.
+    fn watch_seal(&mut self, header: &BatchHeader, bytes: &[u8]) {
         let sealing = (array_at(bytes, 96), u64_at(bytes, 64), u64_at(bytes, 40));
-        let hash = *blake3::hash(bytes).as_bytes();
+        let payload_at = header.payload_at(self.sector);
+        let sealed = [&bytes[..header.encoded_len()], &bytes[payload_at..payload_at + header.payload_len()]].concat();
+        let hash = *blake3::hash(&sealed).as_bytes();
         let before = self.sealed.insert(sealing, hash);
         assert!(before.is_none_or(|before| before == hash), "a nonce was used twice: {sealing:?}");
     }

@@ -117,6 +117,16 @@ fn another_key_or_none_is_told_before_anything_is_touched() {
     assert_eq!(bench.read(Some([2; 32])), Ok(first_blocks(1)), "the owner did not change either");
 }
 
+#[test]
+fn rot_behind_a_header_changes_nothing_and_no_nonce_is_used_twice() {
+    let bench = Bench::new();
+    bench.write(1);
+    let mut content = bench.disk.content();
+    content[bench.batches()[0] + 144 + 48] ^= 0x10;
+    bench.disk.set_content(content);
+    assert_eq!(bench.read(Some([2; 32])), Ok(first_blocks(1)));
+}
+
 /// Whoever can write to the disk can repair every CRC.
 #[test]
 fn a_record_that_somebody_moved_or_changed_is_never_replayed() {
