@@ -53,19 +53,23 @@ pub(crate) struct Claimed {
 }
 
 impl Chain {
-    /// Makes the root of a new volume.
-    pub(crate) async fn create(&self, root: &Root) -> Result<(), VolumeError> {
+    /// Makes the root of a new volume. `fails`: not if the store takes nothing now. What may be there already is not given up.
+    pub(crate) async fn create(&self, root: &Root, fails: bool) -> Result<(), VolumeError> {
         let name = root_path(&self.group);
-        let mut pause = PAUSE_FIRST;
+        let (mut pause, mut may_be_there) = (PAUSE_FIRST, false);
         loop {
             match self.store.swap(&name, None, root.encode()).await {
                 Ok(_) => return Ok(()),
-                Err(StoreError::Changed(_) | StoreError::Unknown(_)) => match self.store.read_root(&name).await {
-                    Ok(Some((bytes, _))) if bytes == root.encode() => return Ok(()),
-                    Ok(Some(_)) => return Err(VolumeError::VolumeExists),
-                    Ok(None) | Err(StoreError::Unknown(_)) => self.pause(&mut pause).await,
-                    Err(error) => return Err(error.into()),
-                },
+                Err(StoreError::Changed(_) | StoreError::Unknown(_)) => {
+                    may_be_there = true;
+                    match self.store.read_root(&name).await {
+                        Ok(Some((bytes, _))) if bytes == root.encode() => return Ok(()),
+                        Ok(Some(_)) => return Err(VolumeError::VolumeExists),
+                        Ok(None) | Err(StoreError::Unknown(_) | StoreError::Refused(_)) => self.pause(&mut pause).await,
+                        Err(error) => return Err(error.into()),
+                    }
+                }
+                Err(StoreError::NoSpace(_) | StoreError::Refused(_)) if may_be_there || !fails => self.pause(&mut pause).await,
                 Err(error) => return Err(error.into()),
             }
         }

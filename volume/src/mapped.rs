@@ -461,6 +461,6 @@ impl Chain {
         let checkpoint = Checkpoint { meta: (0, 0), ..Checkpoint::default() };
         let (owner, log_id) = ([0; 16], LogId::default());
         let root = Root { group, domain, epoch: 0, owner, log_id, is_local: false, is_deleted: false, size, checkpoint };
-        self.create(&root).await
+        self.create(&root, fails).await
     }
 }

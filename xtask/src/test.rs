@@ -18,7 +18,7 @@ use std::time::Duration;
 
 const SLOW: [&str; 3] = ["guest", "ceph", "s3"];
 const FUZZ_SECONDS: u32 = 20;
-const SEEDS: u32 = 1000;
+const SEEDS: u32 = 2000;
 /// Tests let the backend fail; builds that are shipped cannot.
 const FEATURES: [&str; 2] = ["--features", "novastor/fault-injection,volume/simulation"];
 

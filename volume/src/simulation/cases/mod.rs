@@ -62,6 +62,12 @@ fn case_41_a_collection_moves_what_a_clone_reads() {
     assert!(seen.foreign_forwards > 0 && seen.flattened > 0 && seen.scans > 0, "{seen}");
 }
 
+/// A reply was lost, the next try found the store full, and the root came to be all the same.
+#[test]
+fn a_clone_that_may_have_been_made_keeps_its_pin() {
+    schedules(1_795_966_626_704_852..1_795_966_626_704_853);
+}
+
 #[test]
 fn case_49_handles_stand_for_other_objects_later() {
     let seen = schedules(4_900..4_940);
