@@ -1,7 +1,7 @@
 //! A mapped volume beside a raw one in the same pool: what the log costs, and what reduction costs on top of it.
 //!
 //! ```text
-//!   for each kind of volume: daemon, volume with a filled disk ─▶ rounds in turn: settled? ─▶ load ─▶ …  ─▶ medians ─▶ ratios
+//!   for each kind of volume: daemon, volume with a filled disk ─▶ rounds in turn: settled? ─▶ load ─▶ …  ─▶ medians, ratios
 //! ```
 //!
 //! A round begins when the volume's log is nearly empty, and is short enough that it does not fill.
@@ -13,8 +13,8 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::novastor::{self, Daemon};
 use super::process::Running;
-use super::rows::{Backing, Protocol, Row, Target};
-use super::{Options, Outcome, ServerOutcome, Workspace, files, judge, measure_quietly, median, table};
+use super::rows::{Backing, Protocol, Row};
+use super::{Options, Outcome, ServerOutcome, Workspace, files, measure_quietly, median, table};
 use crate::awake::Awake;
 use crate::clock;
 use crate::requests::{Access, Workload};
@@ -54,8 +54,9 @@ pub fn run(options: &Options) -> Result<()> {
     let serve = |(index, kind)| serve(kind, &workspace.direct.join(format!("mapped-{index}")), &image, options);
     let mut served = kinds.map(serve).collect::<Result<Vec<Served>>>()?;
     let _awake = Awake::start()?;
-    let outcomes = rows.iter().map(|row| compare(row, &mut served, options)).collect::<Result<Vec<Outcome>>>()?;
-    table::print_summary(&outcomes, None);
+    for row in &rows {
+        table::print_row(&compare(row, &mut served, options)?);
+    }
     for Served { daemon, running, .. } in served {
         drop(running);
         daemon.remove()?;
@@ -69,7 +70,7 @@ fn rows() -> Vec<Row> {
         protocol: Protocol::VhostUser { queues: 1 },
         backing: Backing::Direct,
         workload: Workload { block_size: 4 << 10, depth, access: Access::Random, write_percent },
-        targets: Vec::<Target>::new(),
+        targets: Vec::new(),
     };
     vec![
         row("mapped-4k-write", 32, 100),
@@ -108,11 +109,8 @@ fn compare(row: &Row, served: &mut [Served], options: &Options) -> Result<Outcom
         let (name, command) = (server.outcome.name.clone(), server.outcome.command.clone());
         ServerOutcome { name, command, median: median(&rounds), rounds, error: None }
     };
-    let servers: Vec<ServerOutcome> = served.iter_mut().map(take).collect();
-    let verdicts = row.targets.iter().map(|target| judge(target, &servers)).collect();
-    let outcome = Outcome { name: row.name, what: row.describe(), servers, verdicts };
-    table::print_row(&outcome);
-    Ok(outcome)
+    let servers = served.iter_mut().map(take).collect();
+    Ok(Outcome { name: row.name, what: row.describe(), servers, verdicts: Vec::new() })
 }
 
 /// Waits until the pool has what the log had for it.
