@@ -2,11 +2,11 @@
 //!
 //! ```text
 //!   log ─records─▶ open step ──cut──▶ cut steps, in order ─▶ published, and forgotten here
-//!                     └────── index: the newest version of each block ──────┘
+//!                  newest, hides ───▶ what they have, and newer ones hide older ones
 //! ```
 //!
-//! A step takes everything logged since the one before, in its newest version at the moment of the cut. So the state after each step is one
-//! that the volume really had, and what was overwritten within a step never leaves this host.
+//! A step has everything logged since the one before, in its newest version. So the state after each step is one that the volume really had,
+//! and what was overwritten within a step never leaves this host.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -15,7 +15,7 @@ use std::rc::Rc;
 
 use bytes::Bytes;
 
-use crate::extent_map::{ExtentMap, Run};
+use crate::extent_map::{ExtentMap, Run, Seen, look_through};
 use crate::log::{Follower, Logged, PayloadPlace, RecordKind, Tail};
 use crate::segment::BLOCK;
 use crate::signal::Signal;
@@ -44,7 +44,6 @@ pub(crate) struct Pending {
     pub(crate) payload: PayloadPlace,
     /// Blocks of the payload before this run.
     pub(crate) skip: u64,
-    batch: u64,
     kept: Option<Rc<Kept>>,
 }
 
@@ -64,7 +63,7 @@ impl Run for Pending {
 /// What goes into one segment.
 #[derive(Debug)]
 pub(crate) struct Step {
-    pub(crate) runs: Vec<(Range<u64>, Pending)>,
+    pub(crate) runs: ExtentMap<Pending>,
     /// All records before this place are in this step or an earlier one.
     pub(crate) end: Tail,
     /// The log has the marker there that this step ends with.
@@ -72,12 +71,12 @@ pub(crate) struct Step {
 }
 
 pub(crate) struct Backlog {
-    index: RefCell<ExtentMap<Pending>>,
-    cut: RefCell<VecDeque<Step>>,
-    /// The blocks of each step that was cut and is not yet in the pool, oldest first.
-    outstanding: RefCell<VecDeque<Vec<Range<u64>>>>,
-    /// What the open step has changed, in the order in which it did.
-    open_blocks: RefCell<Vec<Range<u64>>>,
+    /// What was logged since the last cut.
+    open: RefCell<ExtentMap<Pending>>,
+    /// Those that were cut and are not yet in the pool, oldest first.
+    steps: RefCell<VecDeque<Rc<Step>>>,
+    /// How many of them, from the oldest, are on their way.
+    taken: Cell<usize>,
     open_from: Cell<u64>,
     open_bytes: Cell<u64>,
     open_marker: Cell<Option<PayloadPlace>>,
@@ -93,10 +92,9 @@ impl Backlog {
     /// Nothing is pending; the log goes on at `end`. Of what is pending, `kept_bytes` at most are kept in memory.
     pub(crate) fn new(end: Tail, step_bytes: u64, kept_bytes: usize) -> Backlog {
         Backlog {
-            index: RefCell::default(),
-            cut: RefCell::default(),
-            outstanding: RefCell::default(),
-            open_blocks: RefCell::default(),
+            open: RefCell::default(),
+            steps: RefCell::default(),
+            taken: Cell::new(0),
             open_from: Cell::new(end.position),
             open_bytes: Cell::new(0),
             open_marker: Cell::new(None),
@@ -109,15 +107,12 @@ impl Backlog {
 
     /// Ends the open step, if there is anything in it.
     pub(crate) fn cut(&self) {
-        let (from, end) = (self.open_from.get(), self.end.get());
-        if end.position == from {
+        let end = self.end.get();
+        if end.position == self.open_from.get() {
             return;
         }
-        let blocks = joined(self.open_blocks.take());
-        let index = self.index.borrow();
-        let runs = blocks.iter().flat_map(|blocks| index.within(blocks.clone())).collect();
-        self.cut.borrow_mut().push_back(Step { runs, end, marker: self.open_marker.take() });
-        self.outstanding.borrow_mut().push_back(blocks);
+        let step = Step { runs: self.open.take(), end, marker: self.open_marker.take() };
+        self.steps.borrow_mut().push_back(Rc::new(step));
         self.open_from.set(end.position);
         self.open_bytes.set(0);
         self.changed.notify();
@@ -130,36 +125,43 @@ impl Backlog {
 
     /// Where the log has the markers of the steps that wait to be taken.
     pub(crate) fn markers(&self) -> Vec<PayloadPlace> {
-        self.cut.borrow().iter().filter_map(|step| step.marker).collect()
+        self.steps.borrow().iter().skip(self.taken.get()).filter_map(|step| step.marker).collect()
     }
 
     /// True if no step waits to be taken.
     pub(crate) fn is_taken(&self) -> bool {
-        self.cut.borrow().is_empty()
+        self.steps.borrow().len() == self.taken.get()
     }
 
     /// The oldest step that was cut and not yet taken.
-    pub(crate) async fn next_step(&self) -> Step {
-        self.changed.wait_for(|| self.cut.borrow_mut().pop_front()).await
+    pub(crate) async fn next_step(&self) -> Rc<Step> {
+        self.changed.wait_for(|| self.take_step()).await
     }
 
-    /// The pool has one step more: everything before `end`.
-    pub(crate) fn published(&self, end: Tail) {
-        let mut index = self.index.borrow_mut();
-        for blocks in self.outstanding.borrow_mut().pop_front().into_iter().flatten() {
-            let of_step = index.within(blocks).filter(|(_, run)| run.batch < end.position).map(|(blocks, _)| blocks);
-            of_step.collect::<Vec<_>>().into_iter().for_each(|blocks| index.remove(blocks));
-        }
+    fn take_step(&self) -> Option<Rc<Step>> {
+        let step = self.steps.borrow().get(self.taken.get()).cloned()?;
+        self.taken.set(self.taken.get() + 1);
+        Some(step)
+    }
+
+    /// The pool has the oldest step.
+    pub(crate) fn published(&self) -> Option<Rc<Step>> {
+        let step = self.steps.borrow_mut().pop_front()?;
+        self.taken.set(self.taken.get() - 1);
+        Some(step)
+    }
+
+    /// What is pending of a range, and the rest of it.
+    pub(crate) fn within(&self, blocks: Range<u64>) -> Seen<Pending> {
+        let (open, steps) = (self.open.borrow(), self.steps.borrow());
+        let newest_first = std::iter::once(&*open).chain(steps.iter().rev().map(|step| &step.runs));
+        look_through(newest_first, vec![blocks])
     }
 
     fn keep(&self, bytes: Bytes) -> Option<Rc<Kept>> {
         let left = self.budget.get().checked_sub(bytes.len()).filter(|_| !bytes.is_empty())?;
         self.budget.set(left);
         Some(Rc::new(Kept { bytes, budget: self.budget.clone() }))
-    }
-
-    pub(crate) fn within(&self, blocks: Range<u64>) -> Vec<(Range<u64>, Pending)> {
-        self.index.borrow().within(blocks).collect()
     }
 }
 
@@ -175,11 +177,9 @@ impl Follower for Backlog {
             kind: record.kind,
             payload: record.payload,
             skip: 0,
-            batch: record.batch,
             kept: record.bytes.and_then(|bytes| self.keep(bytes)),
         };
-        self.open_blocks.borrow_mut().push(blocks.clone());
-        self.index.borrow_mut().insert(blocks, run);
+        self.open.borrow_mut().insert(blocks, run);
     }
 
     fn batch_ended(&self, end: Tail) {
@@ -194,23 +194,10 @@ impl Follower for Backlog {
 
     /// Steps that are on their way will make room.
     fn no_room(&self) {
-        if self.outstanding.borrow().is_empty() {
+        if self.steps.borrow().is_empty() {
             self.cut();
         }
     }
-}
-
-/// The same blocks in order, as few ranges as possible.
-fn joined(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
-    ranges.sort_unstable_by_key(|range| range.start);
-    let mut joined: Vec<Range<u64>> = Vec::new();
-    for range in ranges {
-        match joined.last_mut() {
-            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
-            _ => joined.push(range),
-        }
-    }
-    joined
 }
 
 #[cfg(test)]
@@ -224,11 +211,11 @@ mod tests {
         let (offset, len) = (blocks.start * BLOCK as u64, (blocks.end - blocks.start) * BLOCK as u64);
         let seal = PayloadSeal { epoch: 0, number: 0, index: 0, tag: [0; 16] };
         let payload = PayloadPlace { position: batch, len: 0, crc: 0, seal };
-        Logged { kind, offset, len, payload, bytes: None, batch }
+        Logged { kind, offset, len, payload, bytes: None }
     }
 
     proptest! {
-        /// Against a model that looks at every block: the batch that changed it last.
+        /// Against a model that looks at every block: where the log has what changed it last.
         #[test]
         fn steps_have_what_changed_since_the_one_before(actions in proptest::collection::vec((0_u8..4, 0_u64..60, 1_u64..9), 1..60)) {
             let backlog = Backlog::new(Tail::default(), u64::MAX, 0);
@@ -253,19 +240,19 @@ mod tests {
                         }
                     }
                     _ => if let Some((from, end, then)) = steps.pop_front() {
-                        let step = backlog.cut.borrow_mut().pop_front().unwrap();
+                        let step = backlog.take_step().unwrap();
                         let mut found = [None; 70];
-                        for (blocks, run) in step.runs {
-                            found[blocks.start as usize..blocks.end as usize].fill(Some(run.batch));
+                        for (blocks, run) in step.runs.iter() {
+                            found[blocks.start as usize..blocks.end as usize].fill(Some(run.payload.position));
                         }
                         prop_assert_eq!(found, then.map(|batch| batch.filter(|batch| *batch >= from)));
-                        backlog.published(Tail { position: end, ..Tail::default() });
+                        prop_assert!(backlog.published().is_some());
                         model.iter_mut().for_each(|batch| *batch = batch.filter(|batch| *batch >= end));
                     }
                 }
                 let mut found = [None; 70];
-                for (blocks, run) in backlog.within(0..70) {
-                    found[blocks.start as usize..blocks.end as usize].fill(Some(run.batch));
+                for (blocks, run) in backlog.within(0..70).runs {
+                    found[blocks.start as usize..blocks.end as usize].fill(Some(run.payload.position));
                 }
                 prop_assert_eq!(found, model);
             }

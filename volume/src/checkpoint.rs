@@ -165,6 +165,8 @@ impl Core {
     pub(crate) async fn checkpoint_with(&self, change: Change) -> Result<(), VolumeError> {
         self.checkpoint_wanted.set(false);
         let (base, layers, segments, place, log_end) = {
+            // The place tells what the layers have only while no segment is halfway in them.
+            let _whole = self.applying.hold().await;
             let mut map = self.map.borrow_mut();
             map.close_layer(None);
             (map.tree, map.layers.clone(), map.segments, map.place, map.log_end)

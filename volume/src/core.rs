@@ -94,6 +94,8 @@ pub(crate) struct Core {
     /// The pool has all records before.
     pub(crate) published: Cell<u64>,
     pub(crate) publishing: Cell<usize>,
+    /// Held while a segment becomes part of the map.
+    pub(crate) applying: Lock,
     /// Of this epoch's objects of family `g`, and of `m`.
     pub(crate) next_gathered: Cell<u64>,
     pub(crate) next_meta: Cell<u64>,

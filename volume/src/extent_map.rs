@@ -65,6 +65,11 @@ impl<V: Run> ExtentMap<V> {
         })
     }
 
+    /// Removes the first run.
+    pub(crate) fn pop_first(&mut self) -> Option<V> {
+        self.runs.pop_first().map(|(_, run)| run.value)
+    }
+
     pub(crate) fn iter(&self) -> impl Iterator<Item = (Range<u64>, &V)> + '_ {
         self.runs.iter().map(|(&start, run)| (start..run.end, &run.value))
     }
@@ -72,6 +77,36 @@ impl<V: Run> ExtentMap<V> {
     pub(crate) fn is_empty(&self) -> bool {
         self.runs.is_empty()
     }
+}
+
+/// What maps that hide one another say of a range.
+pub(crate) struct Seen<V> {
+    /// Without overlaps, in no order.
+    pub(crate) runs: Vec<(Range<u64>, V)>,
+    /// What none of them has, in order.
+    pub(crate) open: Vec<Range<u64>>,
+}
+
+/// Looks for some ranges in maps, the first of which hide the later ones.
+pub(crate) fn look_through<'a, V: Run + 'a>(maps: impl Iterator<Item = &'a ExtentMap<V>>, mut open: Vec<Range<u64>>) -> Seen<V> {
+    let mut runs = Vec::new();
+    for map in maps {
+        if open.is_empty() {
+            break;
+        }
+        let mut left = Vec::new();
+        for range in open {
+            let mut from = range.start;
+            for (run, value) in map.within(range.clone()) {
+                left.extend((from < run.start).then_some(from..run.start));
+                from = run.end;
+                runs.push((run, value));
+            }
+            left.extend((from < range.end).then_some(from..range.end));
+        }
+        open = left;
+    }
+    Seen { runs, open }
 }
 
 #[cfg(test)]

@@ -106,7 +106,9 @@ impl Core {
     /// What an opening found that is needed: of what earlier owners wrote, everything else may go.
     pub(crate) fn kept_sources(&self) -> HashSet<Source> {
         let table = self.reader.table.borrow();
-        let mut kept: HashSet<Source> = table.used().filter_map(|(handle, _)| table.source(handle)).collect();
+        // What was moved may have been sent once more, and have come late.
+        let live = table.used().filter(|(_, entry)| entry.is_live());
+        let mut kept: HashSet<Source> = live.filter_map(|(handle, _)| table.source(handle)).collect();
         kept.insert(self.keeper.root().meta());
         for source in self.doomed.borrow().iter() {
             kept.remove(source);

@@ -158,7 +158,7 @@ impl MappedVolume {
         let changed = backlog.end();
         let start = LogStart { log_id, ring, epoch: claimed.root.epoch, trimmed: from.position, tail, cipher };
         let log = Log::resume(parts.disk.clone(), parts.environment.clone(), start, backlog.clone());
-        let core = new_core(chain, log, backlog, settings, claimed, from)?;
+        let core = new_core(chain, log, backlog, settings, claimed, from).await?;
         for place in core.backlog.markers() {
             let marker = core.marker_at(place).await?;
             core.note_marker(marker);
@@ -381,7 +381,7 @@ fn log_end(checkpoint: &Checkpoint, segments: &[Segment], log_id: LogId) -> Tail
     segments.iter().rev().find_map(of_this_log).unwrap_or(in_checkpoint)
 }
 
-fn new_core(
+async fn new_core(
     chain: Chain,
     log: Rc<Log>,
     backlog: Rc<Backlog>,
@@ -411,6 +411,7 @@ fn new_core(
         next_published: Cell::new(Place { epoch: root.epoch, sequence: 0 }),
         published: Cell::new(from.position),
         publishing: Cell::new(0),
+        applying: Lock::default(),
         next_gathered: Cell::new(0),
         next_meta: Cell::new(0),
         doomed: RefCell::new(doomed),
@@ -431,7 +432,9 @@ fn new_core(
         last_unread: RefCell::new(None),
         changed: Signal::default(),
     });
-    segments.into_iter().try_for_each(|segment| core.apply(segment))?;
+    for segment in segments {
+        core.apply(segment).await?;
+    }
     core.map.borrow_mut().log_end = from;
     Ok(core)
 }

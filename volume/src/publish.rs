@@ -18,10 +18,13 @@ use crate::log::{PayloadPlace, RecordKind, Tail};
 use crate::map::Pointer;
 use crate::reduce::{Ingredients, RunContent, hash_step, make_segment};
 use crate::segment::{BLOCK, Place, Segment};
+use crate::signal::give_way;
 use crate::step_header::{ExtentKind, Marker, StepHeader};
 use crate::table::Content;
 
 const PUBLISHING_MAX: usize = 8;
+/// Runs of a step that are gone through at once: more would keep requests waiting.
+const SLICE: usize = 128;
 /// Segments between two looks for garbage.
 const NOTICE_SEGMENTS: u64 = 8;
 
@@ -52,24 +55,35 @@ impl Core {
         }
     }
 
-    async fn publish(self: &Rc<Self>, place: Place, step: Step) -> Result<(), VolumeError> {
+    async fn publish(self: &Rc<Self>, place: Place, step: Rc<Step>) -> Result<(), VolumeError> {
         let ingredients = self.ingredients(place, &step).await?;
+        let end = step.end;
+        drop(step);
         let environment = &*self.chain.environment;
         let hashed = offload(environment, move || hash_step(ingredients)).await.ok_or(VolumeError::Panicked)?;
         let (duplicates, uses) = self.find_duplicates(hashed.distinct()).await;
         let sealed = offload(environment, move || make_segment(hashed, duplicates)).await;
         let sealed = sealed.unwrap_or(Err(VolumeError::Panicked))?;
         self.chain.publish(&sealed.segment.source, &sealed.header, &sealed.body).await?;
-        let published = Published { segment: sealed.segment, end: step.end, _uses: uses };
-        self.waiting.borrow_mut().insert(place, published);
-        while let Some(Published { segment, end, .. }) = self.take_next_published() {
-            self.apply(segment)?;
-            self.backlog.published(end);
+        self.waiting.borrow_mut().insert(place, Published { segment: sealed.segment, end, _uses: uses });
+        self.apply_in_order().await
+    }
+
+    /// What is in the pool becomes part of the map as far as nothing before it is missing.
+    async fn apply_in_order(&self) -> Result<(), VolumeError> {
+        let _alone = self.applying.hold().await;
+        loop {
+            let next = self.next_published.get();
+            let Some(Published { segment, end, _uses }) = self.waiting.borrow_mut().remove(&next) else { return Ok(()) };
+            self.apply(segment).await?;
+            self.next_published.set(next.next());
+            let step = self.backlog.published();
             self.published.set(end.position);
             self.log.trim(end.position);
             self.notice_garbage();
+            self.changed.notify();
+            forget(step).await;
         }
-        Ok(())
     }
 
     /// Now and then, whether it is time to collect garbage.
@@ -84,15 +98,9 @@ impl Core {
         }
     }
 
-    fn take_next_published(&self) -> Option<Published> {
-        let next = self.next_published.get();
-        let taken = self.waiting.borrow_mut().remove(&next)?;
-        self.next_published.set(next.next());
-        Some(taken)
-    }
-
-    /// The next segment of the history becomes part of what is read.
-    pub(crate) fn apply(&self, segment: Segment) -> Result<(), VolumeError> {
+    /// The next segment of the history becomes part of what is read, in slices: the backlog has it until all of it is. For whoever holds the right
+    /// to apply.
+    pub(crate) async fn apply(&self, segment: Segment) -> Result<(), VolumeError> {
         let Segment { source, step, body_at, opener } = segment;
         let full = || VolumeError::ObjectDamaged { object: source.path(), why: "the volume has no handle left for it" };
         let bytes = body_at as usize + body_len(&step);
@@ -101,40 +109,15 @@ impl Core {
         self.reader.tally.stored_bytes.add(bytes as u64);
         self.reader.opened(handle, crate::object::Opened { body_at, opener });
         self.deduplication.hook(&self.reader, handle, &step);
-        let pointers = self.source_handles(&step, handle)?;
+        let handles = self.source_handles(&step, handle)?;
         let changed: u64 = step.extents.iter().map(|extent| u64::from(extent.blocks)).sum();
         self.written.set(self.written.get().saturating_add(changed));
         self.note_garbage(changed.saturating_sub(step.stored.len() as u64));
-        let mut map = self.map.borrow_mut();
-        let mut spots = step.spots.iter();
-        for extent in &step.extents {
-            let blocks = extent.first..extent.first + u64::from(extent.blocks);
-            let segment = match extent.kind {
-                ExtentKind::Zero => {
-                    map.open.runs.insert(blocks, Pointer::ZERO);
-                    continue;
-                }
-                ExtentKind::Discarded => {
-                    map.open.runs.insert(blocks, Pointer::HOLE);
-                    continue;
-                }
-                ExtentKind::Data => pointers.own,
-                ExtentKind::Hit { source } => {
-                    self.reader.tally.hits.add(extent.blocks.into());
-                    pointers.sources[source as usize]
-                }
-            };
-            self.reader.tally.blocks.add(extent.blocks.into());
-            for (block, spot) in blocks.zip(spots.by_ref()) {
-                let pointer = pointer(segment, *spot);
-                map.open.runs.insert(block..block + 1, pointer);
-                if segment != pointers.own
-                    && let Some(noted) = &mut *self.noted_hits.borrow_mut()
-                {
-                    noted.push(pointer);
-                }
-            }
+        for slice in self.pointers(&step, &handles).chunks(SLICE) {
+            self.map_runs(slice, handles.own);
+            give_way().await;
         }
+        let mut map = self.map.borrow_mut();
         if let Some(marker) = &step.marker {
             map.close_layer(Some(marker.id));
             self.note_marker(marker.clone());
@@ -144,6 +127,45 @@ impl Core {
         map.place = Place { epoch: source.epoch, sequence: source.number }.next();
         map.log_end = step.log_end;
         Ok(())
+    }
+
+    /// What the blocks of a step are mapped to.
+    fn pointers(&self, step: &StepHeader, handles: &Handles) -> Vec<(Range<u64>, Pointer)> {
+        let mut spots = step.spots.iter();
+        let mut runs = Vec::with_capacity(step.spots.len() + step.extents.len());
+        for extent in &step.extents {
+            let blocks = extent.first..extent.first + u64::from(extent.blocks);
+            let segment = match extent.kind {
+                ExtentKind::Zero => {
+                    runs.push((blocks, Pointer::ZERO));
+                    continue;
+                }
+                ExtentKind::Discarded => {
+                    runs.push((blocks, Pointer::HOLE));
+                    continue;
+                }
+                ExtentKind::Data => handles.own,
+                ExtentKind::Hit { source } => {
+                    self.reader.tally.hits.add(extent.blocks.into());
+                    handles.sources[source as usize]
+                }
+            };
+            self.reader.tally.blocks.add(extent.blocks.into());
+            runs.extend(blocks.zip(spots.by_ref()).map(|(block, spot)| (block..block + 1, pointer(segment, *spot))));
+        }
+        runs
+    }
+
+    fn map_runs(&self, runs: &[(Range<u64>, Pointer)], own: SegmentHandle) {
+        let (mut map, mut noted) = (self.map.borrow_mut(), self.noted_hits.borrow_mut());
+        for (blocks, pointer) in runs {
+            map.open.runs.insert(blocks.clone(), *pointer);
+            if let Some(noted) = &mut *noted
+                && pointer.location().is_some_and(|location| location.segment != own)
+            {
+                noted.push(*pointer);
+            }
+        }
     }
 
     fn source_handles(&self, step: &StepHeader, own: u32) -> Result<Handles, VolumeError> {
@@ -160,15 +182,18 @@ impl Core {
 
     /// Gathers what a step is made of.
     async fn ingredients(&self, place: Place, step: &Step) -> Result<Ingredients, VolumeError> {
-        let mut runs = Vec::with_capacity(step.runs.len());
-        for (range, run) in &step.runs {
+        let mut runs = Vec::new();
+        for (range, run) in step.runs.iter() {
+            if runs.len() % SLICE == SLICE - 1 {
+                give_way().await;
+            }
             let content = match run.kind {
-                RecordKind::Write => RunContent::Data(self.pending_bytes(range, run).await?),
+                RecordKind::Write => RunContent::Data(self.pending_bytes(&range, run).await?),
                 RecordKind::Zero => RunContent::Zero,
                 RecordKind::Discard => RunContent::Discarded,
                 RecordKind::Marker => continue,
             };
-            runs.push((range.clone(), content));
+            runs.push((range, content));
         }
         let packing = choose(self.settings.compression, self.log.fill() as f32, Temperature::Warm, self.packing.get());
         self.packing.set(Some(packing));
@@ -195,6 +220,14 @@ impl Core {
         let lost = |errno| VolumeError::log_io("read", run.payload.position, errno);
         let len = (range.end - range.start) as usize * BLOCK;
         self.written_bytes(run, len).await.map_err(lost)?.ok_or_else(|| lost(Errno::EIO))
+    }
+}
+
+/// Lets go of what a step has in memory, in slices.
+async fn forget(step: Option<Rc<Step>>) {
+    let Some(mut step) = step.and_then(|step| Rc::try_unwrap(step).ok()) else { return };
+    while (0..SLICE).all(|_| step.runs.pop_first().is_some()) {
+        give_way().await;
     }
 }
 

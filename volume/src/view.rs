@@ -8,7 +8,7 @@ use bytes::Bytes;
 use crate::backlog::Pending;
 use crate::core::Core;
 use crate::error::VolumeError;
-use crate::extent_map::{ExtentMap, Run};
+use crate::extent_map::{ExtentMap, Run, Seen, look_through};
 use crate::log::RecordKind;
 use crate::map::{Pointer, Tree};
 use crate::root::Checkpoint;
@@ -26,15 +26,6 @@ impl Run for Kind {
     fn skip(&self, _blocks: u64) -> Kind {
         *self
     }
-}
-
-/// What is known of a range without looking into the tree.
-struct Above {
-    /// Newest first where they came from; without overlaps.
-    runs: Vec<(Range<u64>, Pointer)>,
-    /// What only the tree can tell.
-    open: Vec<Range<u64>>,
-    tree: Tree,
 }
 
 impl Core {
@@ -74,17 +65,17 @@ impl Core {
         let part =
             |range: &Range<u64>| (range.start - blocks.start) as usize * BLOCK..(range.end - blocks.start) as usize * BLOCK;
         let pending = self.backlog.within(blocks.clone());
-        let above = self.above(hidden_by(&pending, blocks.clone()));
+        let (above, tree) = self.above(pending.open);
         let mut runs = above.runs;
         for range in above.open {
-            runs.extend(above.tree.runs(&self.reader, range, usize::MAX).await?);
+            runs.extend(tree.runs(&self.reader, range, usize::MAX).await?);
         }
         runs.retain(|(_, pointer)| !pointer.is_nothing());
         runs.sort_unstable_by_key(|(range, _)| range.start);
         let wanted: Vec<(usize, Pointer)> =
             runs.into_iter().map(|(range, pointer)| ((range.start - blocks.start) as usize, pointer)).collect();
         self.reader.read(&wanted, &mut bytes).await?;
-        for (range, run) in pending {
+        for (range, run) in pending.runs {
             let read = self.read_pending(&run, &mut bytes[part(&range)]).await;
             if !read.map_err(|errno| VolumeError::log_io("read", run.payload.position, errno))? {
                 return Ok(None);
@@ -124,24 +115,10 @@ impl Core {
     }
 
     /// What the layers say of some ranges, and the tree to ask for the rest.
-    fn above(&self, mut open: Vec<Range<u64>>) -> Above {
+    fn above(&self, open: Vec<Range<u64>>) -> (Seen<Pointer>, Tree) {
         let map = self.map.borrow();
-        let mut runs = Vec::new();
         let layers = std::iter::once(&map.open).chain(map.layers.iter().rev().map(|layer| &**layer));
-        for layer in layers {
-            let mut left = Vec::new();
-            for range in open {
-                let mut from = range.start;
-                for (run, pointer) in layer.runs.within(range.clone()) {
-                    left.extend((from < run.start).then_some(from..run.start));
-                    from = run.end;
-                    runs.push((run, pointer));
-                }
-                left.extend((from < range.end).then_some(from..range.end));
-            }
-            open = left;
-        }
-        Above { runs, open, tree: map.tree }
+        (look_through(layers.map(|layer| &layer.runs), open), map.tree)
     }
 
     /// What the parts of a range hold: of all of it, or of its first 4096 parts.
@@ -167,7 +144,7 @@ impl Core {
         let _looking = self.reader.looking();
         let mut kinds = ExtentMap::default();
         let pending = self.backlog.within(blocks.clone());
-        let above = self.above(hidden_by(&pending, blocks.clone()));
+        let (above, tree) = self.above(pending.open);
         let mut is_damaged = false;
         // Beyond where the tree was followed to, nothing is known.
         let mut known = blocks.end;
@@ -176,13 +153,13 @@ impl Core {
             if wanted.is_empty() {
                 continue;
             }
-            let runs = above.tree.runs(&self.reader, wanted.clone(), EXTENTS_MAX * 8).await?;
+            let runs = tree.runs(&self.reader, wanted.clone(), EXTENTS_MAX * 8).await?;
             known = known.min(runs.last().map_or(wanted.end, |(run, _)| if run.end < wanted.end { run.end } else { known }));
             is_damaged |= runs.iter().any(|(_, pointer)| pointer.hiding().is_some());
             runs.into_iter().for_each(|(run, pointer)| kinds.insert(run, Kind(kind_of(pointer))));
         }
         above.runs.into_iter().for_each(|(run, pointer)| kinds.insert(run, Kind(kind_of(pointer))));
-        for (range, run) in pending {
+        for (range, run) in pending.runs {
             let kind = match run.kind {
                 RecordKind::Write => blockdev::ExtentKind::Data,
                 RecordKind::Zero => blockdev::ExtentKind::Zero,
@@ -200,18 +177,6 @@ pub(crate) fn kind_of(pointer: Pointer) -> blockdev::ExtentKind {
         Pointer::ZERO => blockdev::ExtentKind::Zero,
         _ => blockdev::ExtentKind::Data,
     }
-}
-
-/// The parts of a range that no pending run covers.
-fn hidden_by(pending: &[(Range<u64>, Pending)], blocks: Range<u64>) -> Vec<Range<u64>> {
-    let mut open = Vec::new();
-    let mut from = blocks.start;
-    for (range, _) in pending {
-        open.extend((from < range.start).then_some(from..range.start));
-        from = range.end;
-    }
-    open.extend((from < blocks.end).then_some(from..blocks.end));
-    open
 }
 
 fn joined(kinds: &ExtentMap<Kind>, blocks: Range<u64>) -> Vec<blockdev::Extent> {

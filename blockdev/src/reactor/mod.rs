@@ -335,9 +335,11 @@ impl Reactor {
         }
     }
 
+    /// What has come so far: what this brings in, such as tasks that give way, waits for the next turn.
     fn run_inbox(self: &Rc<Self>) -> bool {
         let mut worked = false;
-        while let Some(message) = self.shared.inbox.pop() {
+        for _ in 0..self.shared.inbox.len() {
+            let Some(message) = self.shared.inbox.pop() else { break };
             self.touch_clock(worked);
             worked = true;
             match message {
@@ -556,5 +558,24 @@ mod tests {
         reactor.set_timer(id, reactor.now(), 2);
         reactor.turn();
         assert_eq!(last.0.get(), 1, "its own timer, and no other");
+    }
+
+    #[test]
+    fn work_that_asks_for_more_work_leaves_the_turn_to_others() {
+        fn again(reactor: &Rc<Reactor>, runs: Rc<Cell<u32>>) {
+            runs.set(runs.get() + 1);
+            AGAIN.set(Some(runs));
+            reactor.handle().spawn(|reactor| again(reactor, AGAIN.take().unwrap()));
+        }
+        thread_local! {
+            static AGAIN: RefCell<Option<Rc<Cell<u32>>>> = const { RefCell::new(None) };
+        }
+        let reactor = Reactor::new(Duration::ZERO).unwrap();
+        let runs = Rc::new(Cell::new(0));
+        again(&reactor, runs.clone());
+        for turn in 1..=3 {
+            reactor.turn();
+            assert_eq!(runs.get(), 1 + turn, "once a turn");
+        }
     }
 }

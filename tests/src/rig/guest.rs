@@ -375,7 +375,10 @@ impl Guest {
         let seen = &mut self.console_seen;
         let ended = |line: &str| line.contains("GUEST-RC=").then_some(());
         self.console.wait_for(seen, "GUEST-RC on the console", deadline.remaining(), ended)?;
-        self.process.wait(deadline.remaining())?;
+        self.process.wait(deadline.remaining()).with_context(|| {
+            let state = self.qmp.execute("query-status", json!({}));
+            format!("the guest said it would power off; QEMU's state: {state:?}; the console ends with\n{}", self.console.tail())
+        })?;
         Ok(self.console.text())
     }
 

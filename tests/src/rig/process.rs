@@ -47,6 +47,24 @@ fn drain(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<Vec<u8>
     })
 }
 
+/// What each thread of a process is at: its name, state, where it waits in the kernel, and its system call.
+pub fn threads(process: u32) -> String {
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+    let lines = tasks.map(|task| {
+        let read = |name: &str| fs::read_to_string(task.path().join(name)).unwrap_or_default().trim().to_owned();
+        let stat = read("stat");
+        let state = stat.rsplit_once(") ").and_then(|(_, fields)| fields.chars().next()).unwrap_or('?');
+        format!(
+            "  {} {} {state} in {}, system call {}\n",
+            task.file_name().display(),
+            read("comm"),
+            read("wchan"),
+            read("syscall")
+        )
+    });
+    lines.collect()
+}
+
 /// A child process that is killed when dropped.
 #[derive(Debug)]
 pub struct Running {
@@ -80,7 +98,7 @@ impl Running {
                 return Ok(status);
             }
             if !deadline.pause() {
-                bail!("{} did not end within {limit:?}", self.name);
+                bail!("{} did not end within {limit:?}; its threads:\n{}", self.name, threads(self.child.id()));
             }
         }
     }

@@ -117,8 +117,6 @@ pub(crate) struct Logged {
     pub(crate) payload: PayloadPlace,
     /// The payload itself, if it was written just now.
     pub(crate) bytes: Option<Bytes>,
-    /// Where its batch begins.
-    pub(crate) batch: u64,
 }
 
 struct Queued {
@@ -481,8 +479,8 @@ fn begin_opening(cipher: Rc<LogCipher>, epoch: u64, environment: &dyn Environmen
 /// Tells a batch to a follower. `payloads` are those of its records, or none.
 pub(crate) fn follow(follower: &dyn Follower, header: &BatchHeader, end: Tail, sector: usize, payloads: &[Bytes]) {
     for (index, (record, payload)) in header.payloads(sector).enumerate() {
-        let (kind, offset, len, batch) = (record.kind, record.offset, record.len, header.position);
-        follower.logged(Logged { kind, offset, len, payload, bytes: payloads.get(index).cloned(), batch });
+        let (kind, offset, len) = (record.kind, record.offset, record.len);
+        follower.logged(Logged { kind, offset, len, payload, bytes: payloads.get(index).cloned() });
     }
     follower.batch_ended(end);
 }

@@ -255,13 +255,15 @@ enum Meanwhile {
     Nothing,
     /// The segment is sent again, becomes garbage, and is deleted before its first request comes through.
     Collected,
+    /// The same, but what is in use of it is moved before.
+    Moved,
     TakenOver,
 }
 
 #[test]
 fn case_51_a_put_takes_ten_minutes_and_then_succeeds() {
     for seed in 5_100..5_130 {
-        for meanwhile in [Meanwhile::Nothing, Meanwhile::Collected, Meanwhile::TakenOver] {
+        for meanwhile in [Meanwhile::Nothing, Meanwhile::Collected, Meanwhile::Moved, Meanwhile::TakenOver] {
             let bench = Bench::new(seed, BLOCKS, Durability::Remote);
             let mut owner = bench.open(&bench.disk());
             bench.write(&owner, 0, &numbers(100)).unwrap();
@@ -288,15 +290,23 @@ fn case_51_a_put_takes_ten_minutes_and_then_succeeds() {
                 let took = owner.parts.environment.now() - began;
                 assert_eq!(took >= TEN_MINUTES, meanwhile == Meanwhile::Nothing, "seed {seed}: {took:?}");
             }
-            bench.write(&owner, 0, &numbers(300)).unwrap();
+            let mut expected = numbers(300);
+            for block in 0..BLOCKS as usize {
+                if meanwhile == Meanwhile::Moved && block % 2 == 0 {
+                    expected[block] = numbers(200)[block];
+                } else {
+                    bench.write(&owner, block as u64, &expected[block..block + 1]).unwrap();
+                }
+            }
             bench.run(&owner, |volume| async move { volume.gather(1.0).await }).unwrap();
+            bench.run(&owner, |volume| async move { volume.checkpoint().await }).unwrap();
             bench.pass(&owner, 2 * TEN_MINUTES);
-            assert_eq!(bench.content(&owner).unwrap(), numbers(300), "seed {seed}, {meanwhile:?}");
+            assert_eq!(bench.content(&owner).unwrap(), expected, "seed {seed}, {meanwhile:?}");
             let disk = bench.disk();
             bench.kill(owner);
             // What the late request left is removed by whoever opens the volume next.
             let next = bench.open(&disk);
-            assert_eq!(bench.content(&next).unwrap(), numbers(300), "seed {seed}, {meanwhile:?}");
+            assert_eq!(bench.content(&next).unwrap(), expected, "seed {seed}, {meanwhile:?}");
             bench.scan(&next);
         }
     }

@@ -10,6 +10,7 @@ use super::bench::Bench;
 use super::{families, schedules};
 use crate::segment::BLOCK;
 use crate::simulation::contents::{Version, content_of};
+use crate::simulation::disk::HostDisk;
 use crate::{Durability, Settings};
 
 const BLOCKS: u64 = 64;
@@ -63,7 +64,8 @@ fn case_20_the_store_is_away_for_long_while_a_checkpoint_and_a_collection_read_i
     for seed in 2_000..2_020 {
         let mut bench = Bench::new(seed, BLOCKS, Durability::Local);
         bench.settings = Settings { page_cache_bytes: 0, deduplicate: seed % 2 == 0, ..bench.settings };
-        let owner = bench.open(&bench.disk());
+        // A log that has room for what is written while the store is away.
+        let owner = bench.open(&HostDisk::new(&bench.world, 256 * BLOCK, 4096));
         bench.write(&owner, 0, &numbers(100)).unwrap();
         bench.pass(&owner, IDLE);
         bench.write(&owner, 0, &numbers(200)[..32]).unwrap();
