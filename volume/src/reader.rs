@@ -29,6 +29,7 @@ use crate::map::{Page, Pages, Pointer, spot_bits, spot_of};
 use crate::names::{Group, Source};
 use crate::object::{self, CLEAR_LEN, Object, Opened};
 use crate::root::Root;
+use crate::signal::give_way;
 use crate::step_header::StepHeader;
 use crate::table::{State, Table};
 use crate::tally::Tally;
@@ -39,6 +40,8 @@ const PAUSE_FIRST: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// How long a store may stay away before reads of it fail.
 const AWAY_MAX: Duration = Duration::from_secs(30);
+/// Blocks unpacked at once: more would keep requests waiting.
+const UNPACKED_MAX: usize = 32;
 /// How often a block may move away while it is being read.
 const MOVES_MAX: usize = 8;
 
@@ -206,9 +209,16 @@ impl Reader {
         }
         let fetches = found.chunk_by(|(_, before), (_, next)| read_together(before, next));
         let fetched = futures_util::future::join_all(fetches.map(|fetch| self.fetch(fetch))).await;
+        let mut unpacked = 0;
         for (fetch, fetched) in found.chunk_by(|(_, before), (_, next)| read_together(before, next)).zip(fetched) {
             let (opened, start, bytes) = fetched?;
-            self.unpack(fetch, &opened, start, &bytes, out)?;
+            for of_frame in fetch.chunk_by(|(_, before), (_, next)| before.spot.unit() == next.spot.unit()) {
+                if unpacked >= UNPACKED_MAX {
+                    unpacked = 0;
+                    give_way().await;
+                }
+                unpacked += self.unpack(of_frame, &opened, start, &bytes, out)?;
+            }
         }
         Ok(())
     }
@@ -225,27 +235,26 @@ impl Reader {
         Ok((opened, start, bytes))
     }
 
+    /// Blocks of one frame; the answer is how many it has.
     fn unpack(
         &self,
-        fetch: &[(usize, Location)],
+        of_frame: &[(usize, Location)],
         opened: &Opened,
         start: usize,
         bytes: &[u8],
         out: &mut [u8],
-    ) -> Result<(), Failure> {
+    ) -> Result<usize, Failure> {
+        let location = of_frame[0].1;
+        let unit = location.spot.unit();
+        let damaged = || self.damaged_frame(location);
+        let stored = bytes.get(unit as usize * UNIT_LEN - start..).ok_or_else(damaged)?;
         let mut frames = self.frames.borrow_mut();
-        for of_frame in fetch.chunk_by(|(_, before), (_, next)| before.spot.unit() == next.spot.unit()) {
-            let location = of_frame[0].1;
-            let unit = location.spot.unit();
-            let damaged = || self.damaged_frame(location);
-            let stored = bytes.get(unit as usize * UNIT_LEN - start..).ok_or_else(damaged)?;
-            let (blocks, _) = frames.read(&opened.opener, unit, stored).map_err(|_| damaged())?.as_chunks::<BLOCK_LEN>();
-            for (index, Location { spot, .. }) in of_frame {
-                let block = blocks.get(usize::from(spot.block())).ok_or_else(damaged)?;
-                out[index * BLOCK_LEN..(index + 1) * BLOCK_LEN].copy_from_slice(block);
-            }
+        let (blocks, _) = frames.read(&opened.opener, unit, stored).map_err(|_| damaged())?.as_chunks::<BLOCK_LEN>();
+        for (index, Location { spot, .. }) in of_frame {
+            let block = blocks.get(usize::from(spot.block())).ok_or_else(damaged)?;
+            out[index * BLOCK_LEN..(index + 1) * BLOCK_LEN].copy_from_slice(block);
         }
-        Ok(())
+        Ok(blocks.len())
     }
 
     /// What its header in clear said may be wrong, too: it is read anew the next time.

@@ -60,11 +60,13 @@ impl<'a> Gathering<'a> {
         }
         let reader = &self.core.reader;
         let segment = SegmentHandle::new(handle).expect("a handle of the table");
-        let mut content = vec![0; spots.len() * BLOCK_LEN];
-        let wanted: Vec<(usize, Pointer)> =
-            spots.iter().map(|bits| Pointer::to(Location { segment, spot: spot_of(*bits) })).enumerate().collect();
-        for part in wanted.chunks(READ_BLOCKS) {
-            self.core.patiently(async || reader.read(part, &mut content).await).await?;
+        let pointers: Vec<Pointer> = spots.iter().map(|bits| Pointer::to(Location { segment, spot: spot_of(*bits) })).collect();
+        let mut parts = Vec::with_capacity(pointers.len().div_ceil(READ_BLOCKS));
+        for part in pointers.chunks(READ_BLOCKS) {
+            let wanted: Vec<(usize, Pointer)> = part.iter().copied().enumerate().collect();
+            let mut content = vec![0; wanted.len() * BLOCK_LEN];
+            self.core.patiently(async || reader.read(&wanted, &mut content).await).await?;
+            parts.push(content);
         }
         // After the blocks: reading those finds out where an ancestor has moved them.
         let hashes = self.core.patiently(async || self.hashes_of(handle).await).await?;
@@ -75,7 +77,7 @@ impl<'a> Gathering<'a> {
         };
         let body = std::mem::replace(&mut self.body, Body::new(0));
         let packed = offload(&*self.core.chain.environment, move || {
-            let blocks: Vec<&Block> = content.as_chunks::<BLOCK_LEN>().0.iter().collect();
+            let blocks: Vec<&Block> = parts.iter().flat_map(|content| content.as_chunks::<BLOCK_LEN>().0).collect();
             pack(body, &blocks, packing)
         })
         .await;
