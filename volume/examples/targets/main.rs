@@ -175,6 +175,9 @@ fn opening() {
     open.write_all(sequential(512 * MIB, MIB), &mut random);
     open.device.settle().expect("it settles");
     open.write_all((0..16 * 32).map(|index| (GIB + index * MIB, MIB)), &mut random);
+    while open.device.usage().is_none_or(|seen| seen.log.used > MIB) {
+        std::thread::sleep(Duration::from_millis(100));
+    }
     rig.store.holds_back.store(true, Relaxed);
     let in_log = 256 * MIB / (64 * 1024);
     open.write_all((0..in_log).map(|index| (4 * GIB + index * 64 * 1024, 64 * 1024)), &mut random);

@@ -3,8 +3,10 @@
 //! What is added meanwhile comes from steps: their own objects are new, and what else they refer to is noted as they are applied.
 
 use std::cell::Cell;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::rc::Rc;
+
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::core::{Core, Layer, SnapshotState};
 use crate::environment::LocalFuture;
@@ -22,7 +24,7 @@ const RUNS_AT_ONCE: usize = 4_096;
 /// Pointers that are kept in memory: 16 MiB. With more, only how many lead to the fullest objects is remembered, and these are not rewritten.
 const POINTERS_MAX: usize = 1 << 20;
 
-pub(super) type Pointers = HashSet<Pointer>;
+pub(super) type Pointers = FxHashSet<Pointer>;
 
 /// What leads to an object's blocks.
 enum Live {
@@ -36,9 +38,9 @@ pub(super) struct Uses {
     /// Handles that were there when marking began.
     before: HashSet<u32>,
     /// Pages refer to these.
-    named: HashSet<u32>,
+    named: FxHashSet<u32>,
     /// By the handle that a pointer leads to in the end.
-    live: HashMap<u32, Live>,
+    live: FxHashMap<u32, Live>,
     /// Pages that cannot be read may refer to these, and to everything in their objects.
     kept: HashSet<u32>,
     /// Whether ancestors' objects are to be rewritten, and not the volume's own.
@@ -50,8 +52,8 @@ impl Uses {
     fn new(table: &Table, which: Which) -> Uses {
         Uses {
             before: table.used().map(|(handle, _)| handle).collect(),
-            named: HashSet::new(),
-            live: HashMap::new(),
+            named: FxHashSet::default(),
+            live: FxHashMap::default(),
             kept: HashSet::new(),
             inherited: which == Which::Inherited,
             pointers: 0,
@@ -87,7 +89,7 @@ impl Uses {
     /// What leads to an object's blocks, if that is known.
     pub(super) fn take(&mut self, handle: u32) -> Option<Pointers> {
         match self.live.remove(&handle) {
-            None => Some(Pointers::new()),
+            None => Some(Pointers::default()),
             Some(Live::Known(pointers)) => Some(pointers),
             Some(Live::Counted(_)) => None,
         }
@@ -102,7 +104,7 @@ impl Uses {
             State::Forwarded(to) => (to, table.get(to).unwrap_or(entry)),
             State::Live | State::Free => (handle, entry),
         };
-        let unknown = if self.tracks(target) { Live::Known(Pointers::new()) } else { Live::Counted(0) };
+        let unknown = if self.tracks(target) { Live::Known(Pointers::default()) } else { Live::Counted(0) };
         match self.live.entry(to).or_insert(unknown) {
             Live::Counted(count) => *count += 1,
             Live::Known(pointers) => {

@@ -103,7 +103,7 @@ impl Host {
         if was_doomed && !self.delete(member).await {
             return Ok(None);
         }
-        let settings = self.settings();
+        let (settings, deletions) = (self.settings(), member.deletions.get());
         let volume = match MappedVolume::open(&parts, member.group, settings).await {
             Err(VolumeError::NoVolume) if member.presence.get() == Presence::Asked => {
                 super::bury(parts, self.rc_of(member)).await.map_err(|_| VolumeError::NoVolume)?;
@@ -115,7 +115,8 @@ impl Host {
             opened => Rc::new(opened?),
         };
         let content = volume.read(0, volume.size()).await.map_err(|_| self.why(&volume))?;
-        if was_doomed || member.presence.get() == Presence::Asked {
+        let is_asked_for = was_doomed || member.presence.get() == Presence::Asked;
+        if is_asked_for && member.deletions.get() == deletions {
             member.presence.set(Presence::There);
         }
         let names: Vec<String> = volume.snapshots().into_iter().map(|snapshot| snapshot.name).collect();
@@ -309,7 +310,12 @@ impl Host {
         let origin = Origin { parent: parent.clone(), snapshot: name.clone() };
         let group = (u128::from(family.contents.number()) << 64).to_be_bytes();
         let clone = family.members.add(Member::new(&family.world, group, &family.contents, first, Some(origin)));
-        match clone_snapshot(&family.parts(self.0.process, parent), parent.group, &name, clone.group).await {
+        let cloned = clone_snapshot(&family.parts(self.0.process, parent), parent.group, &name, clone.group).await;
+        family.tell(|| {
+            let (from, to) = (&parent.group[..8], &clone.group[..8]);
+            format!("host {}: cloning {name} of {from:02x?} to {to:02x?}: {:?}", self.0.process, cloned.as_ref().map(drop))
+        });
+        match cloned {
             Ok(_) => {
                 clone.presence.set(Presence::There);
                 family.count(|seen| seen.clones += 1);
@@ -328,8 +334,11 @@ impl Host {
         let family = &self.0.family;
         member.presence.set(Presence::Doomed);
         member.is_contested.set(true);
+        member.deletions.set(member.deletions.get() + 1);
         let may_pin = family.members.may_pin(member, None);
-        match delete_volume(&family.parts(self.0.process, member), member.group).await {
+        let deleted = delete_volume(&family.parts(self.0.process, member), member.group).await;
+        family.tell(|| format!("host {}: deleting {:02x?}: {deleted:?}", self.0.process, &member.group[..8]));
+        match deleted {
             Ok(()) => {
                 member.presence.set(Presence::Gone);
                 family.count(|seen| seen.volumes_deleted += 1);
@@ -371,7 +380,9 @@ impl Host {
         // Whoever was being deleted is refused as long as there are clones, so clones come first.
         members.reverse();
         for member in members {
-            let opened = self.open(&member).await.map_err(|error| format!("a volume does not open in the end: {error}"))?;
+            let failed =
+                |error| format!("{:02x?}, {:?}, does not open in the end: {error}", &member.group[..8], member.presence.get());
+            let opened = self.open(&member).await.map_err(failed)?;
             open.extend(opened.map(|volume| (member, volume)));
         }
         for (member, volume) in &open {

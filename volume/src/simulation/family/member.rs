@@ -39,6 +39,8 @@ pub struct Member {
     pub is_loose: Cell<bool>,
     /// Somebody tried to delete it in this round, which takes it from whoever serves it.
     pub is_contested: Cell<bool>,
+    /// How often somebody began to delete it.
+    pub deletions: Cell<u64>,
 }
 
 impl Member {
@@ -52,6 +54,7 @@ impl Member {
             origin,
             is_loose: Cell::new(false),
             is_contested: Cell::new(false),
+            deletions: Cell::new(0),
         }
     }
 
