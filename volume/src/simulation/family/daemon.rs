@@ -81,6 +81,8 @@ impl Host {
 
     pub fn die(&self, power_fails: bool) {
         self.0.family.world.kill(self.0.process);
+        let is_alive = |process: &ProcessId| *process != self.0.process;
+        self.0.family.members.all().iter().for_each(|member| member.deleters.borrow_mut().retain(is_alive));
         for member in self.0.members.borrow().iter() {
             if power_fails {
                 member.disk.lose_power();
@@ -116,7 +118,8 @@ impl Host {
         };
         let content = volume.read(0, volume.size()).await.map_err(|_| self.why(&volume))?;
         let is_asked_for = was_doomed || member.presence.get() == Presence::Asked;
-        if is_asked_for && member.deletions.get() == deletions {
+        // Somebody else may be deleting it, and come to it later.
+        if is_asked_for && member.deletions.get() == deletions && member.deleters.borrow().is_empty() {
             member.presence.set(Presence::There);
         }
         let names: Vec<String> = volume.snapshots().into_iter().map(|snapshot| snapshot.name).collect();
@@ -336,7 +339,9 @@ impl Host {
         member.is_contested.set(true);
         member.deletions.set(member.deletions.get() + 1);
         let may_pin = family.members.may_pin(member, None);
+        member.deleters.borrow_mut().push(self.0.process);
         let deleted = delete_volume(&family.parts(self.0.process, member), member.group).await;
+        member.is_deleted_no_more_by(self.0.process);
         family.tell(|| format!("host {}: deleting {:02x?}: {deleted:?}", self.0.process, &member.group[..8]));
         match deleted {
             Ok(()) => {

@@ -9,7 +9,7 @@ use crate::simulation::contents::{Contents, Version};
 use crate::simulation::disk::HostDisk;
 use crate::simulation::history::{History, Kept};
 use crate::simulation::new_disk;
-use crate::simulation::world::{Random, World};
+use crate::simulation::world::{ProcessId, Random, World};
 
 /// Whether a volume is there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,8 +39,9 @@ pub struct Member {
     pub is_loose: Cell<bool>,
     /// Somebody tried to delete it in this round, which takes it from whoever serves it.
     pub is_contested: Cell<bool>,
-    /// How often somebody began to delete it.
+    /// How often somebody began to delete it, and who is at it.
     pub deletions: Cell<u64>,
+    pub deleters: RefCell<Vec<ProcessId>>,
 }
 
 impl Member {
@@ -55,6 +56,7 @@ impl Member {
             is_loose: Cell::new(false),
             is_contested: Cell::new(false),
             deletions: Cell::new(0),
+            deleters: RefCell::default(),
         }
     }
 
@@ -66,6 +68,14 @@ impl Member {
     /// Nothing but a defect keeps it from being served.
     pub fn must_go_on(&self) -> bool {
         self.is_there() && !self.is_contested.get()
+    }
+
+    /// One deletion of that process has come to its end.
+    pub fn is_deleted_no_more_by(&self, process: ProcessId) {
+        let mut deleters = self.deleters.borrow_mut();
+        if let Some(at) = deleters.iter().position(|deleter| *deleter == process) {
+            deleters.swap_remove(at);
+        }
     }
 
     fn comes_from(&self, parent: &Member, snapshot: Option<&str>) -> bool {
