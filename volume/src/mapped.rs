@@ -74,6 +74,8 @@ pub struct Settings {
     pub kept_bytes: usize,
     /// Garbage is collected by itself.
     pub gathers: bool,
+    /// Runs of a step that are gone through at once: more would keep requests waiting.
+    pub slice: usize,
 }
 
 impl Default for Settings {
@@ -88,6 +90,7 @@ impl Default for Settings {
             page_cache_bytes: 64 << 20,
             kept_bytes: 96 << 20,
             gathers: true,
+            slice: 128,
         }
     }
 }

@@ -23,8 +23,6 @@ use crate::step_header::{ExtentKind, Marker, StepHeader};
 use crate::table::Content;
 
 const PUBLISHING_MAX: usize = 8;
-/// Runs of a step that are gone through at once: more would keep requests waiting.
-const SLICE: usize = 128;
 /// Segments between two looks for garbage.
 const NOTICE_SEGMENTS: u64 = 8;
 
@@ -82,7 +80,7 @@ impl Core {
             self.log.trim(end.position);
             self.notice_garbage();
             self.changed.notify();
-            forget(step).await;
+            forget(step, self.settings.slice).await;
         }
     }
 
@@ -113,7 +111,7 @@ impl Core {
         let changed: u64 = step.extents.iter().map(|extent| u64::from(extent.blocks)).sum();
         self.written.set(self.written.get().saturating_add(changed));
         self.note_garbage(changed.saturating_sub(step.stored.len() as u64));
-        for slice in self.pointers(&step, &handles).chunks(SLICE) {
+        for slice in self.pointers(&step, &handles).chunks(self.settings.slice) {
             self.map_runs(slice, handles.own);
             give_way().await;
         }
@@ -184,7 +182,7 @@ impl Core {
     async fn ingredients(&self, place: Place, step: &Step) -> Result<Ingredients, VolumeError> {
         let mut runs = Vec::new();
         for (range, run) in step.runs.iter() {
-            if runs.len() % SLICE == SLICE - 1 {
+            if runs.len() % self.settings.slice == self.settings.slice - 1 {
                 give_way().await;
             }
             let content = match run.kind {
@@ -224,9 +222,9 @@ impl Core {
 }
 
 /// Lets go of what a step has in memory, in slices.
-async fn forget(step: Option<Rc<Step>>) {
+async fn forget(step: Option<Rc<Step>>, slice: usize) {
     let Some(mut step) = step.and_then(|step| Rc::try_unwrap(step).ok()) else { return };
-    while (0..SLICE).all(|_| step.runs.pop_first().is_some()) {
+    while (0..slice).all(|_| step.runs.pop_first().is_some()) {
         give_way().await;
     }
 }

@@ -182,6 +182,8 @@ impl Core {
         let (mut uses, trees, layers) = {
             // Nothing refers to the new pages of a checkpoint that is under way.
             let _between_checkpoints = self.house.hold().await;
+            // A segment halfway in the layers would be known, and half of what leads to it not.
+            let _whole = self.applying.hold().await;
             self.noted_hits.replace(Some(Vec::new()));
             (Uses::new(&self.reader.table.borrow(), which), self.trees(), self.closed_layers())
         };

@@ -361,6 +361,7 @@ fn random_settings(world: &World) -> Settings {
         deduplicate: world.random.per_mille(500),
         page_cache_bytes: BLOCK * world.random.below(8) as usize,
         kept_bytes: BLOCK * world.random.below(12) as usize,
+        slice: 1 + world.random.below(4) as usize,
         ..Settings::default()
     }
 }
