@@ -48,6 +48,7 @@ mod signal;
 pub mod simulation;
 mod snapshots;
 mod step_header;
+mod stored;
 mod table;
 mod tally;
 mod troubles;

@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use backends::segments::StoreError;
@@ -31,11 +32,10 @@ use crate::object::{self, CLEAR_LEN, Object, Opened};
 use crate::root::Root;
 use crate::signal::give_way;
 use crate::step_header::StepHeader;
+use crate::stored::{Damaged, Stored, read_together};
 use crate::table::{State, Table};
 use crate::tally::Tally;
 
-/// Bytes read in vain rather than by two requests.
-const GAP_MAX: usize = 16 << 10;
 const PAUSE_FIRST: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// How long a store may stay away before reads of it fail.
@@ -67,7 +67,7 @@ pub(crate) struct Reader {
     domain: Group,
     /// Whoever reads, if it owns the volume.
     owner: [u8; 16],
-    opened: RefCell<HashMap<u32, Rc<Opened>>>,
+    opened: RefCell<HashMap<u32, Arc<Opened>>>,
     moves: RefCell<HashMap<u32, Rc<Moves>>>,
     frames: RefCell<FrameReader>,
     /// `None`: pages are read anew each time.
@@ -103,9 +103,26 @@ impl Reader {
     /// over; those that are hidden cannot be read.
     pub(crate) async fn read(&self, wanted: &[(usize, Pointer)], out: &mut [u8]) -> Result<(), VolumeError> {
         let _looking = self.looking();
+        let mut unpacked = 0;
+        for stored in self.fetch(wanted).await? {
+            for frame in stored.frames() {
+                if unpacked >= UNPACKED_MAX {
+                    unpacked = 0;
+                    give_way().await;
+                }
+                let blocks = stored.unpack(frame, &mut self.frames.borrow_mut(), out);
+                unpacked += blocks.map_err(|damaged| self.damaged_frame(damaged))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The frames that the blocks are in, for somebody who unpacks them elsewhere.
+    pub(crate) async fn fetch(&self, wanted: &[(usize, Pointer)]) -> Result<Vec<Stored>, VolumeError> {
+        let _looking = self.looking();
         for _ in 0..MOVES_MAX {
-            match self.try_read(wanted, out).await {
-                Ok(()) => return Ok(()),
+            match self.try_fetch(wanted).await {
+                Ok(stored) => return Ok(stored),
                 Err(Failure::Error(error)) => return Err(error),
                 Err(Failure::Gone(handle)) => self.moved_away(handle).await?,
             }
@@ -125,7 +142,7 @@ impl Reader {
 
     /// Objects that were just written need no second look.
     pub(crate) fn opened(&self, handle: u32, opened: Opened) {
-        self.opened.borrow_mut().insert(handle, Rc::new(opened));
+        self.opened.borrow_mut().insert(handle, Arc::new(opened));
     }
 
     /// Nothing of what a handle stood for is remembered.
@@ -195,7 +212,7 @@ impl Reader {
         }
     }
 
-    async fn try_read(&self, wanted: &[(usize, Pointer)], out: &mut [u8]) -> Result<(), Failure> {
+    async fn try_fetch(&self, wanted: &[(usize, Pointer)]) -> Result<Vec<Stored>, Failure> {
         let mut found = Vec::with_capacity(wanted.len());
         for (index, pointer) in wanted {
             if let Some((page, _)) = pointer.hiding() {
@@ -208,57 +225,24 @@ impl Reader {
             }
         }
         let fetches = found.chunk_by(|(_, before), (_, next)| read_together(before, next));
-        let fetched = futures_util::future::join_all(fetches.map(|fetch| self.fetch(fetch))).await;
-        let mut unpacked = 0;
-        for (fetch, fetched) in found.chunk_by(|(_, before), (_, next)| read_together(before, next)).zip(fetched) {
-            let (opened, start, bytes) = fetched?;
-            for of_frame in fetch.chunk_by(|(_, before), (_, next)| before.spot.unit() == next.spot.unit()) {
-                if unpacked >= UNPACKED_MAX {
-                    unpacked = 0;
-                    give_way().await;
-                }
-                unpacked += self.unpack(of_frame, &opened, start, &bytes, out)?;
-            }
-        }
-        Ok(())
+        let fetched = futures_util::future::join_all(fetches.map(|wanted| self.fetch_frames(wanted))).await;
+        fetched.into_iter().collect()
     }
 
-    /// The bytes of frames that lie one after the other in one object, and where in its body they begin.
-    async fn fetch(&self, fetch: &[(usize, Location)]) -> Result<(Rc<Opened>, usize, Bytes), Failure> {
-        let (from, to) = (fetch[0].1, fetch[fetch.len() - 1].1);
+    /// The bytes of frames that lie one after the other in one object.
+    async fn fetch_frames(&self, wanted: &[(usize, Location)]) -> Result<Stored, Failure> {
+        let (from, to) = (wanted[0].1, wanted[wanted.len() - 1].1);
         let handle = from.segment.get();
         let opened = self.open(handle).await?;
         let start = from.spot.unit() as usize * UNIT_LEN;
         let end = to.spot.unit() as usize * UNIT_LEN + to.spot.class().bytes();
         let source = self.source(handle)?;
         let bytes = self.fetch_bytes(handle, &source, opened.body_at + start as u64..opened.body_at + end as u64).await?;
-        Ok((opened, start, bytes))
-    }
-
-    /// Blocks of one frame; the answer is how many it has.
-    fn unpack(
-        &self,
-        of_frame: &[(usize, Location)],
-        opened: &Opened,
-        start: usize,
-        bytes: &[u8],
-        out: &mut [u8],
-    ) -> Result<usize, Failure> {
-        let location = of_frame[0].1;
-        let unit = location.spot.unit();
-        let damaged = || self.damaged_frame(location);
-        let stored = bytes.get(unit as usize * UNIT_LEN - start..).ok_or_else(damaged)?;
-        let mut frames = self.frames.borrow_mut();
-        let (blocks, _) = frames.read(&opened.opener, unit, stored).map_err(|_| damaged())?.as_chunks::<BLOCK_LEN>();
-        for (index, Location { spot, .. }) in of_frame {
-            let block = blocks.get(usize::from(spot.block())).ok_or_else(damaged)?;
-            out[index * BLOCK_LEN..(index + 1) * BLOCK_LEN].copy_from_slice(block);
-        }
-        Ok(blocks.len())
+        Ok(Stored { wanted: wanted.to_vec(), opened, start, bytes })
     }
 
     /// What its header in clear said may be wrong, too: it is read anew the next time.
-    fn damaged_frame(&self, location: Location) -> VolumeError {
+    pub(crate) fn damaged_frame(&self, Damaged(location): Damaged) -> VolumeError {
         self.opened.borrow_mut().remove(&location.segment.get());
         match self.source(location.segment.get()) {
             Ok(source) => VolumeError::ObjectDamaged { object: source.path(), why: "a frame of it is damaged" },
@@ -310,13 +294,13 @@ impl Reader {
         Ok(StepHeader::decode(&inner).ok_or_else(|| damaged("its tables contradict each other"))?)
     }
 
-    async fn open(&self, handle: u32) -> Result<Rc<Opened>, Failure> {
+    async fn open(&self, handle: u32) -> Result<Arc<Opened>, Failure> {
         if let Some(opened) = self.opened.borrow().get(&handle) {
             return Ok(opened.clone());
         }
         let source = self.source(handle)?;
         let clear = self.fetch_bytes(handle, &source, 0..CLEAR_LEN as u64).await?;
-        let opened = Rc::new(object::open_body(&clear, &self.chain.secrets.sealer(self.domain), &source)?);
+        let opened = Arc::new(object::open_body(&clear, &self.chain.secrets.sealer(self.domain), &source)?);
         self.opened.borrow_mut().insert(handle, opened.clone());
         Ok(opened)
     }
@@ -395,12 +379,4 @@ impl Pages for Reader {
     fn page(&self, pointer: Pointer) -> LocalFuture<'_, Result<Rc<Page>, VolumeError>> {
         Box::pin(self.read_page(pointer))
     }
-}
-
-/// Whether the next block's frame follows so closely that both are read at once.
-fn read_together(before: &Location, next: &Location) -> bool {
-    let (unit, next_unit) = (before.spot.unit(), next.spot.unit());
-    before.segment == next.segment
-        && next_unit >= unit
-        && (next_unit - unit) as usize * UNIT_LEN <= before.spot.class().bytes() + GAP_MAX
 }

@@ -16,7 +16,7 @@ use blockdev::{Extent, ExtentKind};
 use crate::clone::reader_of;
 use crate::core::Core;
 use crate::error::VolumeError;
-use crate::map::{Pointer, Tree};
+use crate::map::{Pointer, Tree, walk};
 use crate::mapped::Parts;
 use crate::names::Group;
 use crate::reader::Reader;
@@ -79,16 +79,13 @@ async fn count(
     let (named, by_volume, by_anyone) = Default::default();
     let mut count = Count { reader, every, named, by_volume, by_anyone };
     let mut data = 0;
-    let mut known = HashSet::new();
-    head.walk(reader, &mut known, |pointer, is_page| {
+    walk(&[head], reader, |pointer, is_page| {
         data += u64::from(!is_page);
         count.name(pointer, true);
     })
     .await?;
     layers(&mut |pointer| count.name(pointer, true));
-    for tree in snapshots {
-        tree.walk(reader, &mut known, |pointer, _| count.name(pointer, false)).await?;
-    }
+    walk(snapshots, reader, |pointer, _| count.name(pointer, false)).await?;
     let mut sums = [0.0; 3];
     let (mut counted, mut all) = (0_u64, 0_u64);
     let table = reader.table.borrow();

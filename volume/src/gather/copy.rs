@@ -1,9 +1,10 @@
 //! Copying what is in use of victims into new objects.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use dedup::body::{BODY_LEN_MAX, Body};
-use dedup::frame::{Allowed, Temperature, choose};
+use dedup::body::{BODY_LEN_MAX, Body, FrameReader};
+use dedup::frame::{Allowed, Packing, Temperature, choose};
 use dedup::hash::BlockHash;
 use dedup::location::{Location, SegmentHandle, Spot};
 use dedup::{BLOCK_LEN, Block};
@@ -17,6 +18,7 @@ use crate::names::{Family, Source};
 use crate::object::{Kind, Opened};
 use crate::reader::Moves;
 use crate::step_header::{Moved, StepHeader};
+use crate::stored::{Damaged, Stored};
 use crate::table::Content;
 
 /// Blocks of one object.
@@ -33,6 +35,31 @@ pub(super) struct Written {
     pub(super) opened: Opened,
     pub(super) header: StepHeader,
     pub(super) victims: Vec<u32>,
+}
+
+thread_local! {
+    /// Its contexts are dear to make.
+    static FRAMES: RefCell<FrameReader> = RefCell::default();
+}
+
+/// Unpacks blocks and packs them again into a body. Takes long. The answer is where they are in it.
+fn repack(mut body: Body, parts: &[Vec<Stored>], packing: Packing) -> (Body, Result<Vec<Spot>, Damaged>) {
+    let (mut places, mut content) = (Vec::new(), Vec::new());
+    for part in parts {
+        content.resize(part.iter().map(|stored| stored.wanted.len()).sum::<usize>() * BLOCK_LEN, 0);
+        let unpacked = FRAMES.with_borrow_mut(|frames| {
+            let mut in_frames = part.iter().flat_map(|stored| stored.frames().map(move |frame| (stored, frame)));
+            in_frames.try_for_each(|(stored, frame)| stored.unpack(frame, frames, &mut content).map(drop))
+        });
+        if let Err(damaged) = unpacked {
+            return (body, Err(damaged));
+        }
+        let blocks: Vec<&Block> = content.as_chunks::<BLOCK_LEN>().0.iter().collect();
+        let spots;
+        (body, spots) = pack(body, &blocks, packing);
+        places.extend(spots);
+    }
+    (body, Ok(places))
 }
 
 /// An object that blocks are gathered in.
@@ -64,9 +91,7 @@ impl<'a> Gathering<'a> {
         let mut parts = Vec::with_capacity(pointers.len().div_ceil(READ_BLOCKS));
         for part in pointers.chunks(READ_BLOCKS) {
             let wanted: Vec<(usize, Pointer)> = part.iter().copied().enumerate().collect();
-            let mut content = vec![0; wanted.len() * BLOCK_LEN];
-            self.core.patiently(async || reader.read(&wanted, &mut content).await).await?;
-            parts.push(content);
+            parts.push(self.core.patiently(async || reader.fetch(&wanted).await).await?);
         }
         // After the blocks: reading those finds out where an ancestor has moved them.
         let hashes = self.core.patiently(async || self.hashes_of(handle).await).await?;
@@ -76,13 +101,17 @@ impl<'a> Gathering<'a> {
             Content::Pages => choose(Allowed::Auto, 0.0, Temperature::Warm, None),
         };
         let body = std::mem::replace(&mut self.body, Body::new(0));
-        let packed = offload(&*self.core.chain.environment, move || {
-            let blocks: Vec<&Block> = parts.iter().flat_map(|content| content.as_chunks::<BLOCK_LEN>().0).collect();
-            pack(body, &blocks, packing)
-        })
-        .await;
+        let packed = offload(&*self.core.chain.environment, move || repack(body, &parts, packing)).await;
         let (body, places) = packed.ok_or(VolumeError::Panicked)?;
         self.body = body;
+        let places = match places {
+            Ok(places) => places,
+            Err(damaged) => {
+                // Of this victim, some may be in the body already.
+                self.store().await?;
+                return Err(reader.damaged_frame(damaged));
+            }
+        };
         if places.len() != spots.len() {
             return Err(VolumeError::ObjectDamaged { object: "an object being gathered".into(), why: "its blocks do not fit" });
         }

@@ -12,7 +12,7 @@ use crate::core::{Core, Layer, SnapshotState};
 use crate::environment::LocalFuture;
 use crate::error::VolumeError;
 use crate::gather::Which;
-use crate::map::{Page, Pages, Pointer, Tree};
+use crate::map::{Page, Pages, Pointer, Tree, walk};
 use crate::names::Family;
 use crate::patience::PatientPages;
 use crate::signal::give_way;
@@ -200,14 +200,8 @@ impl Core {
     /// The answer is which pages cannot be read.
     async fn mark_all(&self, uses: &mut Uses, trees: Vec<Tree>, layers: Vec<Rc<Layer>>) -> Result<Vec<Pointer>, VolumeError> {
         let table = &self.reader.table;
-        let (mut known, mut unreadable) = (HashSet::new(), Vec::new());
         let pages = Unhurried { pages: PatientPages(self), in_a_row: Cell::new(0) };
-        for tree in trees {
-            for (page, error) in tree.walk(&pages, &mut known, |pointer, _| uses.note(pointer, &table.borrow())).await? {
-                self.note_damage(error);
-                unreadable.push(page);
-            }
-        }
+        let unreadable = walk(&trees, &pages, |pointer, _| uses.note(pointer, &table.borrow())).await?;
         for layer in layers {
             let mut from = 0;
             loop {
@@ -218,7 +212,8 @@ impl Core {
                 give_way().await;
             }
         }
-        Ok(unreadable)
+        unreadable.values().for_each(|error| self.note_damage(error.clone()));
+        Ok(unreadable.into_keys().collect())
     }
 
     fn trees(&self) -> Vec<Tree> {

@@ -161,7 +161,7 @@ mod tests {
     use dedup::location::{Location, SegmentHandle};
     use proptest::prelude::*;
 
-    use crate::map::spot_of;
+    use crate::map::{spot_of, walk};
 
     /// Pages in memory.
     #[derive(Default)]
@@ -250,10 +250,20 @@ mod tests {
             for (tree, model) in &versions {
                 prop_assert_eq!(by_run(done(tree.runs(&memory, 0..BLOCKS, usize::MAX))), by_run(model.within(0..BLOCKS).collect()));
                 let mut seen = HashSet::new();
-                done(tree.walk(&memory, &mut HashSet::new(), |pointer, is_page| if !is_page { seen.insert(pointer); }));
+                done(walk(&[*tree], &memory, |pointer, is_page| if !is_page { seen.insert(pointer); }));
                 let stored = model.iter().filter(|(_, pointer)| pointer.location().is_some()).map(|(_, pointer)| *pointer);
                 prop_assert_eq!(seen, stored.collect::<HashSet<_>>());
             }
+            let (mut seen, mut pages, mut again) = (HashSet::new(), HashSet::new(), Vec::new());
+            let trees: Vec<Tree> = versions.iter().map(|(tree, _)| *tree).collect();
+            done(walk(&trees, &memory, |pointer, is_page| match is_page {
+                true if pages.insert(pointer) => (),
+                true => again.push(pointer),
+                false => drop(seen.insert(pointer)),
+            }));
+            let stored = versions.iter().flat_map(|(_, model)| model.iter()).filter(|(_, pointer)| pointer.location().is_some());
+            prop_assert_eq!(seen, stored.map(|(_, pointer)| *pointer).collect::<HashSet<_>>());
+            prop_assert_eq!(again, []);
             for (before, after) in versions.iter().zip(&versions[1..]) {
                 let found = done(before.0.diff(&after.0, &memory, 0, usize::MAX));
                 prop_assert_eq!(found, differences(&before.1, &after.1));

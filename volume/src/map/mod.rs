@@ -26,7 +26,7 @@ use crate::environment::LocalFuture;
 use crate::error::VolumeError;
 use crate::extent_map::Run;
 
-pub(crate) use tree::Tree;
+pub(crate) use tree::{Tree, walk};
 
 /// Pointers in a page.
 pub(crate) const FANOUT: usize = BLOCK_LEN / 8;
@@ -136,6 +136,12 @@ impl Page {
             *pointer = Pointer::from_bits(u64::from_le_bytes(*bytes))?;
         }
         Some(page)
+    }
+
+    /// What leads somewhere, and to somewhere else than in another page.
+    fn differing_from<'a>(&'a self, other: &'a Page) -> impl Iterator<Item = (usize, Pointer)> {
+        let pairs = self.0.iter().zip(&other.0).enumerate();
+        pairs.filter(|(_, (pointer, other))| pointer != other && !pointer.is_nothing()).map(|(index, (pointer, _))| (index, *pointer))
     }
 
     /// The one kind of nothing that the page is full of.

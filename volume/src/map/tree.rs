@@ -101,35 +101,6 @@ impl Tree {
         Ok(runs)
     }
 
-    /// Shows every stored pointer, those to pages (`true`) before what is under them. Pages that are in `known` already are passed over; all
-    /// others are in it afterwards. A page that hides others counts as a whole. The answer is which pages could not be read, and why: nobody
-    /// knows what is under those.
-    pub(crate) async fn walk(
-        &self,
-        pages: &dyn Pages,
-        known: &mut HashSet<Pointer>,
-        mut show: impl FnMut(Pointer, bool),
-    ) -> Result<BTreeMap<Pointer, VolumeError>, VolumeError> {
-        let sight = Sight::new(pages);
-        let mut waiting = vec![self.top()];
-        while let Some(node) = waiting.pop() {
-            let node = node.hiding().unwrap_or(node);
-            if node.pointer.is_nothing() || !known.insert(node.pointer) {
-                continue;
-            }
-            show(node.pointer, true);
-            let Under::Page(page) = sight.under(node).await? else { continue };
-            for (index, pointer) in page.pointers().iter().enumerate().filter(|(_, pointer)| !pointer.is_nothing()) {
-                if node.level > 1 || pointer.hiding().is_some() {
-                    waiting.push(node.child(*pointer, index));
-                } else {
-                    show(*pointer, false);
-                }
-            }
-        }
-        Ok(sight.into_unreadable())
-    }
-
     /// The ranges of blocks for which two trees have different pointers, in order and joined; at most `ranges_max` of them, from `from` on.
     pub(crate) async fn diff(
         &self,
@@ -177,6 +148,70 @@ impl Tree {
     fn raised(&self, height: u32) -> Raised {
         Raised { node: Node { pointer: self.root, level: height, first: 0 }, height: self.height }
     }
+}
+
+/// What stands at one place in several versions of a map.
+struct Place {
+    level: u32,
+    first: u64,
+    pointers: Vec<Pointer>,
+}
+
+/// Shows every stored pointer of some versions of a map, those to pages (`true`) before what is under them. A page is read once for all versions that
+/// share it, and of what stands in it only that is shown which differs from the version before. A page that hides others counts as a whole. The answer
+/// is which pages could not be read, and why: nobody knows what is under those.
+pub(crate) async fn walk(
+    versions: &[Tree],
+    pages: &dyn Pages,
+    mut show: impl FnMut(Pointer, bool),
+) -> Result<BTreeMap<Pointer, VolumeError>, VolumeError> {
+    let sight = Sight::new(pages);
+    let mut roots: BTreeMap<u32, Vec<Pointer>> = BTreeMap::new();
+    versions.iter().for_each(|tree| roots.entry(tree.height).or_default().push(tree.root));
+    let (mut waiting, mut hiding) = (Vec::new(), HashSet::new());
+    while let Some(place) = waiting.pop().or_else(|| top(&mut roots)) {
+        let Place { level, first, mut pointers } = place;
+        pointers.sort_unstable();
+        pointers.dedup();
+        let mut under: Vec<Vec<Pointer>> = vec![Vec::new(); if level > 1 { FANOUT } else { 0 }];
+        if let (0, Some(lower)) = (first, under.first_mut()) {
+            lower.extend(roots.remove(&(level - 1)).unwrap_or_default());
+        }
+        let mut before = Rc::new(Page::filled(Pointer::HOLE));
+        for pointer in pointers.into_iter().filter(|pointer| !pointer.is_nothing()) {
+            let node = Node { pointer, level, first };
+            if let Some(Node { pointer, level, first }) = node.hiding() {
+                if hiding.insert(pointer) {
+                    waiting.push(Place { level, first, pointers: vec![pointer] });
+                }
+                continue;
+            }
+            show(pointer, true);
+            let Under::Page(page) = sight.under(node).await? else { continue };
+            for (index, pointer) in page.differing_from(&before) {
+                match under.get_mut(index) {
+                    Some(under) => under.push(pointer),
+                    None if pointer.hiding().is_some() => {
+                        waiting.push(Place { level: 0, first: first + index as u64, pointers: vec![pointer] });
+                    }
+                    None => show(pointer, false),
+                }
+            }
+            before = page;
+        }
+        let under = under.into_iter().enumerate().rev().filter(|(_, pointers)| !pointers.is_empty());
+        waiting.extend(under.map(|(index, pointers)| Place {
+            level: level - 1,
+            first: first + index as u64 * blocks_under(level - 1),
+            pointers,
+        }));
+    }
+    Ok(sight.into_unreadable())
+}
+
+/// The place of the highest of the roots.
+fn top(roots: &mut BTreeMap<u32, Vec<Pointer>>) -> Option<Place> {
+    roots.pop_last().map(|(level, pointers)| Place { level, first: 0, pointers })
 }
 
 /// A node of a tree that is compared with a higher one.

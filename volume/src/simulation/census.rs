@@ -9,7 +9,7 @@ use std::collections::{BTreeSet, HashSet};
 
 use dedup::BLOCK_LEN;
 
-use crate::map::{Pointer, Tree};
+use crate::map::{Pointer, Tree, walk};
 use crate::names::{Family, Source, group_path};
 use crate::object::CLEAR_LEN;
 use crate::reader::Reader;
@@ -58,7 +58,7 @@ pub async fn scan(parts: &Parts, volume: &MappedVolume) -> Result<(), String> {
 async fn read_all(reader: &Reader, trees: &[Tree]) -> Result<BTreeSet<u32>, String> {
     let mut pointers: HashSet<Pointer> = HashSet::new();
     for tree in trees {
-        let walked = tree.walk(reader, &mut HashSet::new(), |pointer, _| pointers.extend([pointer])).await;
+        let walked = walk(&[*tree], reader, |pointer, _| pointers.extend([pointer])).await;
         let unreadable = walked.map_err(|error| format!("a tree cannot be walked: {error}"))?;
         unreadable.into_values().next().map_or(Ok(()), |error| Err(format!("a page cannot be read: {error}")))?;
     }

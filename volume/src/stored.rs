@@ -1,0 +1,56 @@
+//! Frames as they are in the store, on their way to the blocks that somebody wants of them. They travel between threads.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use dedup::BLOCK_LEN;
+use dedup::body::FrameReader;
+use dedup::location::{Location, UNIT_LEN};
+
+use crate::object::Opened;
+
+/// Bytes read in vain rather than by two requests.
+const GAP_MAX: usize = 16 << 10;
+
+/// Frames that lie near each other in one object.
+pub(crate) struct Stored {
+    /// The blocks that are wanted, in order, and each one's number for whoever wants it.
+    pub(crate) wanted: Vec<(usize, Location)>,
+    pub(crate) opened: Arc<Opened>,
+    /// Where in the object's body they begin.
+    pub(crate) start: usize,
+    pub(crate) bytes: Bytes,
+}
+
+/// A frame that is not what was sealed in its place.
+pub(crate) struct Damaged(pub(crate) Location);
+
+impl Stored {
+    /// The blocks that are wanted, by frame.
+    pub(crate) fn frames(&self) -> impl Iterator<Item = &[(usize, Location)]> {
+        self.wanted.chunk_by(|(_, before), (_, next)| before.spot.unit() == next.spot.unit())
+    }
+
+    /// Checks, decrypts and unpacks one of [`Self::frames`]: block number `n` goes to the `n`th place of `out`. The answer is how many blocks the
+    /// frame has.
+    pub(crate) fn unpack(&self, frame: &[(usize, Location)], reader: &mut FrameReader, out: &mut [u8]) -> Result<usize, Damaged> {
+        let location = frame[0].1;
+        let unit = location.spot.unit();
+        let damaged = || Damaged(location);
+        let stored = self.bytes.get(unit as usize * UNIT_LEN - self.start..).ok_or_else(damaged)?;
+        let (blocks, _) = reader.read(&self.opened.opener, unit, stored).map_err(|_| damaged())?.as_chunks::<BLOCK_LEN>();
+        for (number, Location { spot, .. }) in frame {
+            let block = blocks.get(usize::from(spot.block())).ok_or_else(damaged)?;
+            out[number * BLOCK_LEN..(number + 1) * BLOCK_LEN].copy_from_slice(block);
+        }
+        Ok(blocks.len())
+    }
+}
+
+/// Whether the next block's frame follows so closely that both are read at once.
+pub(crate) fn read_together(before: &Location, next: &Location) -> bool {
+    let (unit, next_unit) = (before.spot.unit(), next.spot.unit());
+    before.segment == next.segment
+        && next_unit >= unit
+        && (next_unit - unit) as usize * UNIT_LEN <= before.spot.class().bytes() + GAP_MAX
+}
