@@ -18,9 +18,8 @@ use std::time::Duration;
 
 use backends::segments::StoreError;
 use bytes::Bytes;
-use dedup::BLOCK_LEN;
 use dedup::body::FrameReader;
-use dedup::location::{Location, SegmentHandle, UNIT_LEN};
+use dedup::location::{Location, SegmentHandle, Spot, UNIT_LEN};
 use lru::LruCache;
 
 use crate::chain::Chain;
@@ -360,10 +359,24 @@ impl Reader {
         if let Some(page) = self.cache.borrow_mut().as_mut().and_then(|cache| cache.get(&pointer)) {
             return Ok(page.clone());
         }
-        let mut block = [0; BLOCK_LEN];
-        self.read(&[(0, pointer)], &mut block).await?;
+        let _looking = self.looking();
+        let stored = self.fetch(&[(0, pointer)]).await?;
+        let found = stored.first().and_then(|stored| Some((stored, stored.wanted.first()?.1)));
         let damaged = || VolumeError::ObjectDamaged { object: "a page of the volume's map".into(), why: "it is no page" };
-        let page = Rc::new(Page::decode(&block).ok_or_else(damaged)?);
+        let (stored, location) = found.ok_or_else(damaged)?;
+        let mut frames = self.frames.borrow_mut();
+        let blocks = stored.blocks(&stored.wanted, &mut frames).map_err(|damaged| self.damaged_frame(damaged))?;
+        let page = blocks.get(usize::from(location.spot.block())).and_then(Page::decode);
+        let page = Rc::new(page.ok_or_else(damaged)?);
+        // Its neighbours in the tree are in the same frame, and likely to be next.
+        if Pointer::to(location) == pointer {
+            for (number, block) in (0..).zip(blocks) {
+                let neighbour = Spot::new(location.spot.unit(), number, location.spot.class());
+                if let Some((spot, page)) = neighbour.filter(|spot| *spot != location.spot).zip(Page::decode(block)) {
+                    self.cache_page(Pointer::to(Location { spot, ..location }), Rc::new(page));
+                }
+            }
+        }
         self.cache_page(pointer, page.clone());
         Ok(page)
     }

@@ -8,10 +8,9 @@
 //!
 //! Of a volume with more than [`COUNTED_MAX`] blocks, only some objects are counted and stand for the others.
 
-use std::collections::{HashMap, HashSet};
-
 use backends::Shares;
 use blockdev::{Extent, ExtentKind};
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::clone::reader_of;
 use crate::core::Core;
@@ -35,10 +34,10 @@ struct Count<'a> {
     reader: &'a Reader,
     /// One object in so many is counted.
     every: u32,
-    named: HashSet<Pointer>,
+    named: FxHashSet<Pointer>,
     /// By object, in blocks.
-    by_volume: HashMap<u32, u64>,
-    by_anyone: HashMap<u32, u64>,
+    by_volume: FxHashMap<u32, u64>,
+    by_anyone: FxHashMap<u32, u64>,
 }
 
 impl Count<'_> {
@@ -58,7 +57,7 @@ impl Count<'_> {
     /// Bytes of an object: for the volume, for its snapshots alone, for nothing.
     fn split(&self, handle: u32, entry: &Entry) -> [f64; 3] {
         let blocks = u64::from(entry.blocks);
-        let count = |counts: &HashMap<u32, u64>| counts.get(&handle).copied().unwrap_or(0).min(blocks);
+        let count = |counts: &FxHashMap<u32, u64>| counts.get(&handle).copied().unwrap_or(0).min(blocks);
         let (volume, anyone) = (count(&self.by_volume), count(&self.by_anyone));
         let of = |part: u64| f64::from(entry.bytes) * part as f64 / blocks.max(1) as f64;
         [of(volume), of(anyone - volume), of(blocks.max(1) - anyone)]

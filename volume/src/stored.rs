@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use dedup::BLOCK_LEN;
 use dedup::body::FrameReader;
 use dedup::location::{Location, UNIT_LEN};
+use dedup::{BLOCK_LEN, Block};
 
 use crate::object::Opened;
 
@@ -31,16 +31,20 @@ impl Stored {
         self.wanted.chunk_by(|(_, before), (_, next)| before.spot.unit() == next.spot.unit())
     }
 
-    /// Checks, decrypts and unpacks one of [`Self::frames`]: block number `n` goes to the `n`th place of `out`. The answer is how many blocks the
-    /// frame has.
-    pub(crate) fn unpack(&self, frame: &[(usize, Location)], reader: &mut FrameReader, out: &mut [u8]) -> Result<usize, Damaged> {
+    /// Checks, decrypts and unpacks one of [`Self::frames`]: all blocks that are in it.
+    pub(crate) fn blocks<'a>(&self, frame: &[(usize, Location)], reader: &'a mut FrameReader) -> Result<&'a [Block], Damaged> {
         let location = frame[0].1;
         let unit = location.spot.unit();
         let damaged = || Damaged(location);
         let stored = self.bytes.get(unit as usize * UNIT_LEN - self.start..).ok_or_else(damaged)?;
-        let (blocks, _) = reader.read(&self.opened.opener, unit, stored).map_err(|_| damaged())?.as_chunks::<BLOCK_LEN>();
-        for (number, Location { spot, .. }) in frame {
-            let block = blocks.get(usize::from(spot.block())).ok_or_else(damaged)?;
+        Ok(reader.read(&self.opened.opener, unit, stored).map_err(|_| damaged())?.as_chunks().0)
+    }
+
+    /// The wanted blocks of one of [`Self::frames`]: block number `n` goes to the `n`th place of `out`. The answer is how many blocks the frame has.
+    pub(crate) fn unpack(&self, frame: &[(usize, Location)], reader: &mut FrameReader, out: &mut [u8]) -> Result<usize, Damaged> {
+        let blocks = self.blocks(frame, reader)?;
+        for (number, location) in frame {
+            let block = blocks.get(usize::from(location.spot.block())).ok_or(Damaged(*location))?;
             out[number * BLOCK_LEN..(number + 1) * BLOCK_LEN].copy_from_slice(block);
         }
         Ok(blocks.len())

@@ -37,8 +37,9 @@ const GARBAGE_MIN: u64 = 8_192;
 /// Of what is stored, the share in use that is kept up while the volume is busy, and beyond which nothing is done. Less garbage costs more copies.
 const IN_USE_BUSY: f64 = 0.8;
 const IN_USE_BUSY_DONE: f64 = 0.84;
-/// The same for a volume that rests.
+/// The same for a volume that rests, and the share of an object up to which it is rewritten in any case.
 const IN_USE_QUIET: f64 = 0.97;
+const IN_USE_QUIET_OBJECT: f64 = 0.9;
 
 /// What a collection did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -60,6 +61,8 @@ pub(crate) enum Which {
     Below(f64),
     /// The volume's own, the emptiest first, until such a share of all that is stored is in use.
     Until(f64),
+    /// The volume's own, of a volume that rests.
+    Tidy,
     /// All that belong to ancestors.
     Inherited,
 }
@@ -70,6 +73,8 @@ struct Chosen {
     forgotten: Vec<u32>,
     /// Each with what is in use of it.
     victims: Vec<(u32, Pointers)>,
+    /// Others are worth it, too.
+    has_more: bool,
 }
 
 /// An object that may be rewritten.
@@ -93,13 +98,15 @@ fn victims(mut candidates: Vec<Candidate>, which: Which, live: u64, mut stored: 
         candidates.sort_by(|one, other| one.share().total_cmp(&other.share()).then(one.handle.cmp(&other.handle)));
         candidates.truncate(VICTIMS_MAX);
     }
+    let mut is_below = |share: f64, candidate: &Candidate| {
+        let is_below = (live as f64) < share * stored as f64;
+        stored -= candidate.blocks - candidate.live;
+        is_below
+    };
     let is_worth_it = |candidate: &Candidate| match which {
         Which::Below(below) => candidate.share() <= below,
-        Which::Until(share) => {
-            let goes_on = (live as f64) < share * stored as f64;
-            stored -= candidate.blocks - candidate.live;
-            goes_on
-        }
+        Which::Until(share) => is_below(share, candidate),
+        Which::Tidy => is_below(IN_USE_QUIET, candidate) || candidate.share() <= IN_USE_QUIET_OBJECT,
         Which::Inherited => true,
     };
     let count = candidates.iter().map(is_worth_it).take_while(|worth_it| *worth_it).count();
@@ -116,7 +123,7 @@ impl Core {
         let live = self.live.get().min(stored);
         let garbage_max = stored - live;
         if is_quiet && garbage_max > 0 {
-            return Some(Which::Until(IN_USE_QUIET));
+            return Some(Which::Tidy);
         }
         let is_much = garbage_max >= GARBAGE_MIN && (live as f64) < IN_USE_BUSY * stored as f64;
         is_much.then_some(Which::Until(IN_USE_BUSY_DONE))
@@ -143,12 +150,12 @@ impl Core {
         let stored_blocks = self.reader.table.borrow().stored_blocks();
         let mut done = Gathered { stored_blocks, live_blocks: self.live_blocks(&uses), ..Gathered::default() };
         self.live.set(done.live_blocks);
-        let Chosen { mut forgotten, victims } = self.choose(uses, which, &done);
+        let Chosen { mut forgotten, victims, has_more } = self.choose(uses, which, &done);
         if forgotten.is_empty() && victims.is_empty() {
             return Ok(done);
         }
-        if victims.len() == VICTIMS_MAX {
-            // There may be more, so that another collection is due.
+        if has_more {
+            // Another collection is due.
             self.written.set(1);
         }
         let mut written = self.copy(victims, &mut done).await?;
@@ -189,7 +196,10 @@ impl Core {
             }
         }
         let victims = victims(candidates, which, done.live_blocks, stored);
+        let worth_it = victims.len();
         chosen.victims = victims.into_iter().filter_map(|handle| Some((handle, uses.take(handle)?))).collect();
+        // Of the fullest it may not be known what is in use, until others are gone.
+        chosen.has_more = worth_it == VICTIMS_MAX || (1..worth_it).contains(&chosen.victims.len());
         let taken = chosen.forgotten.iter().chain(chosen.victims.iter().map(|(handle, _)| handle));
         taken.for_each(|handle| self.deduplication.retire(*handle));
         chosen

@@ -141,7 +141,9 @@ impl Page {
     /// What leads somewhere, and to somewhere else than in another page.
     fn differing_from<'a>(&'a self, other: &'a Page) -> impl Iterator<Item = (usize, Pointer)> {
         let pairs = self.0.iter().zip(&other.0).enumerate();
-        pairs.filter(|(_, (pointer, other))| pointer != other && !pointer.is_nothing()).map(|(index, (pointer, _))| (index, *pointer))
+        pairs
+            .filter(|(_, (pointer, other))| pointer != other && !pointer.is_nothing())
+            .map(|(index, (pointer, _))| (index, *pointer))
     }
 
     /// The one kind of nothing that the page is full of.
