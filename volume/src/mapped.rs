@@ -76,6 +76,9 @@ pub struct Settings {
     pub gathers: bool,
     /// Runs of a step that are gone through at once: more would keep requests waiting.
     pub slice: usize,
+    /// Pointers that a collection keeps in memory, 16 bytes each. With more, only how many lead to the fullest objects is remembered, and these are not
+    /// rewritten by it.
+    pub marked_max: usize,
 }
 
 impl Default for Settings {
@@ -91,6 +94,7 @@ impl Default for Settings {
             kept_bytes: 96 << 20,
             gathers: true,
             slice: 128,
+            marked_max: 1 << 20,
         }
     }
 }

@@ -21,8 +21,6 @@ use crate::table::{Entry, State, Table};
 /// Pages, and runs of a layer, looked at in one go.
 const PAGES_AT_ONCE: u32 = 16;
 const RUNS_AT_ONCE: usize = 4_096;
-/// Pointers that are kept in memory: 16 MiB. With more, only how many lead to the fullest objects is remembered, and these are not rewritten.
-const POINTERS_MAX: usize = 1 << 20;
 
 pub(super) type Pointers = FxHashSet<Pointer>;
 
@@ -45,11 +43,13 @@ pub(super) struct Uses {
     kept: HashSet<u32>,
     /// Whether ancestors' objects are to be rewritten, and not the volume's own.
     inherited: bool,
+    /// How many are known, and may be.
     pointers: usize,
+    pointers_max: usize,
 }
 
 impl Uses {
-    fn new(table: &Table, which: Which) -> Uses {
+    fn new(table: &Table, which: Which, pointers_max: usize) -> Uses {
         Uses {
             before: table.used().map(|(handle, _)| handle).collect(),
             named: FxHashSet::default(),
@@ -57,6 +57,7 @@ impl Uses {
             kept: HashSet::new(),
             inherited: which == Which::Inherited,
             pointers: 0,
+            pointers_max,
         }
     }
 
@@ -116,7 +117,7 @@ impl Uses {
                 }
             }
         }
-        if self.pointers > POINTERS_MAX && !self.inherited {
+        if self.pointers > self.pointers_max && !self.inherited {
             self.keep_emptiest(table);
         }
     }
@@ -133,7 +134,7 @@ impl Uses {
         let mut fullest: Vec<(f64, u32)> = known.collect();
         fullest.sort_by(|one, other| other.0.total_cmp(&one.0).then(one.1.cmp(&other.1)));
         for (_, handle) in fullest {
-            if self.pointers <= POINTERS_MAX / 2 {
+            if self.pointers <= self.pointers_max / 2 {
                 break;
             }
             let Some(pointers) = self.take(handle) else { continue };
@@ -185,7 +186,8 @@ impl Core {
             // A segment halfway in the layers would be known, and half of what leads to it not.
             let _whole = self.applying.hold().await;
             self.noted_hits.replace(Some(Vec::new()));
-            (Uses::new(&self.reader.table.borrow(), which), self.trees(), self.closed_layers())
+            let uses = Uses::new(&self.reader.table.borrow(), which, self.settings.marked_max);
+            (uses, self.trees(), self.closed_layers())
         };
         let marked = self.mark_all(&mut uses, trees, layers).await;
         let noted = self.noted_hits.take().unwrap_or_default();

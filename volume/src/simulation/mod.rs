@@ -362,6 +362,7 @@ fn random_settings(world: &World) -> Settings {
         page_cache_bytes: BLOCK * world.random.below(8) as usize,
         kept_bytes: BLOCK * world.random.below(12) as usize,
         slice: 1 + world.random.below(4) as usize,
+        marked_max: 4 << world.random.below(7),
         ..Settings::default()
     }
 }
