@@ -13,6 +13,8 @@ pub const NAME: &str = "novastor";
 pub const POOL: &str = "bench";
 /// The policy of volumes whose data is stored as it is.
 pub const UNREDUCED: &str = "unreduced";
+/// Of a mapped volume.
+pub const LOG_BYTES: u64 = 4 << 30;
 const VOLUME: &str = "disk";
 const THREADS: usize = 2;
 
@@ -97,9 +99,10 @@ impl Daemon {
         let path = if driver == "file" { format!("path = \"{folder}/pool\"\n") } else { String::new() };
         format!(
             "[daemon]\ndata_dir = \"{folder}/data\"\nadmin = \"unix:{folder}/admin.sock\"\n\
-             nbd = [\"unix:{}\"]\nthreads = {THREADS}\nlog_size = \"4GiB\"\n\n[pool.{POOL}]\ndriver = \"{driver}\"\n{path}\n\
+             nbd = [\"unix:{}\"]\nthreads = {THREADS}\nlog_size = \"{}GiB\"\n\n[pool.{POOL}]\ndriver = \"{driver}\"\n{path}\n\
              [policy.{UNREDUCED}]\ncompression = \"none\"\ndedup = \"none\"\n",
-            self.nbd_socket().display()
+            self.nbd_socket().display(),
+            LOG_BYTES >> 30
         )
     }
 }
