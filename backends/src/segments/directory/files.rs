@@ -1,7 +1,6 @@
 //! What the operations do with files. Every function here blocks.
 
 use std::fs::File;
-use std::io::{BufWriter, Write};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
@@ -18,10 +17,9 @@ use super::super::names::{folder_of, from_stored, is_part, stored};
 use super::super::roots::{self, Stored};
 use super::super::{Listed, OBJECT_LEN_MAX, OpenOptions, PoolHeader, StoreError, Tag};
 use super::layout::{self, HEADER, LOCK, OBJECTS, ROOTS, Temporary, errno_of, file_mode, rename_new};
+use super::paced::Pace;
 use super::sync::{Folders, open_folder, unchanged};
 
-/// Small parts of an object are written together, in bytes.
-const WRITE_BUFFER: usize = 256 << 10;
 /// The mode of a file whose name is durable.
 const SETTLED: Mode = Mode::RUSR;
 
@@ -31,6 +29,7 @@ pub(super) struct Files {
     /// `None`: opened read-only.
     temporary: Option<Temporary>,
     next_draft: AtomicU64,
+    pace: Pace,
 }
 
 /// A temporary file with its content, durable but for its name. Dropped, it is removed.
@@ -77,7 +76,7 @@ impl Files {
             true => None,
             false => Some(Temporary::take(&root).map_err(|error| unchanged(&path.display().to_string(), error))?),
         };
-        Ok(Files { folders: Folders::new(root), header, temporary, next_draft: AtomicU64::new(0) })
+        Ok(Files { folders: Folders::new(root), header, temporary, next_draft: AtomicU64::new(0), pace: Pace::default() })
     }
 
     pub(super) fn header(&self) -> PoolHeader {
@@ -235,10 +234,7 @@ impl Files {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let file = openat(self.root(), &path, flags, file_mode()).map_err(|error| unchanged(what, error))?;
         let draft = Draft { root: self.root(), path, file: File::from(file), published: false };
-        let mut writer = BufWriter::with_capacity(WRITE_BUFFER, &draft.file);
-        let written = content.iter().try_for_each(|part| writer.write_all(part)).and_then(|()| writer.flush());
-        // Content that could not be written must not be tried again by a buffer that is dropped.
-        let _ = writer.into_parts();
+        let written = self.pace.write(&draft.file, content);
         written.and_then(|()| draft.file.sync_all()).map_err(|error| unchanged(&format!("writing {what}"), errno_of(error)))?;
         Ok(draft)
     }

@@ -21,6 +21,7 @@
 
 mod files;
 mod layout;
+mod paced;
 mod sync;
 
 use std::io;
