@@ -119,6 +119,8 @@ pub(crate) struct Core {
     /// stored since counts as garbage too, as it may have overwritten as much.
     pub(crate) written: Cell<u64>,
     pub(crate) live: Cell<u64>,
+    /// Blocks changed since the volume was tidied up last.
+    pub(crate) untidy: Cell<u64>,
     /// Now and then, when a write came, and where the log ended before it.
     pub(crate) written_at: RefCell<VecDeque<WrittenAt>>,
     pub(crate) collecting: Cell<bool>,
@@ -161,9 +163,14 @@ impl Core {
         self.failed.borrow().clone().or_else(log_failed)
     }
 
+    pub(crate) fn note_changed(&self, blocks: u64) {
+        self.written.set(self.written.get().saturating_add(blocks));
+        self.untidy.set(self.untidy.get().saturating_add(blocks));
+    }
+
     /// So many blocks that were in use may be garbage now.
     pub(crate) fn note_garbage(&self, blocks: u64) {
-        self.written.set(self.written.get().max(1));
+        self.note_changed(blocks);
         self.live.set(self.live.get().saturating_sub(blocks));
     }
 

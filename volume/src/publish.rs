@@ -109,8 +109,9 @@ impl Core {
         self.deduplication.hook(&self.reader, handle, &step);
         let handles = self.source_handles(&step, handle)?;
         let changed: u64 = step.extents.iter().map(|extent| u64::from(extent.blocks)).sum();
-        self.written.set(self.written.get().saturating_add(changed));
-        self.note_garbage(changed.saturating_sub(step.stored.len() as u64));
+        let stored = step.stored.len() as u64;
+        self.note_changed(stored);
+        self.note_garbage(changed.saturating_sub(stored));
         for slice in self.pointers(&step, &handles).chunks(self.settings.slice) {
             self.map_runs(slice, handles.own);
             give_way().await;

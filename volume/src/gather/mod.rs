@@ -40,6 +40,8 @@ const IN_USE_BUSY_DONE: f64 = 0.84;
 /// The same for a volume that rests, and the share of an object up to which it is rewritten in any case.
 const IN_USE_QUIET: f64 = 0.97;
 const IN_USE_QUIET_OBJECT: f64 = 0.9;
+/// It is tidied up again when one block in so many has changed, as that takes a look at all of its map.
+const TIDY_EVERY: u64 = 64;
 
 /// What a collection did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -116,17 +118,15 @@ fn victims(mut candidates: Vec<Candidate>, which: Which, live: u64, mut stored: 
 impl Core {
     /// What to collect now, if there may be enough garbage. A volume that rests is tidied up once.
     pub(crate) fn due_collection(&self, is_quiet: bool) -> Option<Which> {
-        if self.written.get() == 0 {
-            return None;
-        }
         let stored = self.reader.table.borrow().stored_blocks();
         let live = self.live.get().min(stored);
         let garbage_max = stored - live;
-        if is_quiet && garbage_max > 0 {
+        let untidy = self.untidy.get();
+        if is_quiet && garbage_max > 0 && untidy > 0 && (untidy >= stored / TIDY_EVERY || live == 0) {
             return Some(Which::Tidy);
         }
         let is_much = garbage_max >= GARBAGE_MIN && (live as f64) < IN_USE_BUSY * stored as f64;
-        is_much.then_some(Which::Until(IN_USE_BUSY_DONE))
+        (is_much && self.written.get() > 0).then_some(Which::Until(IN_USE_BUSY_DONE))
     }
 
     pub(crate) async fn collect(&self, which: Which) -> Result<Gathered, VolumeError> {
@@ -144,6 +144,9 @@ impl Core {
     /// For whoever holds the right to collect.
     pub(crate) async fn collect_alone(&self, which: Which) -> Result<Gathered, VolumeError> {
         self.written.set(0);
+        if which == Which::Tidy {
+            self.untidy.set(0);
+        }
         let ancestors_moved = self.reader.ancestors_moved.get();
         let uses = self.mark(which).await?;
         // From here to the end of choosing nothing else runs, so no hit slips in between.
@@ -156,7 +159,7 @@ impl Core {
         }
         if has_more {
             // Another collection is due.
-            self.written.set(1);
+            self.note_changed(done.stored_blocks);
         }
         let mut written = self.copy(victims, &mut done).await?;
         let _alone = self.house.hold().await;
@@ -324,5 +327,35 @@ impl Core {
         self.doomed.borrow_mut().push(source);
         done.objects_deleted += 1;
         done.bytes_deleted += u64::from(bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chosen(which: Which, objects: &[(u64, u64)]) -> Vec<u32> {
+        let candidates = (0..).zip(objects).map(|(handle, (live, blocks))| Candidate { handle, live: *live, blocks: *blocks });
+        let (live, stored) = objects.iter().fold((0, 0), |sum, object| (sum.0 + object.0, sum.1 + object.1));
+        victims(candidates.collect(), which, live, stored)
+    }
+
+    #[test]
+    fn the_emptiest_objects_are_rewritten_until_enough_of_what_is_stored_is_in_use() {
+        let objects = [(99, 100), (50, 100), (100, 100), (85, 100), (95, 100)];
+        assert_eq!(chosen(Which::Until(0.80), &objects), [0; 0]);
+        assert_eq!(chosen(Which::Until(0.90), &objects), [1]);
+        assert_eq!(chosen(Which::Until(0.97), &objects), [1, 3]);
+        assert_eq!(chosen(Which::Until(1.0), &objects), [1, 3, 4, 0]);
+        assert_eq!(chosen(Which::Below(0.85), &objects), [1, 3]);
+    }
+
+    #[test]
+    fn a_resting_volume_rewrites_what_has_a_tenth_of_garbage_however_little_that_is_of_all() {
+        let mostly_full = [(990, 1000), (89, 100), (999, 1000), (91, 100), (1000, 1000), (1000, 1000)];
+        assert_eq!(chosen(Which::Until(IN_USE_QUIET), &mostly_full), [0; 0]);
+        assert_eq!(chosen(Which::Tidy, &mostly_full), [1]);
+        let evenly = [(91, 100), (92, 100), (93, 100)];
+        assert_eq!(chosen(Which::Tidy, &evenly), [0, 1]);
     }
 }
