@@ -1,12 +1,14 @@
 //! Measures a mapped volume against what it is meant to reach: requests to its store, bytes written in vain, times of what must be quick.
 //!
-//! `cargo run --release -p volume --example targets [-- ROW…]`. The rows of counts need no quiet machine; those of times do. Needs 12 GiB of
+//! `cargo run --release -p volume --example targets [-- ROW…]`, or `-- images DATASET`, see `images`. The rows of counts need no quiet machine; those of times do. Needs 12 GiB of
 //! memory, and 2 GiB of disk under the folder for temporary files.
 
+mod images;
 mod rig;
 mod store;
 
 use std::fs::File;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -35,6 +37,11 @@ const ROWS: [Row; 7] = [
 fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     println!("| row | measured | target |\n|---|---|---|");
+    if let [row, dataset] = &wanted[..]
+        && row == "images"
+    {
+        return images::measure(Path::new(dataset));
+    }
     for (name, measure) in ROWS {
         if wanted.is_empty() || wanted.iter().any(|row| row == name) {
             measure();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc;
 
-use blockdev::client::Client;
+use blockdev::client::{Answer, Client};
 use blockdev::memory_disk::MemoryDisk;
 use blockdev::{BlockDevice, DataPlane, DataPlaneOptions, Op, Volume, VolumeOptions};
 use uuid::Uuid;
@@ -53,7 +53,13 @@ impl Rig {
     }
 
     pub fn open(&self) -> Open {
-        let device = Arc::new(MappedDevice::open(self.options.clone(), self.log.clone()).expect("the volume opens"));
+        self.open_as(self.options.group, self.log.clone())
+    }
+
+    /// Opens another volume of the store.
+    pub fn open_as(&self, group: Uuid, log: Arc<dyn BlockDevice>) -> Open {
+        let options = MappedOptions { group, ..self.options.clone() };
+        let device = Arc::new(MappedDevice::open(options, log).expect("the volume opens"));
         let options = VolumeOptions { name: "measured".into(), read_only: false, block_size: 4096 };
         let volume = Volume::new(device.clone() as Arc<dyn BlockDevice>, options);
         let handles = self.plane.handles();
@@ -82,6 +88,18 @@ impl Open {
         }
         for _ in 0..in_flight {
             receiver.recv().expect("an answer").expect("the request succeeds");
+        }
+    }
+
+    pub fn read(&self, offset: u64, len: u64) -> Vec<u8> {
+        let (sender, receiver) = mpsc::channel();
+        self.client.submit(Op::Read, offset, len, Vec::new(), move |answer| {
+            // The receiver stays until it is answered.
+            let _ = sender.send(answer);
+        });
+        match receiver.recv().expect("an answer").expect("the blocks are read") {
+            Answer::Bytes(bytes) => bytes,
+            Answer::Done | Answer::Extents(_) => panic!("a read is answered with bytes"),
         }
     }
 
