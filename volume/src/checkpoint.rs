@@ -8,7 +8,7 @@
 //! Invariants: whatever the root refers to is in the pool before the root does. What it refers to no longer is deleted only after it was
 //! swapped. Reads go on meanwhile, through the tree and the layers as they were.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 
@@ -55,6 +55,8 @@ thread_local! {
 struct PageWriter<'a> {
     core: &'a Core,
     filling: RefCell<Option<Filling>>,
+    /// Blocks for which something is stored now, and was not before.
+    filled: Cell<u64>,
 }
 
 /// An object that is not in the store yet.
@@ -117,6 +119,10 @@ impl PageSink for PageWriter<'_> {
     fn write(&self, pages: Vec<Page>) -> LocalFuture<'_, Result<Vec<Pointer>, VolumeError>> {
         Box::pin(self.add(pages))
     }
+
+    fn note_filled(&self, blocks: u64) {
+        self.filled.set(self.filled.get() + blocks);
+    }
 }
 
 fn full(what: &str) -> VolumeError {
@@ -164,14 +170,14 @@ impl Core {
     /// The same for whoever holds the house.
     pub(crate) async fn checkpoint_with(&self, change: Change) -> Result<(), VolumeError> {
         self.checkpoint_wanted.set(false);
-        let (base, layers, segments, place, log_end) = {
+        let (base, layers, segments, place, log_end, stored) = {
             // The place tells what the layers have only while no segment is halfway in them.
             let _whole = self.applying.hold().await;
             let mut map = self.map.borrow_mut();
             map.close_layer(None);
-            (map.tree, map.layers.clone(), map.segments, map.place, map.log_end)
+            (map.tree, map.layers.clone(), map.segments, map.place, map.log_end, self.pending.take())
         };
-        let writer = PageWriter { core: self, filling: RefCell::default() };
+        let writer = PageWriter { core: self, filling: RefCell::default(), filled: Cell::new(0) };
         let (mut tree, mut trees) = (base, HashMap::new());
         let (pages, damaged) = (PatientPages(self), |error| self.note_damage(error));
         for layer in &layers {
@@ -197,6 +203,7 @@ impl Core {
             map.layers.drain(..layers.len());
             map.segments -= segments;
         }
+        self.note_filled(writer.filled.get(), stored);
         self.commit_snapshots(&trees);
         self.reader.settle_fresh();
         self.release_handles();

@@ -115,10 +115,13 @@ pub(crate) struct Core {
     pub(crate) hit_uses: RefCell<HashMap<u32, u32>>,
     pub(crate) checkpoint_wanted: Cell<bool>,
     pub(crate) gather_wanted: Cell<Option<Which>>,
-    /// Blocks changed since garbage was collected last, and blocks that were in use then, without those that may be garbage since. What was
-    /// stored since counts as garbage too, as it may have overwritten as much.
+    /// Blocks changed since garbage was collected last, and blocks in use, as far as that is known: those that were in use then, without
+    /// those that may be garbage since, and those that checkpoints have found to be new. 0: nobody has looked.
     pub(crate) written: Cell<u64>,
     pub(crate) live: Cell<u64>,
+    /// Blocks stored since then, or since the last checkpoint, and the share of those before that took the place of nothing.
+    pub(crate) pending: Cell<u64>,
+    pub(crate) fresh_share: Cell<f64>,
     /// Blocks changed since the volume was tidied up last.
     pub(crate) untidy: Cell<u64>,
     /// Now and then, when a write came, and where the log ended before it.
@@ -166,6 +169,23 @@ impl Core {
     pub(crate) fn note_changed(&self, blocks: u64) {
         self.written.set(self.written.get().saturating_add(blocks));
         self.untidy.set(self.untidy.get().saturating_add(blocks));
+    }
+
+    /// A checkpoint entered so many stored blocks, of which some took the place of nothing.
+    pub(crate) fn note_filled(&self, filled: u64, stored: u64) {
+        let filled = filled.min(stored);
+        if self.live.get() > 0 {
+            self.live.set(self.live.get() + filled);
+        }
+        if stored > 0 {
+            self.fresh_share.set(filled as f64 / stored as f64);
+        }
+    }
+
+    /// Blocks that may be garbage, of all that are stored. What no checkpoint has entered yet is taken for what the last one entered.
+    pub(crate) fn garbage_max(&self, stored: u64) -> u64 {
+        let fresh = if self.live.get() > 0 { self.fresh_share.get() * self.pending.get() as f64 } else { 0.0 };
+        stored.saturating_sub(self.live.get() + fresh as u64)
     }
 
     /// So many blocks that were in use may be garbage now.

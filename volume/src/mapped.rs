@@ -432,6 +432,8 @@ async fn new_core(
         gather_wanted: Cell::new(None),
         written: Cell::new(0),
         live: Cell::new(0),
+        pending: Cell::new(0),
+        fresh_share: Cell::new(0.0),
         untidy: Cell::new(0),
         written_at: RefCell::default(),
         collecting: Cell::new(false),

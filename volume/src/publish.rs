@@ -110,6 +110,7 @@ impl Core {
         let handles = self.source_handles(&step, handle)?;
         let changed: u64 = step.extents.iter().map(|extent| u64::from(extent.blocks)).sum();
         let stored = step.stored.len() as u64;
+        self.pending.set(self.pending.get() + stored);
         self.note_changed(stored);
         self.note_garbage(changed.saturating_sub(stored));
         for slice in self.pointers(&step, &handles).chunks(self.settings.slice) {

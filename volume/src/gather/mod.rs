@@ -119,13 +119,12 @@ impl Core {
     /// What to collect now, if there may be enough garbage. A volume that rests is tidied up once.
     pub(crate) fn due_collection(&self, is_quiet: bool) -> Option<Which> {
         let stored = self.reader.table.borrow().stored_blocks();
-        let live = self.live.get().min(stored);
-        let garbage_max = stored - live;
+        let garbage_max = self.garbage_max(stored);
         let untidy = self.untidy.get();
-        if is_quiet && garbage_max > 0 && untidy > 0 && (untidy >= stored / TIDY_EVERY || live == 0) {
+        if is_quiet && garbage_max > 0 && untidy > 0 && (untidy >= stored / TIDY_EVERY || self.live.get() == 0) {
             return Some(Which::Tidy);
         }
-        let is_much = garbage_max >= GARBAGE_MIN && (live as f64) < IN_USE_BUSY * stored as f64;
+        let is_much = garbage_max >= GARBAGE_MIN && garbage_max as f64 > (1.0 - IN_USE_BUSY) * stored as f64;
         (is_much && self.written.get() > 0).then_some(Which::Until(IN_USE_BUSY_DONE))
     }
 
@@ -153,6 +152,7 @@ impl Core {
         let stored_blocks = self.reader.table.borrow().stored_blocks();
         let mut done = Gathered { stored_blocks, live_blocks: self.live_blocks(&uses), ..Gathered::default() };
         self.live.set(done.live_blocks);
+        self.pending.set(0);
         let Chosen { mut forgotten, victims, has_more } = self.choose(uses, which, &done);
         if forgotten.is_empty() && victims.is_empty() {
             return Ok(done);

@@ -67,7 +67,11 @@ impl Merge<'_> {
             self.reveal(&mut page, node).await?;
             if node.level == 1 {
                 for (run, pointer) in self.changes.within(range) {
-                    page.0[(run.start - node.first) as usize..(run.end - node.first) as usize].fill(pointer);
+                    let under = &mut page.0[(run.start - node.first) as usize..(run.end - node.first) as usize];
+                    if pointer.location().is_some() {
+                        self.sink.note_filled(under.iter().filter(|before| before.is_nothing()).count() as u64);
+                    }
+                    under.fill(pointer);
                 }
             } else {
                 self.children(&mut page, node, touched).await?;

@@ -163,6 +163,9 @@ pub(crate) trait Pages {
 pub(crate) trait PageSink {
     /// Stores pages that are neighbours in the tree; where each of them is. They can be read at once.
     fn write(&self, pages: Vec<Page>) -> LocalFuture<'_, Result<Vec<Pointer>, VolumeError>>;
+
+    /// Something is stored for so many blocks that had nothing before.
+    fn note_filled(&self, _blocks: u64) {}
 }
 
 #[cfg(test)]
