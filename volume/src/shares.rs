@@ -15,7 +15,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use crate::clone::reader_of;
 use crate::core::Core;
 use crate::error::VolumeError;
-use crate::map::{Pointer, Tree, walk};
+use crate::map::{Pointer, Tree, Unhurried, walk};
 use crate::mapped::Parts;
 use crate::names::Group;
 use crate::reader::Reader;
@@ -78,13 +78,15 @@ async fn count(
     let (named, by_volume, by_anyone) = Default::default();
     let mut count = Count { reader, every, named, by_volume, by_anyone };
     let mut data = 0;
-    walk(&[head], reader, |pointer, is_page| {
+    // Before anything else happens: they belong to this tree.
+    layers(&mut |pointer| count.name(pointer, true));
+    let pages = Unhurried::new(reader);
+    walk(&[head], &pages, |pointer, is_page| {
         data += u64::from(!is_page);
         count.name(pointer, true);
     })
     .await?;
-    layers(&mut |pointer| count.name(pointer, true));
-    walk(snapshots, reader, |pointer, _| count.name(pointer, false)).await?;
+    walk(snapshots, &pages, |pointer, _| count.name(pointer, false)).await?;
     let mut sums = [0.0; 3];
     let (mut counted, mut all) = (0_u64, 0_u64);
     let table = reader.table.borrow();

@@ -2,24 +2,21 @@
 //!
 //! What is added meanwhile comes from steps: their own objects are new, and what else they refer to is noted as they are applied.
 
-use std::cell::Cell;
 use std::collections::HashSet;
 use std::rc::Rc;
 
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::core::{Core, Layer, SnapshotState};
-use crate::environment::LocalFuture;
 use crate::error::VolumeError;
 use crate::gather::Which;
-use crate::map::{Page, Pages, Pointer, Tree, walk};
+use crate::map::{Pointer, Tree, Unhurried, walk};
 use crate::names::Family;
 use crate::patience::PatientPages;
 use crate::signal::give_way;
 use crate::table::{Entry, State, Table};
 
-/// Pages, and runs of a layer, looked at in one go.
-const PAGES_AT_ONCE: u32 = 16;
+/// Runs of a layer looked at in one go.
 const RUNS_AT_ONCE: usize = 4_096;
 
 pub(super) type Pointers = FxHashSet<Pointer>;
@@ -158,25 +155,6 @@ fn may_refer_to(page: &Entry, other: &Entry) -> bool {
     }
 }
 
-/// Pages for somebody who is in no hurry.
-struct Unhurried<'a> {
-    pages: PatientPages<'a>,
-    in_a_row: Cell<u32>,
-}
-
-impl Pages for Unhurried<'_> {
-    fn page(&self, pointer: Pointer) -> LocalFuture<'_, Result<Rc<Page>, VolumeError>> {
-        Box::pin(async move {
-            self.in_a_row.set(self.in_a_row.get() + 1);
-            if self.in_a_row.get() == PAGES_AT_ONCE {
-                self.in_a_row.set(0);
-                give_way().await;
-            }
-            self.pages.page(pointer).await
-        })
-    }
-}
-
 impl Core {
     /// What refers to what: complete at the moment when the answer comes.
     pub(super) async fn mark(&self, which: Which) -> Result<Uses, VolumeError> {
@@ -202,7 +180,8 @@ impl Core {
     /// The answer is which pages cannot be read.
     async fn mark_all(&self, uses: &mut Uses, trees: Vec<Tree>, layers: Vec<Rc<Layer>>) -> Result<Vec<Pointer>, VolumeError> {
         let table = &self.reader.table;
-        let pages = Unhurried { pages: PatientPages(self), in_a_row: Cell::new(0) };
+        let patient = PatientPages(self);
+        let pages = Unhurried::new(&patient);
         let unreadable = walk(&trees, &pages, |pointer, _| uses.note(pointer, &table.borrow())).await?;
         for layer in layers {
             let mut from = 0;

@@ -16,6 +16,7 @@
 pub(crate) mod merge;
 mod sight;
 pub(crate) mod tree;
+mod unhurried;
 
 use std::rc::Rc;
 
@@ -27,6 +28,7 @@ use crate::error::VolumeError;
 use crate::extent_map::Run;
 
 pub(crate) use tree::{Tree, walk};
+pub(crate) use unhurried::Unhurried;
 
 /// Pointers in a page.
 pub(crate) const FANOUT: usize = BLOCK_LEN / 8;
