@@ -16,6 +16,7 @@ use rustix::io::{Errno, retry_on_intr};
 use super::super::names::{folder_of, from_stored, is_part, stored};
 use super::super::roots::{self, Stored};
 use super::super::{Listed, OBJECT_LEN_MAX, OpenOptions, PoolHeader, StoreError, Tag};
+use super::kept::KeptFiles;
 use super::layout::{self, HEADER, LOCK, OBJECTS, ROOTS, Temporary, errno_of, file_mode, rename_new};
 use super::paced::Pace;
 use super::sync::{Folders, open_folder, unchanged};
@@ -30,6 +31,7 @@ pub(super) struct Files {
     temporary: Option<Temporary>,
     next_draft: AtomicU64,
     pace: Pace,
+    kept: KeptFiles,
 }
 
 /// A temporary file with its content, durable but for its name. Dropped, it is removed.
@@ -76,7 +78,14 @@ impl Files {
             true => None,
             false => Some(Temporary::take(&root).map_err(|error| unchanged(&path.display().to_string(), error))?),
         };
-        Ok(Files { folders: Folders::new(root), header, temporary, next_draft: AtomicU64::new(0), pace: Pace::default() })
+        Ok(Files {
+            folders: Folders::new(root),
+            header,
+            temporary,
+            next_draft: AtomicU64::new(0),
+            pace: Pace::default(),
+            kept: KeptFiles::new(),
+        })
     }
 
     pub(super) fn header(&self) -> PoolHeader {
@@ -113,7 +122,14 @@ impl Files {
         if len > OBJECT_LEN_MAX {
             return Err(StoreError::Refused(format!("{what} has {len} bytes, more than any object: something else wrote it")));
         }
-        read_part(&what, &file, range.start.min(len)..range.end.min(len))
+        let part = read_part(&what, &file, range.start.min(len)..range.end.min(len))?;
+        self.kept.keep(name, file, len);
+        Ok(part)
+    }
+
+    /// The same if it takes no time; else `None`.
+    pub(super) fn read_at_once(&self, name: &str, range: &Range<u64>) -> Option<Bytes> {
+        self.kept.read_at_once(name, range)
     }
 
     pub(super) fn delete(&self, name: &str) -> Result<(), StoreError> {
@@ -124,6 +140,7 @@ impl Files {
             Ok(()) | Err(Errno::NOENT) => {}
             Err(error) => return Err(unchanged(&format!("deleting {what}"), error)),
         }
+        self.kept.let_go(name);
         // An object that is gone may have been deleted by someone who did not live to make it durable.
         match open_folder(self.root(), folder_path(&path)) {
             Err(Errno::NOENT) => Ok(()),

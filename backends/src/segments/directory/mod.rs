@@ -20,10 +20,12 @@
 //! - Calls of the file system are made on threads of the store; lock, write and sync never wait in each other's queue for reads.
 
 mod files;
+mod kept;
 mod layout;
 mod paced;
 mod sync;
 
+use std::future::ready;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
@@ -117,6 +119,11 @@ impl SegmentStore for DirectoryStore {
 
     fn read<'a>(&'a self, name: &'a str, range: Range<u64>) -> StoreFuture<'a, Bytes> {
         let checked = names::check(name);
+        if checked.is_ok()
+            && let Some(bytes) = self.files.read_at_once(name, &range)
+        {
+            return Box::pin(ready(Ok(bytes)));
+        }
         let name = name.to_owned();
         self.on(&self.reading, checked, move |files| files.read(&name, range))
     }
