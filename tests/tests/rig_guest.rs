@@ -17,6 +17,19 @@ use tempfile::TempDir;
 const LIMIT: Duration = Duration::from_secs(180);
 const NOBODY: u32 = 65534;
 
+#[test]
+fn a_guest_that_keeps_silent_is_described() -> Result<()> {
+    let peer = Peer::start(64)?;
+    let mut guest = Guest::start(&GuestSpec::new("await").vhost_user_disk("disk0", &peer.socket, 1))?;
+    guest.wait_ready()?;
+    let error = guest.wait_mark("never", Duration::from_secs(1)).expect_err("nobody marks it");
+    let told = format!("{error:#}");
+    for expected in ["no mark never", "running", "RIP=", "qemu-system", "qemu-storage"] {
+        ensure!(told.contains(expected), "{expected:?} is not in {told}");
+    }
+    guest.kill().map(drop)
+}
+
 /// A disk served by qemu-storage-daemon over vhost-user.
 struct Peer {
     server: Running,

@@ -21,7 +21,7 @@
 use crate::rig::archive::Archive;
 use crate::rig::console::{Console, Position};
 use crate::rig::deadline::Deadline;
-use crate::rig::process::Running;
+use crate::rig::process::{self, Running};
 use crate::rig::qmp::Qmp;
 use crate::rig::{scratch, tools};
 use anyhow::{Context, Result, bail};
@@ -309,9 +309,10 @@ impl Guest {
             // A job that ended sends no more marks.
             None => line.strip_prefix("RC=").map(|code| Err(code.to_owned())),
         });
-        match found.with_context(|| format!("the guest's console ends with\n{}", self.console.tail()))? {
-            Ok(value) => Ok(value),
-            Err(code) => {
+        match found {
+            Ok(Ok(value)) => Ok(value),
+            Err(error) => Err(error.context(self.describe())),
+            Ok(Err(code)) => {
                 bail!("no {what}: the job ended with {code}; its console ends with\n{}", self.console.tail())
             }
         }
@@ -384,14 +385,26 @@ impl Guest {
     /// An emulated machine that is to go off hangs now and then (seen once, of many hundred). QEMU must then still be able to stop its devices, for
     /// which each of them has to have answered every request, and has to answer QEMU.
     fn await_power_off(&mut self, limit: Duration) -> Result<()> {
-        let Err(stays_on) = self.process.wait(POWER_OFF_LIMIT.min(limit)) else { return Ok(()) };
-        let state = self.qmp.execute("query-status", json!({}));
-        eprintln!(
-            "the guest does not power off: {stays_on}QEMU's state: {state:?}; its console ends with\n{}",
-            self.console.tail()
-        );
+        if self.process.wait(POWER_OFF_LIMIT.min(limit)).is_ok() {
+            return Ok(());
+        }
+        eprintln!("the guest does not power off: {}", self.describe());
         self.qmp.execute("quit", json!({})).context("the guest does not power off")?;
         self.process.wait(POWER_OFF_LIMIT).context("QEMU was told to quit").map(drop)
+    }
+
+    /// What a guest that hangs is at, and everything that it depends on.
+    fn describe(&mut self) -> String {
+        let state = self.qmp.execute("query-status", json!({}));
+        let registers = self.qmp.execute("human-monitor-command", json!({ "command-line": "info registers" }));
+        let registers = match &registers {
+            Ok(Value::String(text)) => text.clone(),
+            other => format!("{other:?}"),
+        };
+        let (tail, others) = (self.console.tail(), process::threads_of_children());
+        format!(
+            "QEMU's state: {state:?}\nits processor:\n{registers}\nthreads of QEMU and its servers:\n{others}the console ends with\n{tail}"
+        )
     }
 
     /// Ends the guest as a power failure would.

@@ -65,6 +65,15 @@ pub fn threads(process: u32) -> String {
     lines.collect()
 }
 
+/// The same of all child processes of this one.
+pub fn threads_of_children() -> String {
+    let tasks = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    let children = tasks.map(|task| fs::read_to_string(task.path().join("children")).unwrap_or_default());
+    let children: Vec<u32> =
+        children.flat_map(|line| line.split_whitespace().filter_map(|child| child.parse().ok()).collect::<Vec<_>>()).collect();
+    children.into_iter().map(threads).collect()
+}
+
 /// A child process that is killed when dropped.
 #[derive(Debug)]
 pub struct Running {
