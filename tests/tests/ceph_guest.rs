@@ -1,6 +1,6 @@
 //! An RBD image served over NBD and vhost-user; and a host that has no Ceph.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use novastor_tests::rig::ceph::{Ceph, CephSpec, POOL};
 use novastor_tests::rig::daemon::Daemon;
 use novastor_tests::rig::fio::Fio;
@@ -49,7 +49,8 @@ fn an_image_resized_elsewhere_grows_in_the_guest_and_for_new_nbd_clients() -> Re
          mark size $(blockdev --getsize64 /dev/vda)
          dd if=/dev/zero of=/dev/vda bs=1M seek=127 count=1 oflag=direct 2>/dev/null";
     let mut guest = Guest::start(&GuestSpec::new(script).vhost_user_disk("disk0", &socket, 2))?;
-    ensure!(guest.wait_mark("size", LIMIT)? == (64u64 << 20).to_string());
+    let first = guest.wait_mark("size", LIMIT).with_context(|| ceph.describe())?;
+    ensure!(first == (64u64 << 20).to_string());
     ceph.rbd(&["resize", "--size", "128M", &format!("{POOL}/vm1")])?;
     ensure!(guest.wait_mark("size", LIMIT)? == (128u64 << 20).to_string());
     guest.finish(LIMIT)?;

@@ -24,6 +24,8 @@ fn one_storage_daemon_serves_an_image() -> Result<()> {
     let ceph = Ceph::start(CephSpec::default())?;
     write_and_read_back(&ceph, "disk")?;
     assert_eq!(ceph.rbd(&["ls", POOL])?, "disk\n");
+    let told = ceph.describe();
+    assert!(["HEALTH_", "num_ops"].iter().all(|part| told.contains(part)), "{told}");
     Ok(())
 }
 

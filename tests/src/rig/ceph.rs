@@ -92,6 +92,12 @@ impl Ceph {
         run(command(self.folder.path(), "ceph")?.args(["--connect-timeout", "30"]).args(arguments), LIMIT)
     }
 
+    /// What the cluster is at, for the error of something that waits for it.
+    pub fn describe(&self) -> String {
+        let asked = [&["status"][..], &["health", "detail"], &["tell", "osd.0", "dump_ops_in_flight"]];
+        asked.map(|question| format!("ceph {}: {}", question.join(" "), answer(self.ceph(question)))).join("\n")
+    }
+
     /// Runs `rbd ARGUMENTS`.
     pub fn rbd(&self, arguments: &[&str]) -> Result<String> {
         run(command(self.folder.path(), "rbd")?.args(arguments), LIMIT)
@@ -150,6 +156,10 @@ impl Ceph {
         });
         tails.collect()
     }
+}
+
+fn answer(asked: Result<String>) -> String {
+    asked.unwrap_or_else(|error| format!("{error:#}"))
 }
 
 fn command(folder: &Path, program: &str) -> Result<Command> {
