@@ -10,7 +10,7 @@
 //!   cargo xtask bench [compare --rows REGEX …]             novastor beside other servers
 //!   cargo xtask bench reduction --dataset DIR              what is stored of the images, beside qcow2
 //!   cargo xtask bench mapped [--rows REGEX …]              a mapped volume beside a raw one
-//!   cargo xtask bench engine [ROW…]                        a mapped volume against what it is meant to reach
+//!   cargo xtask bench engine [ROW…|images DATASET]         a mapped volume against what it is meant to reach
 //! ```
 
 mod bench;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use lru::LruCache;
 use parking_lot::Mutex;
-use rustix::fs::fstat;
+use rustix::fs::{AtFlags, StatxFlags, statx};
 use rustix::io::{ReadWriteFlags, preadv2};
 
 const FILES_MAX: NonZeroUsize = NonZeroUsize::new(256).expect("not 0");
@@ -61,9 +61,10 @@ impl KeptFiles {
 }
 
 impl Kept {
-    /// Whether the object still has a name.
+    /// Whether the object still has a name, as far as that is known without asking a server: whoever asks must not wait.
     fn is_there(&self) -> bool {
-        fstat(&self.file).is_ok_and(|stat| stat.st_nlink > 0)
+        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+        statx(&self.file, "", flags, StatxFlags::NLINK).is_ok_and(|about| about.stx_nlink > 0)
     }
 }
 

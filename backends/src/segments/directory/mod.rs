@@ -17,7 +17,8 @@
 //!   was shown stays.
 //! - After the sync of a folder failed, nothing succeeds any more that would rely on one, until the directory is opened anew.
 //! - Everything is found from the directory's descriptor: what is mounted over it or moved meanwhile does not matter.
-//! - Calls of the file system are made on threads of the store; lock, write and sync never wait in each other's queue for reads.
+//! - Calls of the file system are made on threads of the store; lock, write and sync never wait in each other's queue for reads. Whoever asks only
+//!   copies what the page cache has: see `kept`.
 
 mod files;
 mod kept;
