@@ -258,10 +258,14 @@ impl Catalogue {
             .map_err(io_error(format!("volume {}: deleting it", record.name)))
     }
 
-    /// The mapped volumes in the trash: deleted ones, and such whose making did not end.
-    pub fn retired(&self) -> Result<Vec<Uuid>> {
+    /// The mapped volumes in the trash: deleted ones, and (`true`) such whose making has not ended.
+    pub fn retired(&self) -> Result<Vec<(VolumeRecord, bool)>> {
         let trash = self.trash().map_err(io_error(format!("pool {}: listing its trash", self.pool)))?;
-        Ok(trash.iter().filter_map(|folder| mapped_in(folder)).collect())
+        let found = trash.iter().filter_map(|folder| Some((mapped_in(folder)?, folder)));
+        Ok(found
+            .map(|(record, folder)| (self.staging(record.uuid) == *folder, record))
+            .map(|(staged, record)| (record, staged))
+            .collect())
     }
 
     /// Empties the trash of a volume of which nothing is left.
@@ -292,8 +296,8 @@ impl Catalogue {
 }
 
 /// The mapped volume whose folder this is.
-fn mapped_in(folder: &Path) -> Option<Uuid> {
+fn mapped_in(folder: &Path) -> Option<VolumeRecord> {
     let bytes = fs::read(folder.join("volume.json")).ok()?;
     let record: VolumeRecord = serde_json::from_slice(&bytes).ok()?;
-    (record.layout == Layout::Mapped).then_some(record.uuid)
+    (record.layout == Layout::Mapped).then_some(record)
 }

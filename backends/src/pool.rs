@@ -40,6 +40,9 @@ pub struct VolumeRecord {
     /// Its content is encrypted in the pool.
     #[serde(default)]
     pub encrypted: bool,
+    /// Of a mapped volume that shares what it stores with others: their group.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<uuid::Uuid>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub snapshots: BTreeMap<String, SnapshotRecord>,
 }
@@ -59,8 +62,14 @@ impl VolumeRecord {
             origin: None,
             wrapped_key: spec.wrapped_key.clone(),
             encrypted: spec.wrapped_key.is_some(),
+            group: None,
             snapshots: BTreeMap::new(),
         }
+    }
+
+    /// What a mapped volume belongs to in the pool: a group of several, or of itself.
+    pub fn group(&self) -> uuid::Uuid {
+        self.group.unwrap_or(self.uuid)
     }
 }
 

@@ -215,7 +215,8 @@ fn policies_decide_on_durability_and_refuse_what_cannot_be() {
     let mut daemon =
         Daemon::new("[policy.safe]\ndurability = \"remote\"\ncompression = \"auto\"\n\n[policy.shared]\ndedup = \"tenant\"\n");
     daemon.start();
-    let (kind, message) = daemon.refused(&["volume", "create", "local/x", "--size", "16M", "--policy", "shared"]);
+    let raw = ["volume", "create", "local/x", "--size", "16M", "--policy", "shared", "--layout", "raw"];
+    let (kind, message) = daemon.refused(&raw);
     assert!(kind == "unsupported" && message.contains("dedup"), "{kind}: {message}");
     daemon.json(&["volume", "create", "local/v", "--size", "16M", "--policy", "safe"]);
     export(&daemon, "v");
@@ -227,6 +228,50 @@ fn policies_decide_on_durability_and_refuse_what_cannot_be() {
     logs(&daemon).into_iter().for_each(|log| fs::remove_file(log).unwrap());
     daemon.start();
     assert!(daemon.attach("v").read(0, 4096) == vec![1; 4096], "what was flushed does not rest on the log");
+}
+
+#[test]
+fn volumes_of_a_tenant_share_and_are_served_anew_one_by_one() {
+    let policy = "[policy.shared]\ndurability = \"remote\"\ndedup = \"tenant\"\n";
+    let (mut first, mut second) = (Daemon::new(policy), Daemon::new(policy));
+    let own_pool = second.path("pool").display().to_string();
+    second.configure(&second.config().replace(&own_pool, &first.path("pool").display().to_string()));
+    first.start();
+    second.start();
+    let create = |name: &str, tenant: &str| {
+        let made = first.json(&["volume", "create", name, "--size", "16M", "--policy", "shared", "--tenant", tenant]);
+        made["group"].as_str().unwrap().to_owned()
+    };
+    let group = create("local/a", "t");
+    assert_eq!(create("local/b", "t"), group);
+    assert_ne!(create("local/c", "u"), group);
+    let ids = ["a", "b"].map(|volume| export(&first, volume));
+    let mut clients = ["a", "b"].map(|volume| first.attach(volume));
+    for (client, fill) in clients.iter_mut().zip([1, 2]) {
+        assert_eq!((client.write(0, &[fill; 4096]), client.flush()), (0, 0));
+    }
+
+    let taken = export(&second, "a");
+    assert!(second.attach("a").read(0, 4096) == [1; 4096]);
+    let problem = |volume: &str| first.json(&["volume", "show", volume])["problem"].as_str().unwrap_or_default().to_owned();
+    eventually("the first host notices", || ["a", "b"].iter().all(|volume| problem(volume).contains("another host")));
+    second.json(&["export", "remove", &taken]);
+
+    for (id, (volume, fill)) in ids.iter().zip([("a", 1), ("b", 2)]) {
+        assert_eq!(first.json(&["export", "reopen", id])["ready"], true);
+        let mut client = first.attach(volume);
+        assert!(client.read(0, 4096) == vec![fill; 4096], "{volume}");
+        assert_eq!((client.write(0, &[fill + 2; 4096]), client.flush()), (0, 0));
+    }
+    drop(clients);
+    first.kill();
+    first.start();
+    for (volume, fill) in [("a", 3), ("b", 4)] {
+        eventually("its export is served again", || first.json(&["volume", "show", volume])["open"] == true);
+        assert!(first.attach(volume).read(0, 4096) == vec![fill; 4096], "{volume}");
+    }
+    let (kind, message) = second.refused(&["volume", "delete", "local/a", "--yes"]);
+    assert!(kind == "in_use" && message.contains("b"), "{kind}: {message}");
 }
 
 #[test]

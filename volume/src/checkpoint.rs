@@ -21,14 +21,13 @@ use crate::core::{Core, SnapshotState};
 use crate::environment::{LocalFuture, offload};
 use crate::error::VolumeError;
 use crate::extent_map::ExtentMap;
-use crate::map::merge::merge;
+use crate::map::merge::{Changes, merge};
 use crate::map::{PAGES_PER_FRAME, Page, PageSink, Pointer, Tree};
-use crate::meta::{Meta, Snapshot, SnapshotId};
-use crate::names::{Family, Source};
+use crate::meta::{Held, Meta, Snapshot, SnapshotId, Volumes};
+use crate::names::{Family, Slot, Source, first_block, slot_of};
 use crate::object::{self, Kind, Opened};
 use crate::patience::PatientPages;
 use crate::root::Checkpoint;
-use crate::segment::BLOCK;
 use crate::step_header::StepHeader;
 use crate::table::Content;
 
@@ -38,12 +37,15 @@ const PAGES_MAX: usize = 8192;
 const PACKING: Packing = Packing { compression: Compression::Zstd { level: 1 }, frame_blocks: PAGES_PER_FRAME };
 
 /// What a checkpoint changes besides.
-#[derive(Clone, Copy, Default)]
-pub(crate) struct Change {
-    /// The volume becomes this tree.
-    pub(crate) tree: Option<Tree>,
-    /// Bytes.
-    pub(crate) size: Option<u64>,
+#[derive(Clone, Copy)]
+pub(crate) enum Change {
+    Nothing,
+    /// A volume gets another size, in bytes.
+    Size(Slot, u64),
+    /// A volume becomes, or begins as, this.
+    Content(Slot, Held),
+    /// A volume is no more.
+    Gone(Slot),
 }
 
 thread_local! {
@@ -164,7 +166,7 @@ impl Core {
     /// Brings the tree up to what the pool has.
     pub(crate) async fn checkpoint(&self) -> Result<(), VolumeError> {
         let _alone = self.house.hold().await;
-        self.checkpoint_with(Change::default()).await
+        self.checkpoint_with(Change::Nothing).await
     }
 
     /// The same for whoever holds the house.
@@ -175,31 +177,29 @@ impl Core {
             let _whole = self.applying.hold().await;
             let mut map = self.map.borrow_mut();
             map.close_layer(None);
-            (map.tree, map.layers.clone(), map.segments, map.place, map.log_end, self.pending.take())
+            (map.volumes.clone(), map.layers.clone(), map.segments, map.place, map.log_end, self.pending.take())
         };
         let writer = PageWriter { core: self, filling: RefCell::default(), filled: Cell::new(0) };
-        let (mut tree, mut trees) = (base, HashMap::new());
-        let (pages, damaged) = (PatientPages(self), |error| self.note_damage(error));
+        let (mut volumes, mut trees) = (base, HashMap::new());
         for layer in &layers {
-            tree = merge(tree, self.blocks(), &layer.runs, &pages, &writer, damaged).await?;
-            trees.extend(layer.ends_with.map(|snapshot| (snapshot, tree)));
+            self.enter(&layer.runs, &mut volumes, &writer).await?;
+            let snapshot = layer.ends_with.and_then(|(slot, snapshot)| Some((snapshot, volumes.get(&slot)?.tree)));
+            trees.extend(snapshot);
         }
-        let size = change.size.unwrap_or(self.size());
-        let unchanged = ExtentMap::default();
-        let tree = change.tree.unwrap_or(tree);
-        let tree = merge(tree, size / BLOCK as u64, &unchanged, &pages, &writer, damaged).await?;
+        self.make(change, &mut volumes, &writer).await?;
         writer.flush().await?;
 
         let doomed = self.doomed.borrow().clone();
-        let meta = self.meta(tree, &trees, doomed.clone());
+        let meta = self.meta(volumes.clone(), &trees, doomed.clone());
         let source = self.store_meta(meta).await?;
         let old_meta = self.keeper.root().meta();
         let log_id = self.keeper.root().log_id;
         let checkpoint = Checkpoint { place, meta: (source.epoch, source.number), log_id, log_end };
+        let size = volumes.values().map(|held| held.size).sum();
         self.keeper.change(|root| (root.checkpoint, root.size) = (checkpoint, size)).await?;
         {
             let mut map = self.map.borrow_mut();
-            map.tree = tree;
+            map.volumes = volumes;
             map.layers.drain(..layers.len());
             map.segments -= segments;
         }
@@ -213,10 +213,44 @@ impl Core {
         Ok(())
     }
 
-    fn meta(&self, tree: Tree, trees: &HashMap<SnapshotId, Tree>, doomed: Vec<Source>) -> Meta {
+    /// Makes what a layer changed part of the volumes' trees.
+    async fn enter(&self, runs: &ExtentMap<Pointer>, volumes: &mut Volumes, writer: &PageWriter<'_>) -> Result<(), VolumeError> {
+        let mut from = 0;
+        while let Some((run, _)) = runs.within(from..u64::MAX).next() {
+            let slot = slot_of(run.start);
+            from = first_block(slot + 1);
+            if let Some(held) = volumes.get_mut(&slot) {
+                let changes = Changes { runs, first: first_block(slot) };
+                held.tree = self.merge(held.tree, held.blocks(), changes, writer).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn merge(&self, tree: Tree, blocks: u64, changes: Changes<'_>, writer: &PageWriter<'_>) -> Result<Tree, VolumeError> {
+        merge(tree, blocks, changes, &PatientPages(self), writer, |error| self.note_damage(error)).await
+    }
+
+    async fn make(&self, change: Change, volumes: &mut Volumes, writer: &PageWriter<'_>) -> Result<(), VolumeError> {
+        let (slot, held) = match change {
+            Change::Nothing => return Ok(()),
+            Change::Gone(slot) => {
+                volumes.remove(&slot);
+                return Ok(());
+            }
+            Change::Content(slot, held) => (slot, held),
+            Change::Size(slot, size) => (slot, Held { size, ..*volumes.get(&slot).ok_or(VolumeError::NoVolume)? }),
+        };
+        let unchanged = ExtentMap::default();
+        let tree = self.merge(held.tree, held.blocks(), Changes { runs: &unchanged, first: 0 }, writer).await?;
+        volumes.insert(slot, Held { tree, ..held });
+        Ok(())
+    }
+
+    fn meta(&self, volumes: Volumes, trees: &HashMap<SnapshotId, Tree>, doomed: Vec<Source>) -> Meta {
         let snapshots = self.snapshots.borrow().values().filter_map(|state| committed(state, trees)).collect();
         let (parent, table) = (self.parent.get(), self.reader.table.borrow().clone());
-        Meta { tree, parent, table, doomed, snapshots }
+        Meta { volumes, parent, table, doomed, snapshots }
     }
 
     async fn store_meta(&self, meta: Meta) -> Result<Source, VolumeError> {
@@ -271,7 +305,7 @@ fn committed(state: &SnapshotState, trees: &HashMap<SnapshotId, Tree>) -> Option
         SnapshotState::Pending(marker) => {
             let tree = *trees.get(&marker.id)?;
             let (id, name, created, size) = (marker.id, marker.name.clone(), marker.created, marker.size);
-            Some(Snapshot { id, name, created, size, tree, is_deleting: false })
+            Some(Snapshot { slot: marker.slot, id, name, created, size, tree, is_deleting: false })
         }
     }
 }

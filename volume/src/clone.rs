@@ -7,14 +7,15 @@ use backends::segments::{StoreError, Tag};
 use dedup::BLOCK_LEN;
 
 use crate::chain::Chain;
+use crate::checkpoint::Change;
 use crate::core::Core;
 use crate::environment::random_id;
 use crate::error::VolumeError;
 use crate::gather::Which;
 use crate::map::{Pointer, Tree};
 use crate::mapped::{MappedVolume, Parts};
-use crate::meta::{Meta, Parent, Snapshot};
-use crate::names::{Group, Source, group_path, root_path};
+use crate::meta::{Held, Meta, Parent, Volumes};
+use crate::names::{Group, Source, VolumeId, group_path, root_path};
 use crate::pins::Pin;
 use crate::progress::Progress;
 use crate::reader::Reader;
@@ -28,14 +29,20 @@ const RUNS_MAX: usize = 32_768;
 /// How often flattening looks again for what moved away while it was copied.
 const FLATTEN_TRIES: u32 = 4;
 
-/// Makes a volume that begins as a snapshot of another, in the pool, which shares all its blocks with it. The snapshot stays as long as the
-/// clone does, or until it is flattened. The answer is its size in bytes.
-pub async fn clone_snapshot(parts: &Parts, parent: Group, snapshot: &str, group: Group) -> Result<u64, VolumeError> {
-    let chain = parts.chain(parent);
-    let found = named(&chain.read_meta().await?.1, snapshot).ok_or(VolumeError::NoSnapshot)?;
-    let pin = Pin { snapshot: found.id, clone: group };
+/// Makes a volume that begins as a snapshot of another, in a group of its own, which shares all its blocks with the other. The snapshot stays as long
+/// as the clone does, or until it is flattened. The answer is its size in bytes.
+pub async fn clone_snapshot(
+    parts: &Parts,
+    parent: impl Into<VolumeId>,
+    snapshot: &str,
+    group: Group,
+) -> Result<u64, VolumeError> {
+    let parent = parent.into();
+    let chain = parts.chain(parent.group);
+    let found = chain.read_meta().await?.1.snapshot(parent.id, snapshot)?.id;
+    let pin = Pin { snapshot: found, clone: group };
     chain.set_pin(pin, true).await?;
-    let made = clone_pinned(parts, &chain, snapshot, pin).await;
+    let made = clone_pinned(parts, &chain, (parent, snapshot), pin).await;
     // If the clone is there already, perhaps since an attempt before, it keeps its pin.
     if made.as_ref().is_err_and(|error| *error != VolumeError::VolumeExists) {
         chain.set_pin(pin, false).await?;
@@ -43,32 +50,29 @@ pub async fn clone_snapshot(parts: &Parts, parent: Group, snapshot: &str, group:
     made
 }
 
-async fn clone_pinned(parts: &Parts, chain: &Chain, name: &str, pin: Pin) -> Result<u64, VolumeError> {
+async fn clone_pinned(parts: &Parts, chain: &Chain, (parent, name): (VolumeId, &str), pin: Pin) -> Result<u64, VolumeError> {
     let (root, meta) = chain.read_meta().await?;
-    let snapshot = named(&meta, name).filter(|found| found.id == pin.snapshot).ok_or(VolumeError::NoSnapshot)?;
+    let snapshot = meta.snapshot(parent.id, name).ok().filter(|found| found.id == pin.snapshot).ok_or(VolumeError::NoSnapshot)?;
     let table = meta.table.for_clone(pin.clone).ok_or(VolumeError::TooManyAncestors)?;
     let parent = Some(Parent { group: chain.group, snapshot: snapshot.id });
-    let meta = Meta { tree: snapshot.tree, parent, table, doomed: Vec::new(), snapshots: Vec::new() };
+    let volumes = Volumes::from([(0, Held { id: pin.clone, size: snapshot.size, tree: snapshot.tree })]);
+    let clone = Meta { volumes, parent, table, doomed: Vec::new(), snapshots: Vec::new() };
     // An attempt before may have made it: giving up would take its pin away.
-    parts.chain(pin.clone).create_volume(meta, (pin.clone, root.domain), snapshot.size, false).await?;
+    parts.chain(pin.clone).create_volume(clone, (pin.clone, root.domain), snapshot.size, false).await?;
     Ok(snapshot.size)
-}
-
-fn named(meta: &Meta, name: &str) -> Option<Snapshot> {
-    meta.snapshots.iter().find(|snapshot| snapshot.name == name && !snapshot.is_deleting).cloned()
 }
 
 /// The ranges, in bytes, in which two snapshots that are in the pool may differ; as [`MappedVolume::diff`], without opening the volume.
 pub(crate) async fn diff_snapshots(
     parts: &Parts,
-    group: Group,
+    volume: VolumeId,
     names: [&str; 2],
     from: u64,
     ranges_max: usize,
 ) -> Result<Vec<Range<u64>>, VolumeError> {
-    let chain = parts.chain(group);
+    let chain = parts.chain(volume.group);
     let (root, meta) = chain.read_meta().await?;
-    let tree = |name| named(&meta, name).map(|snapshot| snapshot.tree).ok_or(VolumeError::NoSnapshot);
+    let tree = |name| meta.snapshot(volume.id, name).map(|snapshot| snapshot.tree);
     let (before, after) = (tree(names[0])?, tree(names[1])?);
     let reader = reader_of(parts, &chain, &root, &meta)?;
     let block = BLOCK as u64;
@@ -233,7 +237,7 @@ impl MappedVolume {
         let pin = Pin { snapshot: parent.snapshot, clone: core.chain.group };
         Chain { group: parent.group, ..core.chain.clone() }.set_pin(pin, false).await?;
         core.parent.set(None);
-        core.checkpoint_with(crate::checkpoint::Change::default()).await?;
+        core.checkpoint_with(Change::Nothing).await?;
         Ok(true)
     }
 }
@@ -256,10 +260,11 @@ pub struct SnapshotView {
 
 impl SnapshotView {
     /// Opens a snapshot that is in the pool.
-    pub async fn open(parts: &Parts, group: Group, name: &str) -> Result<SnapshotView, VolumeError> {
-        let chain = parts.chain(group);
+    pub async fn open(parts: &Parts, volume: impl Into<VolumeId>, name: &str) -> Result<SnapshotView, VolumeError> {
+        let volume = volume.into();
+        let chain = parts.chain(volume.group);
         let (root, meta) = chain.read_meta().await?;
-        let snapshot = named(&meta, name).ok_or(VolumeError::NoSnapshot)?;
+        let snapshot = meta.snapshot(volume.id, name)?;
         let reader = reader_of(parts, &chain, &root, &meta)?;
         Ok(SnapshotView { reader, tree: snapshot.tree, size: snapshot.size })
     }

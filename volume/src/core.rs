@@ -22,10 +22,10 @@ use crate::extent_map::ExtentMap;
 use crate::gather::Which;
 use crate::keeper::Keeper;
 use crate::log::{Log, Tail};
-use crate::map::{Pointer, Tree};
+use crate::map::Pointer;
 use crate::mapped::Settings;
-use crate::meta::{Parent, Snapshot, SnapshotId};
-use crate::names::{Family, Source};
+use crate::meta::{Held, Parent, Snapshot, SnapshotId, Volumes};
+use crate::names::{Family, Slot, Source, first_block, slot_of};
 use crate::progress::Progress;
 use crate::publish::Published;
 use crate::reader::Reader;
@@ -38,12 +38,12 @@ use crate::usage::WrittenAt;
 #[derive(Default)]
 pub(crate) struct Layer {
     pub(crate) runs: ExtentMap<Pointer>,
-    /// The snapshot that is the volume as it was after this layer.
-    pub(crate) ends_with: Option<SnapshotId>,
+    /// The snapshot that is its volume as it was after this layer.
+    pub(crate) ends_with: Option<(Slot, SnapshotId)>,
 }
 
 pub(crate) struct Map {
-    pub(crate) tree: Tree,
+    pub(crate) volumes: Volumes,
     /// Oldest first; they change no more.
     pub(crate) layers: Vec<Rc<Layer>>,
     /// Takes changes; newer than all layers.
@@ -56,14 +56,17 @@ pub(crate) struct Map {
 }
 
 impl Map {
-    /// The open layer changes no more. `snapshot` is the volume as it is now.
-    pub(crate) fn close_layer(&mut self, snapshot: Option<SnapshotId>) {
+    /// The open layer changes no more. `snapshot` is its volume as it is now.
+    pub(crate) fn close_layer(&mut self, snapshot: Option<(Slot, SnapshotId)>) {
         let runs = std::mem::take(&mut self.open.runs);
         if snapshot.is_some() || !runs.is_empty() {
             self.layers.push(Rc::new(Layer { runs, ends_with: snapshot }));
         }
     }
 }
+
+/// Whose snapshot, and what it is called.
+pub(crate) type SnapshotName = (Slot, String);
 
 /// A snapshot as its volume knows it.
 #[derive(Clone)]
@@ -83,7 +86,7 @@ pub(crate) struct Core {
     pub(crate) settings: Settings,
     pub(crate) reader: Reader,
     pub(crate) map: RefCell<Map>,
-    pub(crate) snapshots: RefCell<BTreeMap<String, SnapshotState>>,
+    pub(crate) snapshots: RefCell<BTreeMap<SnapshotName, SnapshotState>>,
     pub(crate) parent: Cell<Option<Parent>>,
     pub(crate) deduplication: Deduplication,
     pub(crate) packing: Cell<Option<Packing>>,
@@ -136,17 +139,22 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    pub(crate) fn size(&self) -> u64 {
-        self.keeper.root().size
+    /// What there is of a volume, but for what has been written since the last checkpoint.
+    pub(crate) fn held(&self, slot: Slot) -> Option<Held> {
+        self.map.borrow().volumes.get(&slot).copied()
     }
 
-    pub(crate) fn blocks(&self) -> u64 {
-        self.size() / BLOCK as u64
+    /// Bytes of a volume; 0 if it is no more.
+    pub(crate) fn size(&self, slot: Slot) -> u64 {
+        self.held(slot).map_or(0, |held| held.size)
     }
 
+    /// Whether some bytes of the group, in whole blocks, are all of one volume.
     pub(crate) fn check_range(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        let aligned = (offset | len).is_multiple_of(BLOCK as u64);
-        let inside = offset.checked_add(len).is_some_and(|end| end <= self.size());
+        let (block, aligned) = (BLOCK as u64, (offset | len).is_multiple_of(BLOCK as u64));
+        let slot = slot_of(offset / block);
+        let end = (offset - first_block(slot) * block).checked_add(len);
+        let inside = end.is_some_and(|end| end <= self.size(slot));
         if aligned && inside && len > 0 { Ok(()) } else { Err(Errno::EINVAL) }
     }
 

@@ -61,9 +61,13 @@ pub enum VolumeError {
     SnapshotHasClones(String),
     #[error("the volume's snapshots have clones ({0}); delete or flatten them first")]
     VolumeHasClones(String),
+    #[error("a snapshot of the volume was made meanwhile ({0}); try again")]
+    VolumeHasSnapshot(String),
+    #[error("there are as many volumes in one group as there can be")]
+    GroupFull,
     #[error("the volume has too many ancestors for one more clone; flatten one of them first")]
     TooManyAncestors,
-    #[error("a size is a multiple of 4096 bytes, and not 0")]
+    #[error("a size is a multiple of 4096 bytes, not 0, and at most 256T")]
     BadSize,
     #[error("a thread that reduces data has panicked; this is a defect of novastor, see its log")]
     Panicked,

@@ -6,14 +6,16 @@
 //!   body          frames of the following bytes, with zeroes up to 4096
 //!
 //!   version u32 · flags u32
-//!   tree: root u64 · height u32
+//!   volumes u32, each: slot u16 · id 16 · size u64 · root u64 · height u32
 //!   parent u8: 0 none, 1: group 16 · snapshot id 16
-//!   groups u32, each: group 16 bytes                       the volume's own, then its ancestors'
+//!   groups u32, each: group 16 bytes                       its own, then its ancestors'
 //!   handles u32, each 32 bytes: state u8 (0 free, 1 live, 2 forwarded) · family u8 · owner u16 · forward u32 · epoch u64 · number u64 ·
 //!                               blocks: low 31 bits, content in the highest, u32 · bytes u32
 //!   doomed u32, each: family u8 · epoch u64 · number u64   objects to delete, again after a crash
-//!   snapshots u32, each: id 16 · created u64 · size u64 · root u64 · height u32 · deleting u8 · length of name u8 · name
+//!   snapshots u32, each: slot u16 · id 16 · created u64 · size u64 · root u64 · height u32 · deleting u8 · length of name u8 · name
 //! ```
+
+use std::collections::BTreeMap;
 
 use bytes::{Buf, BufMut};
 use dedup::body::{BODY_LEN_MAX, Body, FrameReader};
@@ -24,11 +26,11 @@ use dedup::{BLOCK_LEN, Block};
 
 use crate::error::VolumeError;
 use crate::map::{Pointer, Tree};
-use crate::names::{Family, Group, Source};
+use crate::names::{Family, Group, Slot, Source, VolumeId};
 use crate::object::{self, Kind, Sealed};
 use crate::table::{Content, Entry, State, Table};
 
-const VERSION: u32 = 0;
+const VERSION: u32 = 1;
 const CONTENT_BIT: u32 = 1 << 31;
 const NAME_MAX: usize = 63;
 
@@ -41,9 +43,30 @@ pub(crate) struct Parent {
     pub(crate) snapshot: SnapshotId,
 }
 
+/// A volume of the group.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Held {
+    /// Its UUID.
+    pub(crate) id: Group,
+    /// Bytes.
+    pub(crate) size: u64,
+    pub(crate) tree: Tree,
+}
+
+impl Held {
+    pub(crate) fn blocks(&self) -> u64 {
+        self.size / BLOCK_LEN as u64
+    }
+}
+
+/// The volumes of a group, by the part of its addresses that each of them has.
+pub(crate) type Volumes = BTreeMap<Slot, Held>;
+
 /// A snapshot whose content is in the pool.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Snapshot {
+    /// Of which volume.
+    pub(crate) slot: Slot,
     pub(crate) id: SnapshotId,
     pub(crate) name: String,
     /// Seconds since 1970.
@@ -58,7 +81,7 @@ pub(crate) struct Snapshot {
 /// What a checkpoint says.
 #[derive(Clone, Debug)]
 pub(crate) struct Meta {
-    pub(crate) tree: Tree,
+    pub(crate) volumes: Volumes,
     pub(crate) parent: Option<Parent>,
     pub(crate) table: Table,
     pub(crate) doomed: Vec<Source>,
@@ -66,17 +89,36 @@ pub(crate) struct Meta {
 }
 
 impl Meta {
-    /// Of a new volume of so many blocks.
-    pub(crate) fn empty(group: Group, blocks: u64) -> Meta {
-        let tree = Tree::empty(blocks);
-        Meta { tree, parent: None, table: Table::new(group), doomed: Vec::new(), snapshots: Vec::new() }
+    /// Of a new group with one volume of so many bytes.
+    pub(crate) fn empty(volume: VolumeId, size: u64) -> Meta {
+        let tree = Tree::empty(size / BLOCK_LEN as u64);
+        let volumes = Volumes::from([(0, Held { id: volume.id, size, tree })]);
+        Meta { volumes, parent: None, table: Table::new(volume.group), doomed: Vec::new(), snapshots: Vec::new() }
+    }
+
+    /// Where the volume is that has this UUID.
+    pub(crate) fn slot(&self, id: Group) -> Result<Slot, VolumeError> {
+        self.volumes.iter().find(|(_, held)| held.id == id).map(|(slot, _)| *slot).ok_or(VolumeError::NoVolume)
+    }
+
+    /// A snapshot that is there.
+    pub(crate) fn snapshot(&self, volume: Group, name: &str) -> Result<&Snapshot, VolumeError> {
+        let slot = self.slot(volume)?;
+        let is_it = |snapshot: &&Snapshot| snapshot.slot == slot && snapshot.name == name && !snapshot.is_deleting;
+        self.snapshots.iter().find(is_it).ok_or(VolumeError::NoSnapshot)
     }
 
     fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(64 + self.table.entries().len() * 32 + self.snapshots.len() * 64);
         bytes.put_u32_le(VERSION);
         bytes.put_u32_le(0);
-        put_tree(&mut bytes, &self.tree);
+        bytes.put_u32_le(self.volumes.len() as u32);
+        for (slot, Held { id, size, tree }) in &self.volumes {
+            bytes.put_u16_le(*slot);
+            bytes.put_slice(id);
+            bytes.put_u64_le(*size);
+            put_tree(&mut bytes, tree);
+        }
         bytes.put_u8(self.parent.is_some().into());
         if let Some(parent) = &self.parent {
             bytes.put_slice(&parent.group);
@@ -102,7 +144,7 @@ impl Meta {
         if bytes.try_get_u32_le().ok()? != VERSION || bytes.try_get_u32_le().ok()? != 0 {
             return None;
         }
-        let tree = get_tree(bytes)?;
+        let volumes = get_all(bytes, 38, get_held)?.into_iter().collect();
         let parent = match bytes.try_get_u8().ok()? {
             0 => None,
             1 => Some(Parent { group: get_array(bytes)?, snapshot: get_array(bytes)? }),
@@ -114,10 +156,10 @@ impl Meta {
             let family = Family::of(bytes.try_get_u8().ok()?)?;
             Some(Source { group, family, epoch: bytes.try_get_u64_le().ok()?, number: bytes.try_get_u64_le().ok()? })
         })?;
-        let snapshots = get_all(bytes, 46, get_snapshot)?;
+        let snapshots = get_all(bytes, 48, get_snapshot)?;
         let is_own = groups.first() == Some(&group);
         let table = Table::from_parts(groups, entries)?;
-        (is_own && !bytes.has_remaining()).then_some(Meta { tree, parent, table, doomed, snapshots })
+        (is_own && !bytes.has_remaining()).then_some(Meta { volumes, parent, table, doomed, snapshots })
     }
 
     /// Makes the object.
@@ -130,7 +172,7 @@ impl Meta {
         let blocks: Vec<&Block> = bytes.as_chunks::<BLOCK_LEN>().0.iter().collect();
         for frame in blocks.chunks(FRAME_BLOCKS_MAX) {
             let pushed = body.push(&mut compressor, frame, Compression::Zstd { level: 1 });
-            pushed.ok_or_else(|| failed("the volume has more handles and snapshots than a checkpoint can hold"))?;
+            pushed.ok_or_else(|| failed("there are more volumes, handles and snapshots than a checkpoint can hold"))?;
         }
         let mut inner = Vec::new();
         inner.put_u64_le(len);
@@ -164,6 +206,12 @@ fn get_tree(bytes: &mut &[u8]) -> Option<Tree> {
     let root = Pointer::from_bits(bytes.try_get_u64_le().ok()?)?;
     let height = bytes.try_get_u32_le().ok()?;
     (1..=7).contains(&height).then_some(Tree { root, height })
+}
+
+fn get_held(bytes: &mut &[u8]) -> Option<(Slot, Held)> {
+    let slot = bytes.try_get_u16_le().ok()?;
+    let (id, size) = (get_array(bytes)?, bytes.try_get_u64_le().ok()?);
+    Some((slot, Held { id, size, tree: get_tree(bytes)? }))
 }
 
 fn put_entry(bytes: &mut Vec<u8>, entry: &Entry) {
@@ -200,6 +248,7 @@ fn get_entry(bytes: &mut &[u8]) -> Option<Entry> {
 }
 
 fn put_snapshot(bytes: &mut Vec<u8>, snapshot: &Snapshot) {
+    bytes.put_u16_le(snapshot.slot);
     bytes.put_slice(&snapshot.id);
     bytes.put_u64_le(snapshot.created);
     bytes.put_u64_le(snapshot.size);
@@ -210,13 +259,14 @@ fn put_snapshot(bytes: &mut Vec<u8>, snapshot: &Snapshot) {
 }
 
 fn get_snapshot(bytes: &mut &[u8]) -> Option<Snapshot> {
+    let slot = bytes.try_get_u16_le().ok()?;
     let id = get_array(bytes)?;
     let (created, size) = (bytes.try_get_u64_le().ok()?, bytes.try_get_u64_le().ok()?);
     let tree = get_tree(bytes)?;
     let is_deleting = bytes.try_get_u8().ok()? != 0;
     let name_len = usize::from(bytes.try_get_u8().ok()?);
     let name = bytes.split_off(..name_len).filter(|name| name.len() <= NAME_MAX)?;
-    Some(Snapshot { id, name: String::from_utf8(name.to_vec()).ok()?, created, size, tree, is_deleting })
+    Some(Snapshot { slot, id, name: String::from_utf8(name.to_vec()).ok()?, created, size, tree, is_deleting })
 }
 
 fn get_array<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
@@ -244,7 +294,7 @@ mod tests {
     const NAME: Source = Source { group: GROUP, family: Family::Meta, epoch: 1, number: 2 };
 
     fn meta(handles: u64) -> Meta {
-        let mut meta = Meta::empty(GROUP, 1 << 20);
+        let mut meta = Meta::empty(GROUP.into(), 1 << 32);
         for number in 0..handles {
             let source = Source { group: GROUP, family: Family::Step, epoch: 1, number };
             meta.table.add(source, Content::Data, 8192, 1 << 20).unwrap();
@@ -252,7 +302,15 @@ mod tests {
         meta.parent = Some(Parent { group: [5; 16], snapshot: [6; 16] });
         meta.doomed.push(Source { group: GROUP, family: Family::Gathered, epoch: 7, number: 8 });
         let tree = Tree { root: Pointer::ZERO, height: 3 };
-        meta.snapshots.push(Snapshot { id: [1; 16], name: "monday".into(), created: 9, size: 4096, tree, is_deleting: true });
+        meta.snapshots.push(Snapshot {
+            slot: 0,
+            id: [1; 16],
+            name: "monday".into(),
+            created: 9,
+            size: 4096,
+            tree,
+            is_deleting: true,
+        });
         meta
     }
 
@@ -263,7 +321,7 @@ mod tests {
         let sealed = before.seal(&sealer, &NAME, &[7; 32]).unwrap();
         let Ok(Object::Sealed { inner, opened, .. }) = object::open(&sealed.header, &sealer, &NAME) else { panic!() };
         let after = Meta::open(&inner, &opened.opener, &sealed.body, &NAME).unwrap();
-        assert_eq!((after.tree, after.parent, &after.doomed), (before.tree, before.parent, &before.doomed));
+        assert_eq!((&after.volumes, after.parent, &after.doomed), (&before.volumes, before.parent, &before.doomed));
         assert_eq!(after.snapshots, before.snapshots);
         assert_eq!(after.table.entries(), before.table.entries());
         for at in (0..sealed.body.len()).step_by(997) {

@@ -26,8 +26,36 @@ pub(crate) enum Family {
 
 const FAMILIES: [Family; 3] = [Family::Step, Family::Gathered, Family::Meta];
 
-/// A volume and what it may share: a UUID.
+/// The volumes that share what they store, and have one owner: a UUID.
 pub(crate) type Group = [u8; 16];
+
+/// Which part of its group's addresses a volume has: [`SLOT_BLOCKS`] blocks each.
+pub(crate) type Slot = u16;
+
+/// The most blocks of a volume: 256 TiB.
+pub(crate) const SLOT_BLOCKS: u64 = 1 << 36;
+
+/// A volume, by the UUIDs of its group and of itself. They are the same for one that is alone in its group.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct VolumeId {
+    pub group: [u8; 16],
+    pub id: [u8; 16],
+}
+
+impl From<[u8; 16]> for VolumeId {
+    fn from(group: [u8; 16]) -> VolumeId {
+        VolumeId { group, id: group }
+    }
+}
+
+/// The first block of a volume, as its group counts them.
+pub(crate) fn first_block(slot: Slot) -> u64 {
+    u64::from(slot) * SLOT_BLOCKS
+}
+
+pub(crate) fn slot_of(block: u64) -> Slot {
+    (block / SLOT_BLOCKS) as Slot
+}
 
 /// The folder of a volume's objects.
 pub(crate) fn group_path(group: &Group) -> String {

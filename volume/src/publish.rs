@@ -119,7 +119,7 @@ impl Core {
         }
         let mut map = self.map.borrow_mut();
         if let Some(marker) = &step.marker {
-            map.close_layer(Some(marker.id));
+            map.close_layer(Some((marker.slot, marker.id)));
             self.note_marker(marker.clone());
             self.checkpoint_wanted.set(true);
         }

@@ -282,7 +282,16 @@ impl Reader {
         Ok(moves)
     }
 
+    /// Of one that is damaged, what it says in clear is not to be relied on either.
     async fn header(&self, handle: u32, source: &Source) -> Result<StepHeader, Failure> {
+        let read = self.read_header(handle, source).await;
+        if matches!(read, Err(Failure::Error(VolumeError::ObjectDamaged { .. }))) {
+            self.opened.borrow_mut().remove(&handle);
+        }
+        read
+    }
+
+    async fn read_header(&self, handle: u32, source: &Source) -> Result<StepHeader, Failure> {
         let clear = self.fetch_bytes(handle, source, 0..CLEAR_LEN as u64).await?;
         let damaged = |why| VolumeError::ObjectDamaged { object: source.path(), why };
         let len = object::header_len(&clear).ok_or_else(|| damaged("it is no object of a volume"))?;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   0  magic "NVVOLUME"             80  checkpoint: epoch and sequence where reading the history begins   u64, u64
-//!   8  CRC32C of 12..176            96  size in bytes                                                     u64
+//!   8  CRC32C of 12..176            96  bytes of all volumes of the group                                 u64
 //!  12  format version   u32        104  its meta object: epoch and number                                 u64, u64
 //!  16  group            16 bytes   120  the log whose records before the next place are in the checkpoint 16 bytes
 //!  32  epoch            u64        136  position, batch number and chain value in that log                u64, u64, u64
@@ -22,7 +22,7 @@ use crate::segment::Place;
 const MAGIC: [u8; 8] = *b"NVVOLUME";
 const LEN: usize = 176;
 /// Not yet the format of any release.
-const VERSION: u32 = 0;
+const VERSION: u32 = 1;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Root {
@@ -38,7 +38,7 @@ pub(crate) struct Root {
     pub(crate) is_local: bool,
     /// The volume is no more; what is left of it is being removed.
     pub(crate) is_deleted: bool,
-    /// Bytes.
+    /// Bytes of all volumes of the group.
     pub(crate) size: u64,
     pub(crate) checkpoint: Checkpoint,
 }

@@ -8,9 +8,11 @@
 
 use std::ops::Range;
 
-use crate::core::{Core, SnapshotState};
+use crate::core::Core;
 use crate::error::VolumeError;
 use crate::map::{Pointer, Tree};
+use crate::meta::Snapshot;
+use crate::names::Slot;
 use crate::progress::Progress;
 use crate::segment::BLOCK;
 
@@ -23,15 +25,17 @@ const FINDINGS_MAX: usize = 100;
 
 impl Core {
     /// What cannot be read of what is in the pool, one sentence each.
-    pub(crate) async fn scrub(&self, progress: &Progress) -> Result<Vec<String>, VolumeError> {
+    pub(crate) async fn scrub(&self, slot: Slot, progress: &Progress) -> Result<Vec<String>, VolumeError> {
         self.publish_all().await.map_err(|_| self.failure().unwrap_or(VolumeError::Fenced))?;
         self.checkpoint().await?;
-        let head = self.map.borrow().tree;
+        let held = self.held(slot).ok_or(VolumeError::NoVolume)?;
+        let head = held.tree;
         let mut findings = Vec::new();
         self.scrub_headers(&mut findings).await?;
-        progress.begin(self.size());
-        self.scrub_range("the volume", &head, 0..self.blocks(), &mut findings, progress).await?;
-        for (name, tree, blocks) in self.snapshot_trees() {
+        progress.begin(held.size);
+        self.scrub_range("the volume", &head, 0..held.blocks(), &mut findings, progress).await?;
+        for Snapshot { name, tree, size, .. } in self.committed_snapshots(|of| of == slot) {
+            let blocks = size / BLOCK as u64;
             let mut from = 0;
             while from < blocks && findings.len() < FINDINGS_MAX {
                 let _looking = self.reader.looking();
@@ -61,15 +65,6 @@ impl Core {
             }
         }
         Ok(())
-    }
-
-    pub(crate) fn snapshot_trees(&self) -> Vec<(String, Tree, u64)> {
-        let snapshots = self.snapshots.borrow();
-        let committed = snapshots.values().filter_map(|state| match state {
-            SnapshotState::Committed(snapshot) => Some((snapshot.name.clone(), snapshot.tree, snapshot.size / BLOCK as u64)),
-            SnapshotState::Reserved | SnapshotState::Pending(_) => None,
-        });
-        committed.collect()
     }
 
     async fn scrub_range(

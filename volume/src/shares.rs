@@ -17,7 +17,8 @@ use crate::core::Core;
 use crate::error::VolumeError;
 use crate::map::{Pointer, Tree, Unhurried, walk};
 use crate::mapped::Parts;
-use crate::names::Group;
+use crate::meta::Volumes;
+use crate::names::{Slot, VolumeId, first_block};
 use crate::reader::Reader;
 use crate::segment::BLOCK;
 use crate::table::Entry;
@@ -64,11 +65,11 @@ impl Count<'_> {
     }
 }
 
-/// `own` says which entries of the table are the volume's.
+/// `own` says which entries of the table are the group's; the first of the heads is the volume's, the others are those of the rest of the group.
 async fn count(
     reader: &Reader,
     own: u16,
-    head: Tree,
+    heads: &[Tree],
     layers: impl Fn(&mut dyn FnMut(Pointer)),
     snapshots: &[Tree],
 ) -> Result<Shares, VolumeError> {
@@ -81,11 +82,13 @@ async fn count(
     // Before anything else happens: they belong to this tree.
     layers(&mut |pointer| count.name(pointer, true));
     let pages = Unhurried::new(reader);
-    walk(&[head], &pages, |pointer, is_page| {
+    let (head, others) = heads.split_at(heads.len().min(1));
+    walk(head, &pages, |pointer, is_page| {
         data += u64::from(!is_page);
         count.name(pointer, true);
     })
     .await?;
+    walk(others, &pages, |pointer, _| count.name(pointer, true)).await?;
     walk(snapshots, &pages, |pointer, _| count.name(pointer, false)).await?;
     let mut sums = [0.0; 3];
     let (mut counted, mut all) = (0_u64, 0_u64);
@@ -104,25 +107,26 @@ async fn count(
 
 impl Core {
     /// As the newest checkpoint says, and of what has been written since as much as the pool has.
-    pub(crate) async fn shares(&self) -> Result<Shares, VolumeError> {
+    pub(crate) async fn shares(&self, slot: Slot) -> Result<Shares, VolumeError> {
         let mut tries = 1..TRIES_MAX;
         loop {
             let before = self.keeper.root().checkpoint;
-            match self.try_shares().await {
+            match self.try_shares(slot).await {
                 // What was looked at has moved, or is gone.
                 Err(VolumeError::Moved | VolumeError::ObjectDamaged { .. })
                     if self.keeper.root().checkpoint != before && tries.next().is_some() => {}
-                found => return Ok(Shares { data: self.data().await?, ..found? }),
+                found => return Ok(Shares { data: self.data(slot).await?, ..found? }),
             }
         }
     }
 
     /// Bytes of the volume that hold data, in the log too.
-    async fn data(&self) -> Result<u64, VolumeError> {
+    async fn data(&self, slot: Slot) -> Result<u64, VolumeError> {
         let unread = |_| self.failure().or_else(|| self.last_unread.borrow().clone()).unwrap_or(VolumeError::Moved);
-        let (mut data, mut from) = (0, 0);
-        while from < self.blocks() {
-            let extents = self.extents(from..self.blocks().min(from + SPAN_BLOCKS)).await.map_err(unread)?;
+        let (mut data, mut from) = (0, first_block(slot));
+        let end = from + self.size(slot) / BLOCK as u64;
+        while from < end {
+            let extents = self.extents(from..end.min(from + SPAN_BLOCKS)).await.map_err(unread)?;
             let is_data = |extent: &&Extent| extent.kind == ExtentKind::Data;
             data += extents.iter().filter(is_data).map(|extent| extent.len).sum::<u64>();
             from += extents.iter().map(|extent| extent.len).sum::<u64>().max(BLOCK as u64) / BLOCK as u64;
@@ -136,20 +140,27 @@ impl Core {
         layers.flat_map(|layer| layer.runs.iter()).for_each(|(_, pointer)| show(*pointer));
     }
 
-    async fn try_shares(&self) -> Result<Shares, VolumeError> {
+    async fn try_shares(&self, slot: Slot) -> Result<Shares, VolumeError> {
         let _looking = self.reader.looking();
-        let head = self.map.borrow().tree;
-        let snapshots: Vec<Tree> = self.snapshot_trees().into_iter().map(|(_, tree, _)| tree).collect();
-        count(&self.reader, 0, head, |show| self.show_layers(show), &snapshots).await
+        let heads = heads(&self.map.borrow().volumes, slot);
+        let snapshots: Vec<Tree> = self.committed_snapshots(|_| true).into_iter().map(|snapshot| snapshot.tree).collect();
+        count(&self.reader, 0, &heads, |show| self.show_layers(show), &snapshots).await
     }
 }
 
+/// The trees of a group's volumes, that of one of them first.
+fn heads(volumes: &Volumes, slot: Slot) -> Vec<Tree> {
+    let others = volumes.iter().filter(|(of, _)| **of != slot);
+    volumes.get(&slot).into_iter().chain(others.map(|(_, held)| held)).map(|held| held.tree).collect()
+}
+
 /// Of a volume that need not be open, as its newest checkpoint says.
-pub(crate) async fn shares_in_store(parts: &Parts, group: Group) -> Result<Shares, VolumeError> {
-    let chain = parts.chain(group);
+pub(crate) async fn shares_in_store(parts: &Parts, volume: VolumeId) -> Result<Shares, VolumeError> {
+    let chain = parts.chain(volume.group);
     let (root, meta) = chain.read_meta().await?;
     let snapshots: Vec<Tree> = meta.snapshots.iter().map(|snapshot| snapshot.tree).collect();
     // There, the volume is the first ancestor of a clone that is none.
     let reader = reader_of(parts, &chain, &root, &meta)?;
-    count(&reader, 1, meta.tree, |_| (), &snapshots).await
+    let heads = heads(&meta.volumes, meta.slot(volume.id)?);
+    count(&reader, 1, &heads, |_| (), &snapshots).await
 }

@@ -11,13 +11,13 @@ use std::rc::Rc;
 use bytes::Bytes;
 
 use crate::checkpoint::Change;
-use crate::core::{Core, SnapshotState};
+use crate::core::{Core, SnapshotName, SnapshotState};
 use crate::environment::random_id;
 use crate::error::VolumeError;
 use crate::log::RecordKind;
 use crate::mapped::Durability;
-use crate::meta::Snapshot;
-use crate::names::group_path;
+use crate::meta::{Held, Snapshot};
+use crate::names::{SLOT_BLOCKS, Slot, first_block, group_path};
 use crate::segment::BLOCK;
 use crate::step_header::{MARKER_NAME_MAX, Marker};
 
@@ -36,19 +36,20 @@ pub struct SnapshotInfo {
 impl Core {
     /// Makes the volume as it is now a snapshot: everything acknowledged so far is in it, and nothing that is submitted later.
     /// When it comes back the snapshot is as durable as a flushed write. `created`: seconds since 1970.
-    pub(crate) async fn snapshot(&self, name: &str, created: u64) -> Result<(), VolumeError> {
+    pub(crate) async fn snapshot(&self, slot: Slot, name: &str, created: u64) -> Result<(), VolumeError> {
         if name.is_empty() || name.len() > MARKER_NAME_MAX {
             return Err(VolumeError::SnapshotName);
         }
+        let key = (slot, name.to_owned());
         {
             let mut snapshots = self.snapshots.borrow_mut();
-            if snapshots.contains_key(name) {
+            if snapshots.contains_key(&key) {
                 return Err(VolumeError::SnapshotExists);
             }
-            snapshots.insert(name.to_owned(), SnapshotState::Reserved);
+            snapshots.insert(key.clone(), SnapshotState::Reserved);
         }
         let id = random_id(&*self.chain.environment);
-        let marker = Marker { id, created, size: self.size(), name: name.to_owned() };
+        let marker = Marker { slot, id, created, size: self.size(slot), name: name.to_owned() };
         let payload = Bytes::from(marker.encode());
         let logged = self.log.append(RecordKind::Marker, 0, payload.len() as u64, payload).get().await;
         let durable = match (logged, self.settings.durability) {
@@ -58,7 +59,7 @@ impl Core {
         };
         durable.map_err(|_| self.failure().unwrap_or(VolumeError::Fenced))?;
         // By now it may be in the pool, or even be deleted again.
-        if matches!(self.snapshots.borrow().get(name), Some(SnapshotState::Reserved)) {
+        if matches!(self.snapshots.borrow().get(&key), Some(SnapshotState::Reserved)) {
             self.note_marker(marker);
         }
         Ok(())
@@ -67,13 +68,14 @@ impl Core {
     /// A snapshot that the log has, or the history.
     pub(crate) fn note_marker(&self, marker: Marker) {
         let mut snapshots = self.snapshots.borrow_mut();
-        if !matches!(snapshots.get(&marker.name), Some(SnapshotState::Committed(_))) {
-            snapshots.insert(marker.name.clone(), SnapshotState::Pending(marker));
+        let key = (marker.slot, marker.name.clone());
+        if !matches!(snapshots.get(&key), Some(SnapshotState::Committed(_))) {
+            snapshots.insert(key, SnapshotState::Pending(marker));
         }
     }
 
-    pub(crate) fn list_snapshots(&self) -> Vec<SnapshotInfo> {
-        let info = |(name, state): (&String, &SnapshotState)| match state {
+    pub(crate) fn list_snapshots(&self, slot: Slot) -> Vec<SnapshotInfo> {
+        let info = |((_, name), state): (&SnapshotName, &SnapshotState)| match state {
             SnapshotState::Reserved => None,
             SnapshotState::Pending(Marker { created, size, .. }) => {
                 Some(SnapshotInfo { name: name.clone(), created: *created, size: *size, is_committed: false })
@@ -82,11 +84,21 @@ impl Core {
                 (!is_deleting).then(|| SnapshotInfo { name: name.clone(), created: *created, size: *size, is_committed: true })
             }
         };
-        self.snapshots.borrow().iter().filter_map(info).collect()
+        self.snapshots.borrow().iter().filter(|((of, _), _)| *of == slot).filter_map(info).collect()
+    }
+
+    /// Those that are in a checkpoint, of some volumes.
+    pub(crate) fn committed_snapshots(&self, of: impl Fn(Slot) -> bool) -> Vec<Snapshot> {
+        let snapshots = self.snapshots.borrow();
+        let committed = snapshots.iter().filter(|((slot, _), _)| of(*slot)).filter_map(|(_, state)| match state {
+            SnapshotState::Committed(snapshot) => Some(snapshot.clone()),
+            SnapshotState::Reserved | SnapshotState::Pending(_) => None,
+        });
+        committed.collect()
     }
 
     /// A snapshot, once it is in a checkpoint.
-    pub(crate) async fn committed_snapshot(&self, name: &str) -> Result<Snapshot, VolumeError> {
+    pub(crate) async fn committed_snapshot(&self, name: &SnapshotName) -> Result<Snapshot, VolumeError> {
         let settled = || {
             let snapshots = self.snapshots.borrow();
             match snapshots.get(name) {
@@ -100,27 +112,27 @@ impl Core {
     }
 
     /// Deletes a snapshot that has no clones; its space comes back with the next collection of garbage.
-    pub(crate) async fn delete_snapshot(&self, name: &str) -> Result<(), VolumeError> {
+    pub(crate) async fn delete_snapshot(&self, name: &SnapshotName) -> Result<(), VolumeError> {
         self.committed_snapshot(name).await?;
         let _alone = self.house.hold().await;
         let snapshot = self.snapshot_now(name)?;
         self.set_deleting(name, true)?;
-        self.checkpoint_with(Change::default()).await?;
+        self.checkpoint_with(Change::Nothing).await?;
         let pins = self.chain.pins().await?;
         let clones: Vec<String> =
             pins.iter().filter(|pin| pin.snapshot == snapshot.id).map(|pin| group_path(&pin.clone)).collect();
         if !clones.is_empty() {
             self.set_deleting(name, false)?;
-            self.checkpoint_with(Change::default()).await?;
+            self.checkpoint_with(Change::Nothing).await?;
             return Err(VolumeError::SnapshotHasClones(clones.join(", ")));
         }
         self.snapshots.borrow_mut().remove(name);
         self.note_garbage(u64::MAX);
-        self.checkpoint_with(Change::default()).await
+        self.checkpoint_with(Change::Nothing).await
     }
 
     /// A snapshot in a checkpoint, for whoever holds the house: nobody deletes it before he is done.
-    fn snapshot_now(&self, name: &str) -> Result<Snapshot, VolumeError> {
+    pub(crate) fn snapshot_now(&self, name: &SnapshotName) -> Result<Snapshot, VolumeError> {
         match self.snapshots.borrow().get(name) {
             Some(SnapshotState::Committed(snapshot)) => Ok(snapshot.clone()),
             _ => Err(VolumeError::NoSnapshot),
@@ -128,14 +140,14 @@ impl Core {
     }
 
     /// The snapshots whose deletion was begun and has not ended.
-    pub(crate) fn half_deleted(&self) -> Vec<String> {
+    pub(crate) fn half_deleted(&self) -> Vec<SnapshotName> {
         let is_begun = |state: &SnapshotState| matches!(state, SnapshotState::Committed(snapshot) if snapshot.is_deleting);
         let snapshots = self.snapshots.borrow();
         snapshots.iter().filter(|(_, state)| is_begun(state)).map(|(name, _)| name.clone()).collect()
     }
 
     /// Ends the deletions that an earlier owner had begun. Snapshots that have clones stay, and are told of again.
-    pub(crate) async fn finish_deletions(self: Rc<Self>, half_deleted: Vec<String>) {
+    pub(crate) async fn finish_deletions(self: Rc<Self>, half_deleted: Vec<SnapshotName>) {
         for name in half_deleted {
             if self.delete_snapshot(&name).await.is_err() && self.failed_errno().is_some() {
                 return;
@@ -143,7 +155,7 @@ impl Core {
         }
     }
 
-    fn set_deleting(&self, name: &str, deleting: bool) -> Result<(), VolumeError> {
+    fn set_deleting(&self, name: &SnapshotName, deleting: bool) -> Result<(), VolumeError> {
         match self.snapshots.borrow_mut().get_mut(name) {
             Some(SnapshotState::Committed(snapshot)) => snapshot.is_deleting = deleting,
             _ => return Err(VolumeError::NoSnapshot),
@@ -152,12 +164,14 @@ impl Core {
     }
 
     /// The volume's content and size become the snapshot's. The caller lets nobody write meanwhile.
-    pub(crate) async fn roll_back(&self, name: &str) -> Result<(), VolumeError> {
+    pub(crate) async fn roll_back(&self, name: &SnapshotName) -> Result<(), VolumeError> {
         self.committed_snapshot(name).await?;
         self.publish_all().await.map_err(|_| self.failure().unwrap_or(VolumeError::Fenced))?;
         let _alone = self.house.hold().await;
         let snapshot = self.snapshot_now(name)?;
-        let change = Change { tree: Some(snapshot.tree), size: Some(snapshot.size) };
+        let slot = name.0;
+        let held = self.held(slot).ok_or(VolumeError::NoVolume)?;
+        let change = Change::Content(slot, Held { size: snapshot.size, tree: snapshot.tree, ..held });
         self.note_garbage(u64::MAX);
         self.checkpoint_with(change).await
     }
@@ -165,19 +179,20 @@ impl Core {
     /// Where two snapshots differ, or a snapshot and the volume itself, in bytes.
     pub(crate) async fn diff(
         &self,
+        slot: Slot,
         before: &str,
         to: Option<&str>,
         from: u64,
         ranges_max: usize,
     ) -> Result<Vec<Range<u64>>, VolumeError> {
         let _looking = self.reader.looking();
-        let before = self.committed_snapshot(before).await?;
+        let before = self.committed_snapshot(&(slot, before.to_owned())).await?;
         let after = match to {
-            Some(name) => self.committed_snapshot(name).await?.tree,
+            Some(name) => self.committed_snapshot(&(slot, name.to_owned())).await?.tree,
             None => {
                 self.publish_all().await.map_err(|_| self.failure().unwrap_or(VolumeError::Fenced))?;
                 self.checkpoint().await?;
-                self.map.borrow().tree
+                self.held(slot).ok_or(VolumeError::NoVolume)?.tree
             }
         };
         let block = BLOCK as u64;
@@ -186,19 +201,25 @@ impl Core {
     }
 
     /// Gives the volume another size. What lies past a smaller one is gone; the caller lets nobody write there meanwhile.
-    pub(crate) async fn resize(&self, size: u64) -> Result<(), VolumeError> {
-        if size == 0 || !size.is_multiple_of(BLOCK as u64) {
-            return Err(VolumeError::BadSize);
-        }
+    pub(crate) async fn resize(&self, slot: Slot, size: u64) -> Result<(), VolumeError> {
+        check_size(size)?;
         let lost = |_| self.failure().unwrap_or(VolumeError::Fenced);
-        let now = self.size();
+        let now = self.size(slot);
         if size < now {
-            let discarded = self.log.append(RecordKind::Discard, size, now - size, Bytes::new());
+            let from = first_block(slot) * BLOCK as u64 + size;
+            let discarded = self.log.append(RecordKind::Discard, from, now - size, Bytes::new());
             discarded.get().await.map_err(lost)?;
         }
         // Or the loss of the log would undo what was acknowledged before, and not this.
         self.publish_all().await.map_err(lost)?;
         let _alone = self.house.hold().await;
-        self.checkpoint_with(Change { tree: None, size: Some(size) }).await
+        self.checkpoint_with(Change::Size(slot, size)).await
     }
+}
+
+/// Whether a volume can have so many bytes.
+pub(crate) fn check_size(size: u64) -> Result<(), VolumeError> {
+    let (block, blocks) = (BLOCK as u64, size / BLOCK as u64);
+    let fits = size.is_multiple_of(block) && (1..=SLOT_BLOCKS).contains(&blocks);
+    if fits { Ok(()) } else { Err(VolumeError::BadSize) }
 }

@@ -11,13 +11,13 @@
 //!                                          …  sources, 33 bytes each: group 16 · epoch u64 · number u64 · family u8
 //!                                          …  hits: hash 16 bytes · source u32 · spot u32
 //!                                          …  moved: source u32 · spot there u32 · spot here u32
-//!                                          …  marker: id 16 · created u64 · size u64 · name
+//!                                          …  marker: id 16 · created u64 · size u64 · slot u16 · name
 //! ```
 //!
 //! - An extent of data lies in this segment's body, a hit in the body of its source.
 //! - Sources are named by what lasts. Every source that is referred to is there, and nothing follows the last table.
 //! - `hits` tells the index what was found elsewhere when this was written: one for each content.
-//! - A marker makes the volume as it is after this step a snapshot.
+//! - A marker makes its volume as it is after this step a snapshot.
 //! - `moved` tells those who still refer to a source where its block is now.
 
 use dedup::hash::BlockHash;
@@ -27,7 +27,7 @@ use crate::bytes_at::{array_at, u32_at, u64_at};
 use crate::log::{LogId, Tail};
 use crate::map::{spot_bits, spot_of};
 use crate::meta::SnapshotId;
-use crate::names::Source;
+use crate::names::{Slot, Source};
 
 const COUNTS_AT: usize = 48;
 const TABLES_AT: usize = 80;
@@ -37,7 +37,7 @@ const STORED_LEN: usize = 20;
 const HIT_LEN: usize = 24;
 const MOVED_LEN: usize = 12;
 /// Of a marker without its name.
-const MARKER_LEN: usize = 32;
+const MARKER_LEN: usize = 34;
 /// Bytes of a snapshot's name.
 pub(crate) const MARKER_NAME_MAX: usize = 63;
 
@@ -110,6 +110,8 @@ pub(crate) struct Moved {
 /// A snapshot that a step ends with.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Marker {
+    /// Of which volume.
+    pub(crate) slot: Slot,
     pub(crate) id: SnapshotId,
     /// Seconds since 1970.
     pub(crate) created: u64,
@@ -120,14 +122,16 @@ pub(crate) struct Marker {
 
 impl Marker {
     pub(crate) fn encode(&self) -> Vec<u8> {
-        [&self.id[..], &self.created.to_le_bytes(), &self.size.to_le_bytes(), self.name.as_bytes()].concat()
+        let Marker { slot, id, created, size, name } = self;
+        [&id[..], &created.to_le_bytes(), &size.to_le_bytes(), &slot.to_le_bytes(), name.as_bytes()].concat()
     }
 
     /// `None`: this is no marker.
     pub(crate) fn decode(bytes: &[u8]) -> Option<Marker> {
         let (fixed, name) = bytes.split_at_checked(MARKER_LEN)?;
         let name = std::str::from_utf8(name).ok().filter(|name| (1..=MARKER_NAME_MAX).contains(&name.len()))?;
-        Some(Marker { id: array_at(fixed, 0), created: u64_at(fixed, 16), size: u64_at(fixed, 24), name: name.to_owned() })
+        let (id, slot) = (array_at(fixed, 0), Slot::from_le_bytes(array_at(fixed, 32)));
+        Some(Marker { slot, id, created: u64_at(fixed, 16), size: u64_at(fixed, 24), name: name.to_owned() })
     }
 }
 
@@ -304,7 +308,7 @@ pub(crate) mod tests {
             sources: vec![SOURCE, Source { family: Family::Step, ..SOURCE }],
             hits: vec![HitRecord { hash: BlockHash([3; 16]), source: 1, spot: spot(1000, 15) }],
             moved: vec![Moved { source: 0, from: spot(8, 1), to: spot(70, 3) }],
-            marker: Some(Marker { id: [6; 16], created: 5, size: 1 << 30, name: "monday".into() }),
+            marker: Some(Marker { slot: 3, id: [6; 16], created: 5, size: 1 << 30, name: "monday".into() }),
         }
     }
 

@@ -11,6 +11,7 @@ use crate::error::VolumeError;
 use crate::extent_map::{ExtentMap, Run, Seen, look_through};
 use crate::log::RecordKind;
 use crate::map::{Pointer, Tree};
+use crate::names::{first_block, slot_of};
 use crate::root::Checkpoint;
 use crate::segment::{BLOCK, Place};
 
@@ -65,10 +66,11 @@ impl Core {
         let part =
             |range: &Range<u64>| (range.start - blocks.start) as usize * BLOCK..(range.end - blocks.start) as usize * BLOCK;
         let pending = self.backlog.within(blocks.clone());
-        let (above, tree) = self.above(pending.open);
+        let (above, tree, first) = self.above(pending.open, blocks.start);
         let mut runs = above.runs;
         for range in above.open {
-            runs.extend(tree.runs(&self.reader, range, usize::MAX).await?);
+            let found = tree.runs(&self.reader, range.start - first..range.end - first, usize::MAX).await?;
+            runs.extend(found.into_iter().map(|(run, pointer)| (run.start + first..run.end + first, pointer)));
         }
         runs.retain(|(_, pointer)| !pointer.is_nothing());
         runs.sort_unstable_by_key(|(range, _)| range.start);
@@ -114,11 +116,12 @@ impl Core {
         Ok(payload.map(|payload| Bytes::from(payload).slice(from..from + len)))
     }
 
-    /// What the layers say of some ranges, and the tree to ask for the rest.
-    fn above(&self, open: Vec<Range<u64>>) -> (Seen<Pointer>, Tree) {
-        let map = self.map.borrow();
+    /// What the layers say of some ranges, the tree to ask for the rest, and the block at which that begins. All of it is of the volume that has `block`.
+    fn above(&self, open: Vec<Range<u64>>, block: u64) -> (Seen<Pointer>, Tree, u64) {
+        let (map, slot) = (self.map.borrow(), slot_of(block));
         let layers = std::iter::once(&map.open).chain(map.layers.iter().rev().map(|layer| &**layer));
-        (look_through(layers.map(|layer| &layer.runs), open), map.tree)
+        let tree = map.volumes.get(&slot).map_or_else(|| Tree::empty(1), |held| held.tree);
+        (look_through(layers.map(|layer| &layer.runs), open), tree, first_block(slot))
     }
 
     /// What the parts of a range hold: of all of it, or of its first 4096 parts.
@@ -144,7 +147,7 @@ impl Core {
         let _looking = self.reader.looking();
         let mut kinds = ExtentMap::default();
         let pending = self.backlog.within(blocks.clone());
-        let (above, tree) = self.above(pending.open);
+        let (above, tree, first) = self.above(pending.open, blocks.start);
         let mut is_damaged = false;
         // Beyond where the tree was followed to, nothing is known.
         let mut known = blocks.end;
@@ -153,10 +156,11 @@ impl Core {
             if wanted.is_empty() {
                 continue;
             }
-            let runs = tree.runs(&self.reader, wanted.clone(), EXTENTS_MAX * 8).await?;
-            known = known.min(runs.last().map_or(wanted.end, |(run, _)| if run.end < wanted.end { run.end } else { known }));
+            let runs = tree.runs(&self.reader, wanted.start - first..wanted.end - first, EXTENTS_MAX * 8).await?;
+            let end = runs.last().map_or(wanted.end, |(run, _)| run.end + first);
+            known = if end < wanted.end { known.min(end) } else { known };
             is_damaged |= runs.iter().any(|(_, pointer)| pointer.hiding().is_some());
-            runs.into_iter().for_each(|(run, pointer)| kinds.insert(run, Kind(kind_of(pointer))));
+            runs.into_iter().for_each(|(run, pointer)| kinds.insert(run.start + first..run.end + first, Kind(kind_of(pointer))));
         }
         above.runs.into_iter().for_each(|(run, pointer)| kinds.insert(run, Kind(kind_of(pointer))));
         for (range, run) in pending.runs {

@@ -29,6 +29,7 @@ fn options(plane: &DataPlane, store: Store, durability: Durability) -> MappedOpt
     let settings = Settings { durability, segment_bytes: MIB, ..Settings::default() };
     MappedOptions {
         group: GROUP,
+        volume: GROUP,
         store,
         settings,
         secrets: Secrets { pool_key: [3; 32], data_key: None },

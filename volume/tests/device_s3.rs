@@ -50,6 +50,7 @@ impl Rig {
             Arc::new(S3Store::open(self.config(), self.runtime.handle().clone(), opening).unwrap());
         MappedOptions {
             group,
+            volume: group,
             store,
             settings: Settings { durability: Durability::Remote, segment_bytes: MIB, ..Settings::default() },
             secrets: Secrets { pool_key: [3; 32], data_key: Some([4; 32]) },

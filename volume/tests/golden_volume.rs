@@ -28,12 +28,13 @@ const SECTOR: usize = 512;
 const ROOTS: [&str; 3] = ["root", "pins", "none"];
 
 fn path() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/volume-0.txt")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/volume-1.txt")
 }
 
 fn options(plane: &DataPlane, store: &Arc<MemoryStore>, group: Uuid) -> MappedOptions {
     MappedOptions {
         group,
+        volume: group,
         store: store.clone(),
         settings: Settings::default(),
         secrets: Secrets { pool_key: [3; 32], data_key: Some([4; 32]) },

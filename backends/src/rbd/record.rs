@@ -91,6 +91,7 @@ impl Record {
             object: (!self.created).then(|| image_name.to_owned()),
             origin: self.origin.clone(),
             wrapped_key: None,
+            group: None,
             encrypted: false,
             snapshots: snapshots.collect::<BTreeMap<_, _>>(),
         })

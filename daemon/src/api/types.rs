@@ -47,6 +47,8 @@ pub struct VolumeInfo {
     pub layout: String,
     pub policy: Option<String>,
     pub tenant: Option<String>,
+    /// Of a mapped volume that shares what it stores: the UUID that all of its group have here.
+    pub group: Option<String>,
     /// The file, device or image an adopted volume stands on.
     pub object: Option<String>,
     /// `VOL@SNAP` or `VOL` it was cloned from.

@@ -108,6 +108,7 @@ fn show(volume: &VolumeInfo) -> String {
         ("layout", volume.layout.clone()),
         ("policy", volume.policy.clone().unwrap_or_default()),
         ("tenant", volume.tenant.clone().unwrap_or_default()),
+        ("group", volume.group.clone().unwrap_or_default()),
         ("object", volume.object.clone().unwrap_or_default()),
         ("origin", volume.origin.clone().unwrap_or_default()),
         ("snapshots", snapshots.join(", ")),

@@ -227,8 +227,8 @@ pub struct PolicyConfig {
     /// How mapped volumes are compressed. "auto": as hard as time allows, which is the default; "zstd" or "lz4": always with that; "none": not.
     /// What is stored already stays as it is until it is rewritten.
     pub compression: Option<String>,
-    /// Where mapped volumes look for blocks that are stored already. "volume": in themselves, which is the default; "none": nowhere. "tenant" is
-    /// not in this version: such volumes are refused.
+    /// Where mapped volumes look for blocks that are stored already. "volume": in themselves, which is the default; "tenant": in all volumes of the
+    /// pool with the same tenant and policy that were made on this host, of which one host has all or none; "none": nowhere.
     pub dedup: Option<String>,
     /// Volumes are encrypted; needs [keys].
     pub encryption: bool,

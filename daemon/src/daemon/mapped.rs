@@ -7,7 +7,7 @@ use backends::file::FilePool;
 use backends::{Layout, Pool, PoolError, VolumeRecord};
 use blockdev::ReactorHandle;
 use parking_lot::RwLock;
-use volume::pool::{MappedPool, MappedPoolOptions, VolumePolicy};
+use volume::pool::{Dedup, MappedPool, MappedPoolOptions, VolumePolicy};
 use volume::{Allowed, Durability};
 
 use crate::config::{Config, PolicyConfig, PoolConfig};
@@ -109,6 +109,15 @@ fn parse_durability(durability: &str) -> Durability {
 }
 
 /// One that was checked when the configuration was loaded.
+fn parse_dedup(dedup: &str) -> Dedup {
+    match dedup {
+        "none" => Dedup::None,
+        "tenant" => Dedup::Tenant,
+        _ => Dedup::Volume,
+    }
+}
+
+/// One that was checked when the configuration was loaded.
 fn parse_compression(compression: &str) -> Allowed {
     match compression {
         "none" => Allowed::Off,
@@ -119,7 +128,7 @@ fn parse_compression(compression: &str) -> Allowed {
 }
 
 fn policy(config: &Config, record: &VolumeRecord, fallback: Durability) -> backends::pool::Result<VolumePolicy> {
-    let silent = VolumePolicy { durability: fallback, compression: Allowed::Auto, deduplicate: true };
+    let silent = VolumePolicy { durability: fallback, compression: Allowed::Auto, dedup: Dedup::Volume };
     let Some(name) = &record.policy else { return Ok(silent) };
     let Some(policy) = config.policy.get(name) else {
         tracing::warn!(
@@ -134,7 +143,7 @@ fn policy(config: &Config, record: &VolumeRecord, fallback: Durability) -> backe
     Ok(VolumePolicy {
         durability: policy.durability.as_deref().map_or(fallback, parse_durability),
         compression: policy.compression.as_deref().map_or(Allowed::Auto, parse_compression),
-        deduplicate: policy.dedup.as_deref() != Some("none"),
+        dedup: policy.dedup.as_deref().map_or(Dedup::Volume, parse_dedup),
     })
 }
 
@@ -146,9 +155,6 @@ pub fn refusal(name: &str, policy: &PolicyConfig, layout: Layout) -> Option<Stri
             None => {}
             Some(value) if layout == Layout::Raw => {
                 return Some(format!("{} a raw volume never has: choose --layout mapped, or another policy", asks(key, value)));
-            }
-            Some("tenant") => {
-                return Some(format!("{} is not in this version: change the policy, or choose another", asks(key, "tenant")));
             }
             Some(_) => {}
         }
@@ -204,12 +210,12 @@ mod tests {
             };
             config.policy.insert("p".to_owned(), of);
             let policy = policy(&config, &record(Some("p")), Durability::Local).unwrap();
-            (policy.compression, policy.deduplicate)
+            (policy.compression, policy.dedup)
         };
-        assert_eq!(found(None, None), (Allowed::Auto, true));
-        assert_eq!(found(Some("none"), Some("none")), (Allowed::Off, false));
-        assert_eq!(found(Some("lz4"), Some("volume")), (Allowed::Lz4, true));
-        assert_eq!(found(Some("zstd"), None), (Allowed::Zstd, true));
+        assert_eq!(found(None, None), (Allowed::Auto, Dedup::Volume));
+        assert_eq!(found(Some("none"), Some("none")), (Allowed::Off, Dedup::None));
+        assert_eq!(found(Some("lz4"), Some("volume")), (Allowed::Lz4, Dedup::Volume));
+        assert_eq!(found(Some("zstd"), Some("tenant")), (Allowed::Zstd, Dedup::Tenant));
     }
 
     #[test]
@@ -226,7 +232,8 @@ mod tests {
         assert!(why(of("auto", "", false), Layout::Raw).contains("--layout mapped"));
         assert_eq!(why(of("lz4", "none", false), Layout::Mapped), "");
         assert!(why(of("lz4", "", false), Layout::Raw).contains("compression = lz4"));
-        assert!(why(of("", "tenant", false), Layout::Mapped).contains("dedup = tenant"));
+        assert_eq!(why(of("", "tenant", false), Layout::Mapped), "");
+        assert!(why(of("", "tenant", false), Layout::Raw).contains("dedup = tenant"));
         assert_eq!([Layout::Raw, Layout::Mapped].map(|layout| why(of("", "", true), layout)), ["", ""]);
     }
 }

@@ -70,6 +70,7 @@ impl Daemon {
             layout: record.layout.name().to_owned(),
             policy: record.policy,
             tenant: record.tenant,
+            group: record.group.map(|group| group.to_string()),
             object: record.object,
             origin: record.origin,
             encrypted: record.encrypted,

@@ -35,6 +35,7 @@ impl Rig {
         let plane = DataPlane::start(DataPlaneOptions::default()).expect("a data plane");
         let options = MappedOptions {
             group: Uuid::from_u128(1),
+            volume: Uuid::from_u128(1),
             store: store.clone(),
             settings,
             secrets: Secrets { pool_key: [1; 32], data_key: Some([2; 32]) },
@@ -58,7 +59,7 @@ impl Rig {
 
     /// Opens another volume of the store.
     pub fn open_as(&self, group: Uuid, log: Arc<dyn BlockDevice>) -> Open {
-        let options = MappedOptions { group, ..self.options.clone() };
+        let options = MappedOptions { group, volume: group, ..self.options.clone() };
         let device = Arc::new(MappedDevice::open(options, log).expect("the volume opens"));
         let options = VolumeOptions { name: "measured".into(), read_only: false, block_size: 4096 };
         let volume = Volume::new(device.clone() as Arc<dyn BlockDevice>, options);

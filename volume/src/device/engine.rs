@@ -1,7 +1,7 @@
 //! What lives on the home thread of a mapped volume, and how other threads reach it.
 //!
 //! ```text
-//!   any thread ── work ──▶ home thread: ENGINES[number] ─▶ Tasks · the volume or a view of a snapshot · its log
+//!   any thread ── work ──▶ home thread: ENGINES[number] ─▶ Tasks · a group of volumes or a view of a snapshot · its log
 //!        ▲                                                     │
 //!        └───────────────────── answer ◀───────────────────────┘
 //! ```
@@ -17,6 +17,7 @@ use std::time::Duration;
 use backends::segments::SegmentStore;
 use blockdev::{BlockDevice, DeviceError, Errno, Op, Reactor, ReactorHandle};
 use bytes::Bytes;
+use parking_lot::Mutex;
 
 use super::log_disk::DeviceLog;
 use super::queue::{Found, Job};
@@ -25,6 +26,7 @@ use super::{MappedOptions, OpenError};
 use crate::clone::SnapshotView;
 use crate::environment::{Environment, LocalFuture};
 use crate::error::VolumeError;
+use crate::group::MappedGroup;
 use crate::mapped::{MappedVolume, Parts};
 use crate::progress::Progress;
 use crate::reduce::Secrets;
@@ -39,7 +41,7 @@ const TELL_EVERY: Duration = Duration::from_millis(200);
 /// What an engine serves.
 #[derive(Clone)]
 pub(super) enum Content {
-    Volume(Rc<MappedVolume>),
+    Group(Rc<MappedGroup>),
     View(Rc<SnapshotView>),
 }
 
@@ -62,13 +64,12 @@ pub(super) struct Home {
     thread: ReactorHandle,
     number: u64,
     /// Let go of after the engine's last operation on it.
-    log: Arc<dyn BlockDevice>,
+    log: Mutex<Option<Arc<dyn BlockDevice>>>,
 }
 
 impl Drop for Home {
     fn drop(&mut self) {
-        let (number, log) = (self.number, self.log.clone());
-        self.thread.spawn(move |_| close(number, Some(log)));
+        self.end();
     }
 }
 
@@ -85,7 +86,14 @@ impl Home {
         let (its_log, store, secrets) = (log.clone(), options.store.clone(), options.secrets.clone());
         options.home.spawn(move |reactor| begin_here(number, reactor, &*its_log, (store, secrets), begin, sender));
         let begun = receiver.recv().map_err(|_| stopped())?;
-        begun.map(|answer| (Home { thread: options.home.clone(), number, log: log.clone() }, answer))
+        begun.map(|answer| (Home { thread: options.home.clone(), number, log: Mutex::new(Some(log.clone())) }, answer))
+    }
+
+    /// Closes the engine before the last of those who use it is gone; they get EIO.
+    pub(super) fn end(&self) {
+        let Some(log) = self.log.lock().take() else { return };
+        let number = self.number;
+        self.thread.spawn(move |_| close(number, Some(log)));
     }
 
     pub(super) fn thread(&self) -> &ReactorHandle {
@@ -96,23 +104,23 @@ impl Home {
         self.number
     }
 
-    /// Asks the volume something that it knows at once. `None` if its thread does not say, or it is closed. Blocks for a moment.
-    pub(super) fn ask<T: Send + 'static>(&self, question: impl FnOnce(&MappedVolume) -> T + Send + 'static) -> Option<T> {
+    /// Asks the group something that it knows at once. `None` if its thread does not say, or it is closed. Blocks for a moment.
+    pub(super) fn ask<T: Send + 'static>(&self, question: impl FnOnce(&MappedGroup) -> T + Send + 'static) -> Option<T> {
         let (sender, receiver) = mpsc::sync_channel(1);
         let number = self.number;
         self.thread.spawn(move |_| {
             // Whoever asked may have stopped waiting.
-            if let Some((_, Content::Volume(volume))) = find(number) {
-                let _ = sender.send(question(&volume));
+            if let Some((_, Content::Group(group))) = find(number) {
+                let _ = sender.send(question(&group));
             }
         });
         receiver.recv_timeout(ANSWER_LIMIT).ok()
     }
 
-    /// Has the volume do something, and waits for it, however long it takes. Blocks.
+    /// Has the group do something, and waits for it, however long it takes. Blocks.
     pub(super) fn run<T: Send + 'static>(
         &self,
-        work: impl FnOnce(Rc<MappedVolume>) -> LocalFuture<'static, Result<T, VolumeError>> + Send + 'static,
+        work: impl FnOnce(Rc<MappedGroup>) -> LocalFuture<'static, Result<T, VolumeError>> + Send + 'static,
     ) -> Result<T, OpenError> {
         Ok(self.begin(work).recv().map_err(|_| stopped())??)
     }
@@ -121,11 +129,11 @@ impl Home {
     pub(super) fn run_telling<T: Send + 'static>(
         &self,
         tell: &dyn Fn(u64, u64),
-        work: impl FnOnce(Rc<MappedVolume>, Arc<Progress>) -> LocalFuture<'static, Result<T, VolumeError>> + Send + 'static,
+        work: impl FnOnce(Rc<MappedGroup>, Arc<Progress>) -> LocalFuture<'static, Result<T, VolumeError>> + Send + 'static,
     ) -> Result<T, OpenError> {
         let progress = Arc::new(Progress::default());
         let told = progress.clone();
-        let receiver = self.begin(move |volume| work(volume, told));
+        let receiver = self.begin(move |group| work(group, told));
         loop {
             let answer = receiver.recv_timeout(TELL_EVERY);
             let (done, total) = progress.get();
@@ -140,15 +148,15 @@ impl Home {
 
     fn begin<T: Send + 'static>(
         &self,
-        work: impl FnOnce(Rc<MappedVolume>) -> LocalFuture<'static, Result<T, VolumeError>> + Send + 'static,
+        work: impl FnOnce(Rc<MappedGroup>) -> LocalFuture<'static, Result<T, VolumeError>> + Send + 'static,
     ) -> mpsc::Receiver<Result<T, VolumeError>> {
         let (sender, receiver) = mpsc::sync_channel(1);
         let number = self.number;
         self.thread.spawn(move |_| {
             // Dropped, the sender says that there is no answer.
-            let Some((environment, Content::Volume(volume))) = find(number) else { return };
+            let Some((environment, Content::Group(group))) = find(number) else { return };
             environment.spawn(Box::pin(async move {
-                let done = work(volume).await;
+                let done = work(group).await;
                 let _ = sender.send(done);
             }));
         });
@@ -207,8 +215,8 @@ fn begin_here<T: Send + 'static>(
 /// Ends an engine when its last operation on the log has ended; then the log is let go of.
 fn close(number: u64, log: Option<Arc<dyn BlockDevice>>) {
     let Some(engine) = ENGINES.with_borrow_mut(|engines| engines.remove(&number)) else { return };
-    if let Some(Content::Volume(volume)) = &engine.content {
-        volume.close();
+    if let Some(Content::Group(group)) = &engine.content {
+        group.close();
     }
     let environment = engine.environment.clone();
     environment.spawn(Box::pin(async move {
@@ -221,14 +229,14 @@ fn close(number: u64, log: Option<Arc<dyn BlockDevice>>) {
 /// Carries out a request, on the home thread, and gives what it found. Of an engine that has gone nothing is given.
 pub(super) fn carry_out(number: u64, job: Job, give: impl FnOnce(Result<Found, Errno>) + 'static) {
     let Some((environment, content)) = find(number) else { return };
-    let Job { op, offset, len, bytes } = job;
+    let Job { slot, op, offset, len, bytes } = job;
     match content {
-        Content::Volume(volume) if op == (Op::Write { fua: false }) && bytes.len() <= part_max(&volume) => {
-            volume.write_then(offset, bytes, move |done| give(done.map(|()| Found::Nothing)));
+        Content::Group(group) if op == (Op::Write { fua: false }) && bytes.len() <= part_max(&group.at(slot)) => {
+            group.at(slot).write_then(offset, bytes, move |done| give(done.map(|()| Found::Nothing)));
         }
         content => environment.spawn(Box::pin(async move {
             give(match content {
-                Content::Volume(volume) => on_volume(&volume, op, offset, len, bytes).await,
+                Content::Group(group) => on_volume(&group.at(slot), op, offset, len, bytes).await,
                 Content::View(view) => on_view(&view, op, offset, len).await,
             });
         })),

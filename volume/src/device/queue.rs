@@ -16,9 +16,12 @@ use parking_lot::Mutex;
 use slab::Slab;
 
 use super::engine::carry_out;
+use crate::names::Slot;
 
 /// A request as the engine gets it.
 pub(super) struct Job {
+    /// Of which volume.
+    pub(super) slot: Slot,
     pub(super) op: Op,
     pub(super) offset: u64,
     pub(super) len: u64,
@@ -100,18 +103,20 @@ struct Inner {
     home: ReactorHandle,
     is_home: bool,
     engine: u64,
+    slot: Slot,
     waiting: RefCell<Slab<Duty>>,
     found: FoundByToken,
 }
 
 impl MappedQueue {
-    pub(super) fn new(reactor: &Rc<Reactor>, home: ReactorHandle, engine: u64) -> MappedQueue {
+    pub(super) fn new(reactor: &Rc<Reactor>, home: ReactorHandle, (engine, slot): (u64, Slot)) -> MappedQueue {
         let inner = reactor.install(|id| Inner {
             reactor: reactor.clone(),
             id,
             is_home: reactor.handle().same_reactor(&home),
             home,
             engine,
+            slot,
             waiting: RefCell::default(),
             found: Arc::default(),
         });
@@ -128,7 +133,7 @@ impl IoQueue for MappedQueue {
             (Op::Write { .. }, Some(memory)) => memory.to_vec().into(),
             _ => Bytes::new(),
         };
-        let (job, duty) = (Job { op, offset, len, bytes }, Duty(Some((payload, completer))));
+        let (job, duty) = (Job { slot: inner.slot, op, offset, len, bytes }, Duty(Some((payload, completer))));
         if inner.is_home {
             return carry_out(engine, job, move |found| duty.complete(found));
         }

@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use rustc_hash::{FxHashMap, FxHashSet};
 
-use crate::core::{Core, Layer, SnapshotState};
+use crate::core::{Core, Layer};
 use crate::error::VolumeError;
 use crate::gather::Which;
 use crate::map::{Pointer, Tree, Unhurried, walk};
@@ -198,12 +198,9 @@ impl Core {
     }
 
     fn trees(&self) -> Vec<Tree> {
-        let snapshots = self.snapshots.borrow();
-        let committed = snapshots.values().filter_map(|state| match state {
-            SnapshotState::Committed(snapshot) => Some(snapshot.tree),
-            SnapshotState::Reserved | SnapshotState::Pending(_) => None,
-        });
-        std::iter::once(self.map.borrow().tree).chain(committed).collect()
+        let snapshots = self.committed_snapshots(|_| true);
+        let heads: Vec<Tree> = self.map.borrow().volumes.values().map(|held| held.tree).collect();
+        heads.into_iter().chain(snapshots.into_iter().map(|snapshot| snapshot.tree)).collect()
     }
 
     /// All layers, which change no more.

@@ -289,7 +289,7 @@ impl Core {
             new.push((handle, content, header));
         }
         self.forget(forgotten, done);
-        self.checkpoint_with(Change::default()).await?;
+        self.checkpoint_with(Change::Nothing).await?;
         for (handle, _, header) in new.iter().filter(|(_, content, _)| *content == Content::Data) {
             self.deduplication.restore(*handle);
             self.deduplication.hook(&self.reader, *handle, header);

@@ -155,6 +155,11 @@ impl BatchHeader {
         (records <= RECORDS_MAX).then_some(HEADER_LEN + records * RECORD_LEN)
     }
 
+    /// Whether some bytes, damaged or not, look like the start of the batch of a log that has its place at `position`.
+    pub(crate) fn may_begin(start: &[u8], log_id: LogId, position: u64) -> bool {
+        start[..8] == MAGIC && array_at(start, 16) == log_id && u64_at(start, 32) == position
+    }
+
     /// The header and its chain value. `None`: damaged, or no batch at all.
     pub(crate) fn decode(bytes: &[u8]) -> Option<(BatchHeader, u64)> {
         let len = Self::encoded_len_of(bytes)?;

@@ -27,9 +27,9 @@ pub(crate) use cipher::PayloadSeal;
 use cipher::{LogSalt, OpeningKey};
 pub(crate) use format::{BatchHeader, LogId, RecordKind, Tail};
 use format::{PAYLOAD_MAX, RECORDS_MAX, Record};
-pub(crate) use recover::{is_unused, make_durable, recover, refuse_if_beheaded};
+pub(crate) use recover::{behead_torn, is_unused, make_durable, recover, refuse_if_beheaded};
 use superblock::SUPERBLOCK_LEN;
-pub(crate) use superblock::Superblock;
+pub(crate) use superblock::{SUPERBLOCK_START, Superblock, id_in};
 
 use crate::bytes_at::crc32c;
 use crate::disk::LogDisk;

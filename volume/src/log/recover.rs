@@ -60,6 +60,21 @@ pub(crate) async fn recover(
     }
 }
 
+/// Takes away the header of a batch that a crash tore, if there is one where the next batch goes: whatever is torn of that might make it whole again.
+/// Durable with the next sync.
+pub(crate) async fn behead_torn(disk: &dyn LogDisk, log: &Superblock, tail: u64) -> Result<(), VolumeError> {
+    let ring = log.ring;
+    for position in [tail, ring.next_lap(tail)] {
+        let offset = ring.offset(position);
+        let sector = disk.read(offset, ring.sector).await.map_err(|errno| VolumeError::log_io("read", offset, errno))?;
+        if BatchHeader::may_begin(&sector, log.log_id, position) {
+            let nothing = vec![vec![0; ring.sector].into()];
+            disk.write(offset, nothing).await.map_err(|errno| VolumeError::log_io("write", offset, errno))?;
+        }
+    }
+    Ok(())
+}
+
 /// Makes what was found durable. It is written once more: a process that died may have seen a sync fail, after which the system takes for
 /// written what is not on the disk, and would sync it no more.
 pub(crate) async fn make_durable(disk: &dyn LogDisk, ring: Ring, found: &[Found]) -> Result<(), VolumeError> {

@@ -19,10 +19,17 @@ use crate::reduce::Secrets;
 
 /// Bytes before the ring.
 pub(crate) const SUPERBLOCK_LEN: usize = 4096;
+/// The beginning of it that has the log's id.
+pub(crate) const SUPERBLOCK_START: usize = 32;
 const MAGIC: [u8; 8] = *b"NVLOGDEV";
 const USED: usize = 96;
 /// Not yet the format of any release.
 const VERSION: u32 = 0;
+
+/// The id of the log that begins so: zeroes if it was never used.
+pub(crate) fn id_in(start: &[u8; SUPERBLOCK_START]) -> LogId {
+    array_at(start, 16)
+}
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Superblock {

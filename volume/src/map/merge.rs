@@ -12,6 +12,7 @@ use crate::extent_map::ExtentMap;
 use crate::map::sight::{Sight, Under};
 use crate::map::tree::{Node, blocks_under, height_for};
 use crate::map::{FANOUT, Page, PageSink, Pages, Pointer, Tree};
+use crate::names::SLOT_BLOCKS;
 
 /// What became of a node.
 enum Merged {
@@ -20,8 +21,25 @@ enum Merged {
     New(Box<Page>),
 }
 
+/// What has changed of a volume whose first block has the number `first` in `runs`.
+#[derive(Clone, Copy)]
+pub(crate) struct Changes<'a> {
+    pub(crate) runs: &'a ExtentMap<Pointer>,
+    pub(crate) first: u64,
+}
+
+impl<'a> Changes<'a> {
+    /// By the volume's own numbers.
+    fn within(&self, blocks: Range<u64>) -> impl Iterator<Item = (Range<u64>, Pointer)> + use<'a> {
+        let first = self.first;
+        let end = blocks.end.min(SLOT_BLOCKS);
+        let own = self.runs.within(first + blocks.start.min(end)..first + end);
+        own.map(move |(run, pointer)| (run.start - first..run.end - first, pointer))
+    }
+}
+
 struct Merge<'a> {
-    changes: &'a ExtentMap<Pointer>,
+    changes: Changes<'a>,
     sight: Sight<'a>,
     sink: &'a dyn PageSink,
 }
@@ -31,7 +49,7 @@ struct Merge<'a> {
 pub(crate) async fn merge(
     tree: Tree,
     blocks: u64,
-    changes: &ExtentMap<Pointer>,
+    changes: Changes<'_>,
     pages: &dyn Pages,
     sink: &dyn PageSink,
     damaged: impl FnMut(VolumeError),
@@ -197,6 +215,10 @@ mod tests {
         }
     }
 
+    fn all(runs: &ExtentMap<Pointer>) -> Changes<'_> {
+        Changes { runs, first: 0 }
+    }
+
     fn done<T>(future: impl Future<Output = Result<T, VolumeError>>) -> T {
         backends::segments::drive::block_on(future).unwrap()
     }
@@ -248,7 +270,7 @@ mod tests {
                     }
                 }
                 changes.iter().for_each(|(range, pointer)| model.insert(range, *pointer));
-                tree = done(merge(tree, BLOCKS, &changes, &memory, &memory, |_| ()));
+                tree = done(merge(tree, BLOCKS, all(&changes), &memory, &memory, |_| ()));
                 versions.push((tree, model.clone()));
             }
             for (tree, model) in &versions {
@@ -279,13 +301,13 @@ mod tests {
             let memory = Memory::default();
             let mut changes = ExtentMap::default();
             changes.insert(block..block + 1, pointer(2, 5));
-            let tree = done(merge(Tree::empty(small), small, &changes, &memory, &memory, |_| ()));
+            let tree = done(merge(Tree::empty(small), small, all(&changes), &memory, &memory, |_| ()));
             let none = ExtentMap::default();
-            let grown = done(merge(tree, large, &none, &memory, &memory, |_| ()));
+            let grown = done(merge(tree, large, all(&none), &memory, &memory, |_| ()));
             prop_assert_eq!(grown.height, height_for(large));
             prop_assert_eq!(done(grown.runs(&memory, block..block + 1, 9)), [(block..block + 1, pointer(2, 5))]);
             prop_assert!(done(tree.diff(&grown, &memory, 0, 9)).is_empty());
-            let shrunk = done(merge(grown, small, &none, &memory, &memory, |_| ()));
+            let shrunk = done(merge(grown, small, all(&none), &memory, &memory, |_| ()));
             prop_assert_eq!(shrunk, tree);
         }
     }
@@ -327,11 +349,11 @@ mod tests {
         let blocks = (4_u64 << 40) / 4096;
         let mut changes = ExtentMap::default();
         (0..64).for_each(|number| changes.insert(number * (1 << 24)..number * (1 << 24) + 1, pointer(2, number as u32)));
-        let tree = done(merge(Tree::empty(blocks), blocks, &changes, &memory, &memory, |_| ()));
+        let tree = done(merge(Tree::empty(blocks), blocks, all(&changes), &memory, &memory, |_| ()));
         let before = memory.pages.borrow().len();
         let mut trim = ExtentMap::default();
         trim.insert(1..blocks - 1, Pointer::HOLE);
-        let trimmed = done(merge(tree, blocks, &trim, &memory, &memory, |_| ()));
+        let trimmed = done(merge(tree, blocks, all(&trim), &memory, &memory, |_| ()));
         assert_eq!(memory.pages.borrow().len() - before, 4);
         assert_eq!(done(trimmed.runs(&memory, 0..blocks, 9)), [(0..1, pointer(2, 0)), (1..blocks, Pointer::HOLE)]);
     }

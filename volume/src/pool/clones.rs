@@ -15,11 +15,13 @@ use backends::segments::drive::block_on;
 use backends::{Flattened, Layout, PoolError, VolumeRecord};
 use uuid::Uuid;
 
+use super::records::Leaving;
 use super::segments::Opened;
 use super::snapshots::refused;
 use super::{MappedPool, groups, key, segments};
 use crate::device::OpenError;
 use crate::error::VolumeError;
+use crate::group::Beginning;
 
 /// Of a snapshot's name, in bytes.
 const NAME_MAX: usize = 63;
@@ -57,11 +59,16 @@ impl MappedPool {
             snapshots: BTreeMap::new(),
             ..origin.clone()
         };
-        let engine = self.engine(origin, &self.store()?, false)?;
+        let refuse = |error| refused(&format!("clone of {from} as {to}"), error);
         let make = || {
-            let cloned = engine.clone_snapshot(snapshot, record.uuid);
-            cloned.map(drop).map_err(|error| refused(&format!("clone of {from} as {to}"), error))
+            if record.group.is_some() {
+                let begins_as = Beginning::Snapshot(origin.uuid.into_bytes(), snapshot.to_owned());
+                return self.open_group(origin, false)?.add(record.uuid, begins_as).map_err(refuse);
+            }
+            let engine = self.engine(origin, &self.store()?, false)?;
+            engine.clone_snapshot(snapshot, record.uuid).map(drop).map_err(refuse)
         };
+        let _membership = self.membership.lock();
         self.add(&record, &make)?;
         Ok(record)
     }
@@ -79,7 +86,7 @@ impl MappedPool {
         let added = self.records.add(record, make);
         if added.is_err() && !matches!(added, Err(PoolError::Exists(_) | PoolError::Invalid(_))) {
             // What is left is noted, and removed at a later opening of the pool at the latest.
-            let _ = self.sweep(record.uuid);
+            let _ = self.sweep(Leaving::of(record, false));
         }
         added
     }
@@ -118,14 +125,23 @@ impl MappedPool {
         let name = &record.name;
         self.refuse_clones(record)?;
         // Without its key a volume cannot be opened to delete them, and nobody can read them.
-        if !record.snapshots.is_empty() && !self.store()?.is_erased(record.uuid)? {
+        if !record.snapshots.is_empty() && !self.store()?.is_erased(record.group())? {
             let names = record.snapshots.keys().map(|snapshot| format!("{name}@{snapshot}")).collect::<Vec<_>>().join(", ");
             return Err(PoolError::InUse(format!("volume {name} has snapshots ({names}); delete them first")));
         }
-        // An engine that is still ending here holds its log.
-        drop(self.logs.hold(record.uuid)?);
+        let _membership = self.membership.lock();
+        let others = self.others(record.group(), record.uuid)?;
+        self.refuse_elsewhere(record, &others)?;
+        if others.is_empty() {
+            // An engine that is still ending here holds its log.
+            drop(self.logs.hold(record.group())?);
+        }
         self.records.retire(record)?;
-        if let Err(error) = self.sweep(record.uuid) {
+        let removed = match others.first() {
+            Some(other) => self.take_out(record, other),
+            None => self.sweep(Leaving::of(record, false)),
+        };
+        if let Err(error) = removed {
             tracing::warn!(
                 "volume {name}: deleted, but not all of its data is removed yet; that is tried again when the pool is opened: {error}"
             );
@@ -135,7 +151,7 @@ impl MappedPool {
 
     fn refuse_clones(&self, record: &VolumeRecord) -> Result<()> {
         let what = format!("volume {}: delete refused", record.name);
-        let engine = self.engine_at_end(record.uuid, &self.store()?)?;
+        let engine = self.engine_at_end(record.group(), &self.store()?)?;
         loop {
             let groups = match engine.refuse_clones() {
                 Ok(()) | Err(OpenError::Volume(VolumeError::NoVolume)) => return Ok(()),
@@ -148,7 +164,7 @@ impl MappedPool {
 
     /// Has a volume forget clones that do not exist. `groups`: those that it knows, joined by commas. Refuses if any of them exists, naming those.
     pub(super) fn forget_strays(&self, parent: &VolumeRecord, groups: &str, refusal: &str) -> Result<()> {
-        self.records.clear(&|group| self.sweep(group))?;
+        self.records.clear(&|left| self.sweep(left))?;
         // In this order a clone that is published meanwhile is found in one of the two.
         let leaving = self.records.leaving()?;
         let records = self.records.list()?;
@@ -159,13 +175,15 @@ impl MappedPool {
                 clones.push(group.to_owned());
                 continue;
             };
-            match records.iter().find(|record| record.uuid == uuid) {
+            match records.iter().find(|record| record.group() == uuid) {
                 Some(record) => clones.push(record.name.clone()),
-                None if leaving.contains(&uuid) => clones.push(format!("{group}, which is being made or deleted")),
+                None if leaving.iter().any(|left| left.group == uuid) => {
+                    clones.push(format!("{group}, which is being made or deleted"))
+                }
                 None => strays.push(uuid),
             }
         }
-        let engine = self.engine_at_end(parent.uuid, &self.store()?)?;
+        let engine = self.engine_at_end(parent.group(), &self.store()?)?;
         for stray in strays {
             engine.unpin(stray).map_err(|error| refused(&format!("volume {}", parent.name), error))?;
         }
@@ -175,8 +193,16 @@ impl MappedPool {
         }
     }
 
-    /// Removes what is left of a group that is not in the catalogue.
-    pub(super) fn sweep(&self, group: Uuid) -> Result<()> {
+    /// Removes what is left of a volume that is not in the catalogue. Of a group that has others, it is taken out if that is open here, and otherwise
+    /// when it is opened next.
+    pub(super) fn sweep(&self, left: Leaving) -> Result<()> {
+        let group = left.group;
+        if self.is_needed(left)? {
+            let open = self.groups.lock().get(&group).and_then(|place| place.try_lock()?.upgrade());
+            return open.map_or(Ok(()), |open| {
+                open.remove(left.volume).map_err(|error| refused(&format!("volume {}", left.volume), error))
+            });
+        }
         let opened = self.store()?;
         match self.engine_at_end(group, &opened)?.delete() {
             Ok(()) => {}
@@ -195,7 +221,7 @@ impl MappedPool {
         let domain_of = |group| key::domain_of(&opened.store, group).map_err(|error| segments::failed(&self.name, error));
         let domain = domain_of(group)?;
         for record in self.records.list()?.iter().filter(|record| record.layout == Layout::Mapped) {
-            if domain_of(record.uuid)? == domain {
+            if domain_of(record.group())? == domain {
                 return Ok(());
             }
         }

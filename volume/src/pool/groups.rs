@@ -33,16 +33,35 @@ pub(super) fn remove(store: &dyn SegmentStore, group: Uuid) -> Result<(), StoreE
     Ok(())
 }
 
-/// What is wrong with the root of a volume. Blocks.
-pub(super) fn check(store: &dyn SegmentStore, record: &VolumeRecord) -> Option<String> {
-    let name = root_path(record.uuid.as_bytes());
+/// The root of a group, unless there is none, or it is damaged. Blocks.
+pub(super) fn root(store: &dyn SegmentStore, group: Uuid) -> Result<Option<Root>, StoreError> {
+    let name = root_path(group.as_bytes());
+    Ok(block_on(store.read_root(&name))?.and_then(|(bytes, _)| Root::decode(&bytes, &name).ok()))
+}
+
+/// What is wrong with the roots of some volumes, one sentence each. Blocks.
+pub(super) fn check(store: &dyn SegmentStore, records: &[&VolumeRecord]) -> Vec<String> {
+    let mut groups: BTreeMap<Uuid, Vec<&VolumeRecord>> = BTreeMap::new();
+    records.iter().for_each(|record| groups.entry(record.group()).or_default().push(record));
+    let told = groups.into_iter().filter_map(|(group, records)| {
+        let names: Vec<&str> = records.iter().map(|record| record.name.as_str()).collect();
+        Some(format!("volume {}: {}", names.join(", "), check_root(store, group, &records)?))
+    });
+    told.collect()
+}
+
+fn check_root(store: &dyn SegmentStore, group: Uuid, records: &[&VolumeRecord]) -> Option<String> {
+    let name = root_path(group.as_bytes());
+    let size: u64 = records.iter().map(|record| record.size).sum();
+    // What is left of a volume that was deleted may still be in a group of several.
+    let is_shared = records.iter().any(|record| record.group.is_some());
     match block_on(store.read_root(&name)) {
         Err(error) => Some(error.to_string()),
         Ok(None) => Some(format!("root {name} is missing: restore it from a copy of the pool")),
         Ok(Some((bytes, _))) => match Root::decode(&bytes, &name) {
             Err(error) => Some(error.to_string()),
-            Ok(root) if root.size != record.size => {
-                Some(format!("root {name} says {} bytes, the catalogue says {}", root.size, record.size))
+            Ok(root) if root.size < size || root.size != size && !is_shared => {
+                Some(format!("root {name} says {} bytes, the catalogue says {size}", root.size))
             }
             Ok(_) => None,
         },

@@ -9,10 +9,9 @@ use backends::segments::drive::block_on;
 use backends::{KeyRecord, KeyRotation, KeyState, Layout, PoolError, VolumeRecord};
 use uuid::Uuid;
 
-use super::{MappedPool, SharedStore, segments};
+use super::together::names_of;
+use super::{MappedPool, SharedStore, groups, segments};
 use crate::keys::{Keks, KeyError, Keyring, Wrapping, inspect};
-use crate::names::root_path;
-use crate::root::Root;
 
 const NAME: &str = "keys/pool";
 
@@ -35,9 +34,7 @@ pub(super) fn keyring(name: &str, store: &SharedStore, pool: Uuid, keks: Keks, m
 
 /// The domain whose keys a volume uses: that of its first ancestor, or its own. Blocks.
 pub(super) fn domain_of(store: &SharedStore, group: Uuid) -> std::result::Result<Uuid, StoreError> {
-    let name = root_path(group.as_bytes());
-    let root = block_on(store.read_root(&name))?.and_then(|(bytes, _)| Root::decode(&bytes, &name).ok());
-    Ok(root.map_or(group, |root| Uuid::from_bytes(root.domain)))
+    Ok(groups::root(&**store, group)?.map_or(group, |root| Uuid::from_bytes(root.domain)))
 }
 
 impl MappedPool {
@@ -48,7 +45,7 @@ impl MappedPool {
         let store = self.segments.store()?;
         let mut volumes: BTreeMap<Uuid, Vec<String>> = BTreeMap::new();
         for record in self.mapped_records()? {
-            let domain = domain_of(&store, record.uuid).map_err(|error| segments::failed(&self.name, error))?;
+            let domain = domain_of(&store, record.group()).map_err(|error| segments::failed(&self.name, error))?;
             volumes.entry(domain).or_default().push(record.name);
         }
         let found =
@@ -81,16 +78,23 @@ impl MappedPool {
         if !record.encrypted {
             return Err(PoolError::Invalid(format!("volume {name}: key erase refused: it is not encrypted, so there is no key")));
         }
+        let others = self.others(record.group(), record.uuid)?;
+        if !others.is_empty() {
+            return Err(PoolError::InUse(format!(
+                "volume {name}: key erase refused: it has its key in common with {}; delete those first",
+                names_of(&others)
+            )));
+        }
         let opened = self.store()?;
-        if opened.is_erased(record.uuid)? {
+        if opened.is_erased(record.group())? {
             return Ok(false);
         }
-        let domain = domain_of(&opened.store, record.uuid).map_err(|error| segments::failed(&self.name, error))?;
+        let domain = domain_of(&opened.store, record.group()).map_err(|error| segments::failed(&self.name, error))?;
         let erased = block_on(opened.keyring.erase(domain));
         erased.map(|()| true).map_err(|error| key_failed(&format!("volume {name}"), &error))
     }
 
-    fn mapped_records(&self) -> Result<Vec<VolumeRecord>> {
+    pub(super) fn mapped_records(&self) -> Result<Vec<VolumeRecord>> {
         let records = self.records.list()?.into_iter();
         Ok(records.filter(|record| record.layout == Layout::Mapped).collect())
     }

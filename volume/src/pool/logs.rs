@@ -11,6 +11,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{Error, ErrorKind};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
@@ -22,6 +23,7 @@ use uuid::Uuid;
 
 use super::growing_log::GrowingLog;
 use crate::device::name_of;
+use crate::log::{LogId, SUPERBLOCK_START, id_in};
 
 const NEW: &str = "new";
 
@@ -47,6 +49,17 @@ impl Logs {
 
     pub(super) fn path(&self, group: Uuid) -> PathBuf {
         self.folder.join(name_of(group))
+    }
+
+    /// The id of a group's log, whoever uses it; zeroes if it was never used. `None`: there is none.
+    pub(super) fn id(&self, group: Uuid) -> Result<Option<LogId>> {
+        let path = self.path(group);
+        let mut start = [0; SUPERBLOCK_START];
+        match File::open(&path).and_then(|file| file.read_exact_at(&mut start, 0)) {
+            Ok(()) => Ok(Some(id_in(&start))),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(failed(format!("reading the log {}", path.display()))(error)),
+        }
     }
 
     /// Opens the log of a group, made empty if there is none. Blocks.

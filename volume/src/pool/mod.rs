@@ -27,6 +27,7 @@ mod records;
 mod segments;
 mod snapshots;
 mod store_records;
+mod together;
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
@@ -47,7 +48,8 @@ use dedup::frame::Allowed;
 use parking_lot::Mutex;
 use uuid::Uuid;
 
-use crate::device::MappedDevice;
+use crate::device::{GroupDevice, MappedDevice};
+use crate::group::Beginning;
 use crate::keys::Keks;
 use crate::mapped::Durability;
 use crate::segment::BLOCK;
@@ -63,8 +65,17 @@ pub type SharedStore = Arc<dyn SegmentStore + Send + Sync>;
 pub struct VolumePolicy {
     pub durability: Durability,
     pub compression: Allowed,
-    /// Blocks that are stored already are not stored again.
-    pub deduplicate: bool,
+    pub dedup: Dedup,
+}
+
+/// Among what blocks are stored once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Dedup {
+    None,
+    /// Those of the volume.
+    Volume,
+    /// Those of all volumes of its tenant that have the same policy and were made on this host: they are one group.
+    Tenant,
 }
 
 /// The policy of a volume, or why it cannot be served as it says.
@@ -103,7 +114,14 @@ pub struct MappedPool {
     next_home: AtomicUsize,
     /// Those that are open, by name: an open volume is not renamed.
     open: Mutex<HashMap<String, (Uuid, Weak<MappedDevice>)>>,
+    /// Groups that are open, or were.
+    groups: Mutex<HashMap<Uuid, GroupPlace>>,
+    /// Held while a volume joins or leaves a group. Before the catalogue's lock.
+    membership: Mutex<()>,
 }
+
+/// Held while a group is being opened.
+type GroupPlace = Arc<Mutex<Weak<GroupDevice>>>;
 
 impl MappedPool {
     /// A pool that has raw volumes too; the store lies in its directory, and is made with the first mapped volume. Blocks.
@@ -149,8 +167,10 @@ impl MappedPool {
             options,
             next_home: AtomicUsize::default(),
             open: Mutex::default(),
+            groups: Mutex::default(),
+            membership: Mutex::default(),
         };
-        if let Err(error) = pool.records.clear(&|group| pool.sweep(group)) {
+        if let Err(error) = pool.records.clear(&|left| pool.sweep(left)) {
             tracing::warn!(
                 "pool {}: what deleted volumes left cannot be removed now, it is tried again later: {error}",
                 pool.name
@@ -181,12 +201,12 @@ impl MappedPool {
 
     fn usage_mapped(&self, record: &VolumeRecord) -> Result<Usage> {
         let opened = self.store()?;
-        let allocated = groups::stored(&*opened.store, record.uuid).map_err(|error| segments::failed(&self.name, error))?;
+        let allocated = groups::stored(&*opened.store, record.group()).map_err(|error| segments::failed(&self.name, error))?;
         let device = self.opened(record);
         let found = match device.as_ref().and_then(|device| Some((device, device.usage()?))) {
             Some((device, found)) => device.shares().map(|shares| (found.reduced, shares)),
             None => {
-                let engine = self.engine_of(record.uuid, &opened)?;
+                let engine = self.engine_of(record, &opened)?;
                 engine.usage().and_then(|reduced| Ok((reduced, engine.shares()?)))
             }
         };
@@ -213,13 +233,12 @@ impl MappedPool {
     fn check_mapped(&self, records: &[VolumeRecord]) -> Result<Vec<String>> {
         let mapped: Vec<&VolumeRecord> = records.iter().filter(|record| record.layout == Layout::Mapped).collect();
         let leaving = self.records.leaving()?;
-        let known: BTreeSet<Uuid> = mapped.iter().map(|record| record.uuid).chain(leaving).collect();
+        let leaving = leaving.iter().map(|left| left.group);
+        let known: BTreeSet<Uuid> = mapped.iter().map(|record| record.group()).chain(leaving).collect();
         let mut found = self.logs.check(&known)?;
         if self.segments.is_made() || !mapped.is_empty() {
             let opened = self.store()?;
-            for record in mapped {
-                found.extend(groups::check(&*opened.store, record).map(|why| format!("volume {}: {why}", record.name)));
-            }
+            found.extend(groups::check(&*opened.store, &mapped));
             let strays = groups::strays(&*opened.store, &known).map_err(|error| segments::failed(&self.name, error))?;
             found.extend(strays);
         }
@@ -267,12 +286,21 @@ impl Pool for MappedPool {
         let mut record = VolumeRecord::new(volume, spec);
         record.encrypted = (self.options.encrypts)(&record);
         let opened = self.store_to_create()?;
+        let _membership = self.membership.lock();
+        let joins = self.join(&mut record)?;
         let make = || {
-            let domain = block_on(opened.keyring.create_domain(record.uuid, record.encrypted));
+            let failed = |error| PoolError::Backend(format!("volume {volume}: creating it in pool {}: {error}", self.name));
+            if joins {
+                return self.open_group(&record, false)?.add(record.uuid, Beginning::Empty(record.size)).map_err(failed);
+            }
+            let domain = block_on(opened.keyring.create_domain(record.group(), record.encrypted));
             domain.map_err(|error| key::key_failed(&format!("volume {volume}"), &error))?;
-            let engine = self.engine(&record, &opened, false)?;
-            let made = engine.create(record.size);
-            made.map_err(|error| PoolError::Backend(format!("volume {volume}: creating it in pool {}: {error}", self.name)))
+            self.engine(&record, &opened, false)?.create(record.size).map_err(failed)?;
+            if record.group.is_some() {
+                // Tells where the group is.
+                drop(self.logs.open(record.group())?);
+            }
+            Ok(())
         };
         self.add(&record, &make)?;
         Ok(record)

@@ -8,33 +8,42 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use backends::pool::Result;
 use backends::{PoolError, VolumeRecord};
+use blockdev::clock;
 use uuid::Uuid;
 
 use super::records::moved_away;
 use super::segments::Opened;
-use super::{MappedPool, SEGMENT_BYTES_MAX, VolumePolicy};
-use crate::device::{MappedDevice, MappedOptions, OpenError, name_of};
+use super::{Dedup, MappedPool, SEGMENT_BYTES_MAX, VolumePolicy};
+use crate::device::{GroupDevice, MappedDevice, MappedOptions, OpenError, name_of};
 use crate::error::VolumeError;
 use crate::mapped::Settings;
 use crate::reduce::Secrets;
 
+/// As the lock of a log is waited for.
+const CLOSING_PATIENCE: Duration = Duration::from_secs(5);
+const CLOSING_PAUSE: Duration = Duration::from_millis(5);
+
 impl MappedPool {
     pub(super) fn engine(&self, record: &VolumeRecord, opened: &Opened, accept_loss: bool) -> Result<MappedOptions> {
         let segment_bytes = SEGMENT_BYTES_MAX.min(self.options.log_size / 4);
-        let VolumePolicy { durability, compression, deduplicate } = (self.options.policy)(record)?;
+        let VolumePolicy { durability, compression, dedup } = (self.options.policy)(record)?;
+        let deduplicate = dedup != Dedup::None;
         let settings = Settings { durability, segment_bytes, accept_loss, compression, deduplicate, ..Settings::default() };
-        Ok(MappedOptions { settings, ..self.engine_of(record.uuid, opened)? })
+        Ok(MappedOptions { settings, ..self.engine_of(record, opened)? })
     }
 
     /// For what is done in the store alone.
-    pub(super) fn engine_of(&self, group: Uuid, opened: &Opened) -> Result<MappedOptions> {
-        opened.secrets(group).map(|secrets| self.engine_with(group, opened, secrets))
+    pub(super) fn engine_of(&self, record: &VolumeRecord, opened: &Opened) -> Result<MappedOptions> {
+        let group = record.group();
+        let secrets = opened.secrets(group)?;
+        Ok(MappedOptions { volume: record.uuid, ..self.engine_with(group, opened, secrets) })
     }
 
-    /// For what ends a volume, whose keys may be gone already.
+    /// For what ends a group, whose keys may be gone already.
     pub(super) fn engine_at_end(&self, group: Uuid, opened: &Opened) -> Result<MappedOptions> {
         opened.secrets_at_end(group).map(|secrets| self.engine_with(group, opened, secrets))
     }
@@ -43,6 +52,7 @@ impl MappedPool {
         let home = self.next_home.fetch_add(1, Ordering::Relaxed) % self.options.homes.len();
         MappedOptions {
             group,
+            volume: group,
             store: opened.store.clone(),
             settings: Settings::default(),
             secrets,
@@ -51,8 +61,9 @@ impl MappedPool {
     }
 
     pub(super) fn open_device(&self, record: &VolumeRecord, accept_loss: bool) -> Result<Arc<MappedDevice>> {
-        let opened = self.store()?;
-        let device = self.claim(record, &opened, accept_loss).map_err(|error| self.not_opened(record, error))?;
+        self.wait_until_closed(record)?;
+        let group = self.open_group(record, accept_loss)?;
+        let device = group.volume(record.uuid).map_err(|error| self.not_opened(record, error.into()))?;
         // Another host may have deleted it before it was claimed; from now on it would notice us.
         match self.records.get(&record.name) {
             Ok(now) if now.uuid == record.uuid => {}
@@ -67,11 +78,47 @@ impl MappedPool {
         Ok(device)
     }
 
+    /// Whoever had the volume may be about to let it go.
+    fn wait_until_closed(&self, record: &VolumeRecord) -> Result<()> {
+        let deadline = clock::monotonic() + CLOSING_PATIENCE;
+        while self.opened(record).is_some() {
+            if clock::monotonic() >= deadline {
+                let log = self.logs.path(record.group());
+                return Err(PoolError::InUse(format!(
+                    "volume {}: its log {} is in use: the volume is open in this daemon already",
+                    record.name,
+                    log.display()
+                )));
+            }
+            std::thread::sleep(CLOSING_PAUSE);
+        }
+        Ok(())
+    }
+
+    /// The group of a volume, opened if it is not open here; it closes with its last user.
+    pub(super) fn open_group(&self, record: &VolumeRecord, accept_loss: bool) -> Result<Arc<GroupDevice>> {
+        let place = self.groups.lock().entry(record.group()).or_default().clone();
+        let mut known = place.lock();
+        if let Some(group) = known.upgrade() {
+            if group.failed().is_none() {
+                return Ok(group);
+            }
+            // Its other volumes are opened anew one by one.
+            group.end();
+        }
+        let opened = self.store()?;
+        let group = self.claim(record, &opened, accept_loss).map_err(|error| self.not_opened(record, error))?;
+        let group = Arc::new(group);
+        *known = Arc::downgrade(&group);
+        self.forget_lost(record, &group);
+        Ok(group)
+    }
+
     /// Opens the engine. A log that must not be replayed is set aside; with `accept_loss` also one that cannot be.
-    fn claim(&self, record: &VolumeRecord, opened: &Opened, accept_loss: bool) -> std::result::Result<MappedDevice, NotClaimed> {
-        let group = record.uuid;
-        let open = |accept_loss| -> std::result::Result<MappedDevice, NotClaimed> {
-            Ok(MappedDevice::open(self.engine(record, opened, accept_loss)?, Arc::new(self.logs.open(group)?))?)
+    fn claim(&self, record: &VolumeRecord, opened: &Opened, accept_loss: bool) -> std::result::Result<GroupDevice, NotClaimed> {
+        let group = record.group();
+        let open = |accept_loss| -> std::result::Result<GroupDevice, NotClaimed> {
+            Ok(GroupDevice::open(&self.engine(record, opened, accept_loss)?, Arc::new(self.logs.open(group)?))?)
         };
         let set_aside = |why: &VolumeError| -> Result<()> {
             let aside = self.logs.set_aside(group)?;
@@ -106,12 +153,12 @@ impl MappedPool {
             NotClaimed::Volume(VolumeError::NoVolume) => PoolError::Backend(format!(
                 "volume {name}: {}/root, which says where its data is, is missing, or says that it was deleted; nothing was changed. Restore \
                  it from a copy of the pool",
-                name_of(record.uuid)
+                name_of(record.group())
             )),
             NotClaimed::Volume(error) if is_of_the_log(&error) => PoolError::Backend(format!(
                 "volume {name}: {error}. Its log on this host is {}; `novastor export add {name} … --accept-loss` opens it without what only \
                  that log has, once and for all",
-                self.logs.path(record.uuid).display()
+                self.logs.path(record.group()).display()
             )),
             NotClaimed::Volume(error) => PoolError::Backend(format!("volume {name}: {error}")),
         }
@@ -162,6 +209,8 @@ fn is_of_the_log(error: &VolumeError) -> bool {
         | VolumeError::SnapshotName
         | VolumeError::SnapshotHasClones(_)
         | VolumeError::VolumeHasClones(_)
+        | VolumeError::VolumeHasSnapshot(_)
+        | VolumeError::GroupFull
         | VolumeError::TooManyAncestors
         | VolumeError::BadSize
         | VolumeError::Store(_) => false,

@@ -14,6 +14,21 @@ use backends::pool::Result;
 use backends::{PoolError, VolumeRecord};
 use uuid::Uuid;
 
+/// A volume that is not in the catalogue, or not yet, and may have something in the store.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Leaving {
+    pub(super) volume: Uuid,
+    pub(super) group: Uuid,
+    /// It is being made.
+    pub(super) is_staged: bool,
+}
+
+impl Leaving {
+    pub(super) fn of(record: &VolumeRecord, is_staged: bool) -> Leaving {
+        Leaving { volume: record.uuid, group: record.group(), is_staged }
+    }
+}
+
 /// The catalogue of a pool. All calls block.
 pub(super) trait Records: Send + Sync {
     fn list(&self) -> Result<Vec<VolumeRecord>>;
@@ -32,10 +47,10 @@ pub(super) trait Records: Send + Sync {
     fn retire(&self, record: &VolumeRecord) -> Result<()>;
 
     /// What is staged or retired.
-    fn leaving(&self) -> Result<Vec<Uuid>>;
+    fn leaving(&self) -> Result<Vec<Leaving>>;
 
     /// Has `sweep` remove what is left of volumes that are retired, or that nobody makes any more, and forgets them once nothing more of them can come.
-    fn clear(&self, sweep: &dyn Fn(Uuid) -> Result<()>) -> Result<()>;
+    fn clear(&self, sweep: &dyn Fn(Leaving) -> Result<()>) -> Result<()>;
 }
 
 /// The volume that was looked for has another name now, or is gone.
@@ -89,15 +104,15 @@ impl Records for DirectoryRecords {
         self.0.retire(record)
     }
 
-    fn leaving(&self) -> Result<Vec<Uuid>> {
-        self.0.retired()
+    fn leaving(&self) -> Result<Vec<Leaving>> {
+        Ok(self.0.retired()?.iter().map(|(record, is_staged)| Leaving::of(record, *is_staged)).collect())
     }
 
-    fn clear(&self, sweep: &dyn Fn(Uuid) -> Result<()>) -> Result<()> {
+    fn clear(&self, sweep: &dyn Fn(Leaving) -> Result<()>) -> Result<()> {
         let _lock = self.0.lock()?;
-        self.0.retired()?.into_iter().try_for_each(|volume| {
-            sweep(volume)?;
-            self.0.forget(volume)
+        self.leaving()?.into_iter().try_for_each(|left| {
+            sweep(left)?;
+            self.0.forget(left.volume)
         })
     }
 }

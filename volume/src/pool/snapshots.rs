@@ -131,7 +131,10 @@ impl MappedPool {
         let what = format!("snapshot {}@{snapshot}: delete refused", record.name);
         loop {
             let groups = match device.delete_snapshot(snapshot) {
-                Ok(()) => return self.mirror(record, &device),
+                Ok(()) => {
+                    self.forget_origin(record, snapshot)?;
+                    return self.mirror(record, &device);
+                }
                 Err(OpenError::Volume(VolumeError::NoSnapshot)) => {
                     self.mirror(record, &device)?;
                     return Err(no_snapshot(&record.name, snapshot));
@@ -162,7 +165,7 @@ impl MappedPool {
         };
         let deadline = clock::monotonic() + OWNER_PATIENCE;
         // Another host may be about to; opening the volume would take it from that.
-        let is_elsewhere = !self.logs.path(record.uuid).exists();
+        let is_elsewhere = !self.logs.path(record.group()).exists();
         while is_pending(&found) && is_elsewhere && clock::monotonic() < deadline {
             std::thread::sleep(PAUSE);
             found = SnapshotDevice::open(&engine, snapshot);

@@ -1,7 +1,7 @@
 //! A catalogue that lies in the store whose volumes it lists, as one root.
 //!
 //! ```text
-//!   root `catalogue`   {"format": 1, "volumes": {NAME: record}, "leaving": {UUID: {"since": …, "staged": …}}}
+//!   root `catalogue`   {"format": 1, "volumes": {NAME: record}, "leaving": {UUID: {"since": …, "staged": …, "group": …}}}
 //! ```
 //!
 //! One root, not one for each volume: roots cannot be listed, and a rename is one swap. Its 1 MiB has room for some 4,000 volumes.
@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::SharedStore;
-use super::records::{Records, moved_away};
+use super::records::{Leaving, Records, moved_away};
 use super::segments::failed;
 
 const ROOT: &str = "catalogue";
@@ -35,15 +35,24 @@ const SETTLED: u64 = 3600;
 struct Content {
     format: u32,
     volumes: BTreeMap<String, VolumeRecord>,
-    leaving: BTreeMap<Uuid, Leaving>,
+    leaving: BTreeMap<Uuid, Note>,
 }
 
-/// A volume that is not in the catalogue, or not yet.
+/// Of a volume that is not in the catalogue, or not yet.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-struct Leaving {
+struct Note {
     /// Seconds since 1970.
     since: u64,
     staged: bool,
+    /// If it is not alone in its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    group: Option<Uuid>,
+}
+
+impl Note {
+    fn leaving(&self, volume: Uuid) -> Leaving {
+        Leaving { volume, group: self.group.unwrap_or(volume), is_staged: self.staged }
+    }
 }
 
 pub(super) struct StoreRecords {
@@ -112,7 +121,7 @@ impl StoreRecords {
     }
 
     fn stage(&self, record: &VolumeRecord) -> Result<()> {
-        let staged = Leaving { since: now(), staged: true };
+        let staged = Note { since: now(), staged: true, group: record.group };
         self.change(|content| {
             if content.volumes.contains_key(&record.name) {
                 return Err(self.taken(&record.name));
@@ -192,7 +201,7 @@ impl Records for StoreRecords {
     }
 
     fn retire(&self, record: &VolumeRecord) -> Result<()> {
-        let retired = Leaving { since: now(), staged: false };
+        let retired = Note { since: now(), staged: false, group: record.group };
         self.change(|content| {
             if content.leaving.contains_key(&record.uuid) {
                 return Ok(());
@@ -207,18 +216,18 @@ impl Records for StoreRecords {
         })
     }
 
-    fn leaving(&self) -> Result<Vec<Uuid>> {
-        Ok(self.read()?.0.leaving.into_keys().collect())
+    fn leaving(&self) -> Result<Vec<Leaving>> {
+        Ok(self.read()?.0.leaving.iter().map(|(volume, note)| note.leaving(*volume)).collect())
     }
 
-    fn clear(&self, sweep: &dyn Fn(Uuid) -> Result<()>) -> Result<()> {
+    fn clear(&self, sweep: &dyn Fn(Leaving) -> Result<()>) -> Result<()> {
         let now = now();
-        for (volume, leaving) in self.read()?.0.leaving {
-            let is_settled = now.saturating_sub(leaving.since) > SETTLED;
-            if leaving.staged && !is_settled {
+        for (volume, note) in self.read()?.0.leaving {
+            let is_settled = now.saturating_sub(note.since) > SETTLED;
+            if note.staged && !is_settled {
                 continue;
             }
-            sweep(volume)?;
+            sweep(note.leaving(volume))?;
             if is_settled {
                 self.change(|content| {
                     content.leaving.remove(&volume);

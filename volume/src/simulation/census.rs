@@ -27,7 +27,8 @@ pub async fn scan(parts: &Parts, volume: &MappedVolume) -> Result<(), String> {
     }
     let chain = parts.chain(group);
     let (root, meta) = chain.read_meta().await.map_err(|error| error.to_string())?;
-    let trees: Vec<Tree> = std::iter::once(meta.tree).chain(meta.snapshots.iter().map(|snapshot| snapshot.tree)).collect();
+    let trees: Vec<Tree> =
+        meta.volumes.values().map(|held| held.tree).chain(meta.snapshots.iter().map(|snapshot| snapshot.tree)).collect();
     // Reading finds out where ancestors have moved what they have, and notes it in the reader's table.
     let table = meta.table;
     let reader = Reader::new(&chain, &root, table.clone(), 1);

@@ -7,6 +7,7 @@ use std::rc::Rc;
 
 use bytes::Bytes;
 
+use crate::names::VolumeId;
 use crate::segment::BLOCK;
 use crate::signal::Signal;
 use crate::simulation::contents::{contents_of, place};
@@ -28,7 +29,7 @@ pub struct Client {
     pub world: Rc<World>,
     pub process: ProcessId,
     pub parts: Parts,
-    pub volume: [u8; 16],
+    pub volume: VolumeId,
     pub settings: Settings,
     /// Of the opening before this one; it may still be growing.
     pub before: SharedHistory,
@@ -136,6 +137,19 @@ impl Client {
         let told = verdict.clone();
         let (world, process) = (self.world.clone(), self.process);
         world.spawn(process, Box::pin(self.live(told)));
+        verdict
+    }
+
+    /// The same with a volume that is open.
+    pub fn start_with(self, volume: MappedVolume) -> Verdict {
+        let verdict = Verdict::default();
+        let told = verdict.clone();
+        let (world, process) = (self.world.clone(), self.process);
+        let using = async move {
+            self.use_volume(Rc::new(volume), &told).await;
+            told.0.ended.set(true);
+        };
+        world.spawn(process, Box::pin(using));
         verdict
     }
 

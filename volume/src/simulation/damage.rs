@@ -228,3 +228,25 @@ fn a_damaged_header_of_moved_blocks_costs_those_blocks() {
         assert_eq!(disk.0.scrub(&Progress::default()).await.unwrap(), Vec::<String>::new());
     });
 }
+
+/// A collection met a header that said in clear, and wrongly, where its blocks begin.
+#[test]
+fn a_header_that_was_put_back_is_read_anew() {
+    let bench = Bench::new(1);
+    bench.live(|disk| async move {
+        disk.write(0, &[1, 2, 3, 4]).await;
+        disk.checkpoint().await;
+        disk.write(0, &[5, 6]).await;
+        disk.checkpoint().await;
+    });
+    let is_segment = |name: &String| name.contains("/w/") && bench.store.len_of(name) > CLEAR_LEN;
+    let first = bench.store.names().into_iter().find(is_segment).unwrap();
+    let store = bench.store.clone();
+    bench.live(move |disk| async move {
+        store.change(&first, |bytes| bytes[56] ^= 64);
+        let gathered = disk.0.gather(1.0).await.unwrap();
+        assert!(store.names().contains(&first), "{gathered:?}");
+        store.repair();
+        disk.holds(2, &[3, 4]).await;
+    });
+}

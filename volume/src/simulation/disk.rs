@@ -92,6 +92,11 @@ impl HostDisk {
     }
 
     #[cfg(test)]
+    pub fn sector(&self) -> usize {
+        self.state.borrow().sector
+    }
+
+    #[cfg(test)]
     pub fn content(&self) -> Vec<u8> {
         self.state.borrow().current.clone()
     }

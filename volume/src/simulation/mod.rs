@@ -25,6 +25,7 @@ mod race;
 mod rotten;
 mod seen;
 mod store;
+mod together;
 mod world;
 
 use std::cell::RefCell;
@@ -50,7 +51,7 @@ const TRIES: u32 = 10;
 const REST: Duration = Duration::from_secs(2);
 /// Runs the schedule of a seed. The error says what was broken.
 /// With `trace`, its lives are told on standard error. Of ten, one is a race of several hosts, one a log that rots while idle, three are
-/// families of clones, one is a pool that rots, and one has readers that are late.
+/// families of clones, one is a pool that rots, one has readers that are late, and one has a group of several volumes.
 pub fn run(seed: u64, trace: bool) -> Result<Seen, String> {
     if seed.is_multiple_of(10) {
         let (openings, flushes) = race::run(seed)?;
@@ -68,6 +69,9 @@ pub fn run(seed: u64, trace: bool) -> Result<Seen, String> {
     }
     if seed % 10 == 6 {
         return late::run(seed);
+    }
+    if seed % 10 == 7 {
+        return together::run(seed, trace);
     }
     Schedule::new(seed, trace).run()
 }
@@ -283,7 +287,7 @@ impl Schedule {
             world: self.world.clone(),
             process,
             parts: self.parts(process),
-            volume: VOLUME,
+            volume: VOLUME.into(),
             settings: self.settings,
             before: self.history.clone(),
             kept: self.kept,

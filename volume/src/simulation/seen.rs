@@ -45,6 +45,8 @@ counts! {
     snapshots_read: "snapshots read back",
     rollbacks: "rollbacks",
     resizes: "resizes",
+    joined: "volumes that joined a group",
+    left: "volumes that left one",
     clones: "clones made",
     flattened: "clones flattened",
     refusals: "deletions refused because of clones",

@@ -13,7 +13,7 @@ use blockdev::client::Client;
 use blockdev::{DataPlane, DataPlaneOptions, Volume, VolumeOptions};
 use uuid::Uuid;
 use volume::keys::{Kek, Keks};
-use volume::pool::{MappedPool, MappedPoolOptions, SharedStore, VolumePolicy};
+use volume::pool::{Dedup, MappedPool, MappedPoolOptions, SharedStore, VolumePolicy};
 use volume::{Allowed, Durability};
 
 pub const MIB: u64 = 1 << 20;
@@ -38,8 +38,12 @@ impl Host {
             homes: self.plane.handles().to_vec(),
             log_folder: self.folder.clone(),
             log_size: 2 * MIB,
-            policy: Box::new(move |_| Ok(VolumePolicy { durability, compression: Allowed::Auto, deduplicate: true })),
-            encrypts: Box::new(|record| record.policy.as_deref() == Some("secret")),
+            policy: Box::new(move |record| {
+                let is_shared = record.policy.as_deref().is_some_and(|policy| policy.starts_with("shared"));
+                let dedup = if is_shared { Dedup::Tenant } else { Dedup::Volume };
+                Ok(VolumePolicy { durability, compression: Allowed::Auto, dedup })
+            }),
+            encrypts: Box::new(|record| record.policy.as_deref().is_some_and(|policy| policy.ends_with("secret"))),
             keks: Box::new(|| Ok(Keks { current: Some(Kek::new([8; 32])), previous: None })),
         }
     }

@@ -124,7 +124,7 @@ proptest! {
             let listed: BTreeMap<String, Uuid> =
                 records.list().unwrap().into_iter().map(|record| (record.name, record.uuid)).collect();
             prop_assert_eq!(&listed, &model);
-            let leaving: std::collections::BTreeSet<Uuid> = records.leaving().unwrap().into_iter().collect();
+            let leaving: std::collections::BTreeSet<Uuid> = records.leaving().unwrap().into_iter().map(|left| left.volume).collect();
             prop_assert_eq!(&leaving, &left);
         }
     }
@@ -133,18 +133,20 @@ proptest! {
 #[test]
 fn what_is_retired_is_swept_and_what_is_being_made_is_not() {
     let records = records(0);
-    let (kept, deleted, staged) = (record("kept"), record("deleted"), record("staged"));
+    let group = Some(Uuid::new_v4());
+    let (kept, deleted) = (record("kept"), VolumeRecord { group, ..record("deleted") });
+    let staged = record("staged");
     records.add(&kept, &|| Ok(())).unwrap();
     records.add(&deleted, &|| Ok(())).unwrap();
     records.retire(&deleted).unwrap();
     let swept = std::cell::RefCell::new(Vec::new());
-    let sweep = |group| {
-        swept.borrow_mut().push(group);
+    let sweep = |left| {
+        swept.borrow_mut().push(left);
         Ok(())
     };
     let make = || records.clear(&sweep);
     records.add(&staged, &make).unwrap();
-    assert_eq!(swept.borrow()[..], [deleted.uuid]);
+    assert_eq!(swept.borrow()[..], [Leaving::of(&deleted, false)]);
     assert_eq!(records.list().unwrap().len(), 2);
 
     // Long after, nothing more can come of them.
@@ -156,5 +158,5 @@ fn what_is_retired_is_swept_and_what_is_being_made_is_not() {
     let in_vain = records.add(&stuck, &|| records.change(age).and_then(|()| records.clear(&sweep)));
     assert!(in_vain.is_err(), "what was cleared away must not be published: {in_vain:?}");
     assert!(records.leaving().unwrap().is_empty());
-    assert!(swept.borrow().contains(&stuck.uuid));
+    assert!(swept.borrow().contains(&Leaving::of(&stuck, true)));
 }

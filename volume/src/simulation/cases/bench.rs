@@ -80,6 +80,12 @@ impl Bench {
         })
     }
 
+    /// Writes one block.
+    pub fn change(&self, owner: &Owner, block: u64, version: Version) {
+        let bytes = Bytes::from(contents_of(&[version]));
+        self.run(owner, move |volume| async move { volume.write(block * BLOCK as u64, bytes).await }).unwrap();
+    }
+
     /// What each block holds.
     pub fn content(&self, owner: &Owner) -> Result<Vec<Version>, Errno> {
         let len = self.blocks * BLOCK as u64;

@@ -8,7 +8,7 @@ mod reduction;
 mod scale;
 
 use crate::simulation::seen::Seen;
-use crate::simulation::{family, run};
+use crate::simulation::{family, run, together};
 
 fn schedules(seeds: std::ops::Range<u64>) -> Seen {
     let mut seen = Seen::default();
@@ -60,6 +60,15 @@ fn case_40_a_clone_races_the_deletion_of_its_snapshot_or_its_volume() {
 fn case_41_a_collection_moves_what_a_clone_reads() {
     let seen = families(4_100..4_160);
     assert!(seen.foreign_forwards > 0 && seen.flattened > 0 && seen.scans > 0, "{seen}");
+}
+
+#[test]
+fn volumes_of_one_group_come_and_go_while_others_are_used() {
+    let mut seen = Seen::default();
+    for seed in 100..160 {
+        seen += together::run(seed, false).unwrap_or_else(|why| panic!("group {seed}: {why}"));
+    }
+    assert!(seen.joined > 0 && seen.left > 0 && seen.clones > 0 && seen.takeovers > 0 && seen.scans > 0, "{seen}");
 }
 
 /// A reply was lost, the next try found the store full, and the root came to be all the same.

@@ -311,3 +311,34 @@ fn case_51_a_put_takes_ten_minutes_and_then_succeeds() {
         }
     }
 }
+
+/// A record that a crash tore stays out, even if the next owner's first record, torn the other way round, brings back just what it lacks.
+#[test]
+fn what_was_torn_off_does_not_come_back() {
+    let bench = Bench::new(5, 4, Durability::Local);
+    let disk = bench.disk();
+    let first = bench.open(&disk);
+    bench.write(&first, 0, &[1]).unwrap();
+    let before = disk.content();
+    bench.change(&first, 1, 9);
+    let whole = disk.content();
+    bench.kill(first);
+    let written: Vec<usize> = (0..whole.len()).filter(|at| whole[*at] != before[*at]).collect();
+    let sector = disk.sector();
+    let header = written[0] / sector * sector..(written[0] / sector + 1) * sector;
+    let mut torn = before;
+    torn[header.clone()].copy_from_slice(&whole[header.clone()]);
+    disk.set_content(torn);
+
+    let second = bench.open(&disk);
+    assert_eq!(bench.content(&second), Ok(vec![1, 0, 0, 0]));
+    let opened = disk.content();
+    bench.change(&second, 2, 9);
+    let mut torn = disk.content();
+    bench.kill(second);
+    torn[header.clone()].copy_from_slice(&opened[header]);
+    disk.set_content(torn);
+
+    let third = bench.open(&disk);
+    assert_eq!(bench.content(&third), Ok(vec![1, 0, 0, 0]));
+}

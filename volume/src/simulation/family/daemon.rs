@@ -146,7 +146,8 @@ impl Host {
     fn done<T>(&self, member: &Member, what: &str, result: Result<T, VolumeError>) -> Option<T> {
         if let Err(error) = &result
             && member.must_go_on()
-            && !matches!(error, VolumeError::Store(_))
+            // A host that has died may still have its claim under way.
+            && !matches!(error, VolumeError::Store(_) | VolumeError::Raced)
         {
             self.0.family.judge(Err(format!("{what} {:02x?}: {error}", &member.group[..8])));
         }

@@ -1,0 +1,103 @@
+//! A group of volumes that is open on its home thread.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use blockdev::{BlockDevice, clock};
+use parking_lot::Mutex;
+use uuid::Uuid;
+
+use super::engine::{self, Content, Home};
+use super::{MappedDevice, MappedOptions, OpenError};
+use crate::environment::LocalFuture;
+use crate::error::VolumeError;
+use crate::group::{Beginning, MappedGroup};
+use crate::troubles::Trouble;
+
+/// The group. It is closed when it and the devices of its volumes are dropped; what was acknowledged and is not yet in the pool stays in the log.
+pub struct GroupDevice {
+    pub(super) home: Home,
+    /// When the pool began to take nothing, by the engine's clock and by the calendar.
+    trouble_since: Mutex<Option<(Duration, SystemTime)>>,
+}
+
+impl GroupDevice {
+    /// Takes over the group of `options`. `log` carries its log; nobody else uses it meanwhile. Blocks, as all of the following do; never call them
+    /// from a data-plane thread.
+    pub fn open(options: &MappedOptions, log: Arc<dyn BlockDevice>) -> Result<GroupDevice, OpenError> {
+        let (group, settings) = (options.group.into_bytes(), options.settings);
+        let open = move |parts| -> LocalFuture<'static, engine::Begun<()>> {
+            Box::pin(async move {
+                let group = MappedGroup::open(&parts, group, settings).await?;
+                Ok((Some(Content::Group(Rc::new(group))), ()))
+            })
+        };
+        let (home, ()) = Home::start(options, &log, open)?;
+        Ok(GroupDevice { home, trouble_since: Mutex::default() })
+    }
+
+    /// The UUIDs of its volumes.
+    pub fn volumes(&self) -> Result<Vec<Uuid>, OpenError> {
+        let volumes = self.home.run(|group| Box::pin(async move { Ok(group.volumes()) }))?;
+        Ok(volumes.into_iter().map(Uuid::from_bytes).collect())
+    }
+
+    /// The device of one of its volumes.
+    pub fn volume(self: &Arc<Self>, id: Uuid) -> Result<MappedDevice, OpenError> {
+        let found = self.home.run(move |group| {
+            Box::pin(async move {
+                let volume = group.volume(id.into_bytes()).ok_or(VolumeError::NoVolume)?;
+                Ok((volume.slot, volume.size()))
+            })
+        });
+        let (slot, size) = found?;
+        Ok(MappedDevice { group: self.clone(), slot, size: AtomicU64::new(size) })
+    }
+
+    /// See [`MappedGroup::add`].
+    pub fn add(&self, id: Uuid, beginning: Beginning) -> Result<(), OpenError> {
+        self.home.run(move |group| Box::pin(async move { group.add(id.into_bytes(), beginning).await }))
+    }
+
+    /// See [`MappedGroup::remove`]; nothing is done if there is no such volume.
+    pub fn remove(&self, id: Uuid) -> Result<(), OpenError> {
+        self.home.run(move |group| {
+            Box::pin(async move {
+                match group.remove(id.into_bytes()).await {
+                    Ok(()) | Err(VolumeError::NoVolume) => Ok(()),
+                    Err(error) => Err(error),
+                }
+            })
+        })
+    }
+
+    /// Closes it although its volumes may be in use; whoever uses them gets errors.
+    pub fn end(&self) {
+        self.home.end();
+    }
+
+    /// Why it does not go on, if it does not, or does not answer.
+    pub fn failed(&self) -> Option<String> {
+        match self.home.ask(|group| group.failed()) {
+            None => Some("its engine does not answer".to_owned()),
+            Some(failed) => failed.map(|error| error.to_string()),
+        }
+    }
+
+    /// What the pool does not take, in words that stay the same as long as it lasts.
+    pub(super) fn told_trouble(&self, found: Option<(Trouble, Duration)>) -> Option<String> {
+        let mut known = self.trouble_since.lock();
+        let Some((Trouble { since, error }, now)) = found else {
+            *known = None;
+            return None;
+        };
+        // Told by one clock and meant by another, the beginning would seem to move.
+        let wall =
+            known.filter(|(of, _)| *of == since).map_or_else(|| clock::wall() - now.saturating_sub(since), |(_, wall)| wall);
+        *known = Some((since, wall));
+        let seconds = wall.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        Some(format!("the pool takes nothing since {}: {error}", clock::format_utc(seconds)))
+    }
+}
