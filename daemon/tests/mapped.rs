@@ -262,6 +262,9 @@ fn volumes_of_a_tenant_share_and_are_served_anew_one_by_one() {
         let mut client = first.attach(volume);
         assert!(client.read(0, 4096) == vec![fill; 4096], "{volume}");
         assert_eq!((client.write(0, &[fill + 2; 4096]), client.flush()), (0, 0));
+        if volume == "a" {
+            assert!(problem("b").contains("novastor export reopen"), "{}", problem("b"));
+        }
     }
     drop(clients);
     first.kill();

@@ -25,7 +25,7 @@ use crate::log::{Log, Tail};
 use crate::map::Pointer;
 use crate::mapped::Settings;
 use crate::meta::{Held, Parent, Snapshot, SnapshotId, Volumes};
-use crate::names::{Family, Slot, Source, first_block, slot_of};
+use crate::names::{Family, Slot, Source, first_block};
 use crate::progress::Progress;
 use crate::publish::Published;
 use crate::reader::Reader;
@@ -149,13 +149,12 @@ impl Core {
         self.held(slot).map_or(0, |held| held.size)
     }
 
-    /// Whether some bytes of the group, in whole blocks, are all of one volume.
-    pub(crate) fn check_range(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        let (block, aligned) = (BLOCK as u64, (offset | len).is_multiple_of(BLOCK as u64));
-        let slot = slot_of(offset / block);
-        let end = (offset - first_block(slot) * block).checked_add(len);
-        let inside = end.is_some_and(|end| end <= self.size(slot));
-        if aligned && inside && len > 0 { Ok(()) } else { Err(Errno::EINVAL) }
+    /// Where some bytes of a volume, in whole blocks, are in its group.
+    pub(crate) fn place(&self, slot: Slot, offset: u64, len: u64) -> Result<u64, Errno> {
+        let aligned = (offset | len).is_multiple_of(BLOCK as u64);
+        let inside = offset.checked_add(len).is_some_and(|end| end <= self.size(slot));
+        let is_right = aligned && inside && len > 0;
+        if is_right { Ok(first_block(slot) * BLOCK as u64 + offset) } else { Err(Errno::EINVAL) }
     }
 
     pub(crate) fn fail(&self, error: VolumeError) {

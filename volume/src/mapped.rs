@@ -26,7 +26,7 @@ use crate::error::VolumeError;
 use crate::group::MappedGroup;
 use crate::log::{LogId, RecordKind};
 use crate::meta::Meta;
-use crate::names::{Family, Group, Slot, Source, VolumeId, first_block};
+use crate::names::{Family, Group, Slot, Source, VolumeId};
 use crate::progress::Progress;
 use crate::reduce::Secrets;
 use crate::root::{Checkpoint, Root};
@@ -181,7 +181,7 @@ impl MappedVolume {
     /// The same for those who do not wait: `then` is called with what came of it, at once or later.
     pub(crate) fn write_then(&self, offset: u64, bytes: Bytes, then: impl FnOnce(Result<(), Errno>) + 'static) {
         let len = bytes.len() as u64;
-        match self.place(offset, len) {
+        match self.core.place(self.slot, offset, len) {
             Ok(offset) => self.append_for(Asked::call(then), RecordKind::Write, offset, len, bytes),
             Err(errno) => then(Err(errno)),
         }
@@ -194,18 +194,10 @@ impl MappedVolume {
     }
 
     async fn change(&self, kind: RecordKind, offset: u64, len: u64, payload: Bytes) -> Result<(), Errno> {
-        let offset = self.place(offset, len)?;
+        let offset = self.core.place(self.slot, offset, len)?;
         let (asked, answer) = answer();
         self.append_for(asked, kind, offset, len, payload);
         answer.get().await
-    }
-
-    /// Where some bytes of the volume, in whole blocks, are in its group.
-    fn place(&self, offset: u64, len: u64) -> Result<u64, Errno> {
-        let size = self.size();
-        let first = first_block(self.slot) * BLOCK as u64;
-        let place = offset.checked_add(len).filter(|end| *end <= size).map(|_| first + offset).ok_or(Errno::EINVAL)?;
-        self.core.check_range(place, len).map(|()| place)
     }
 
     fn name(&self, snapshot: &str) -> SnapshotName {
@@ -222,13 +214,13 @@ impl MappedVolume {
 
     /// Reads whole blocks.
     pub async fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>, Errno> {
-        let offset = self.place(offset, len)?;
+        let offset = self.core.place(self.slot, offset, len)?;
         self.core.read(offset / BLOCK as u64..(offset + len) / BLOCK as u64).await
     }
 
     /// What the parts of a range hold, in order and without gaps: of all of it, or of its first 4096 parts.
     pub async fn extents(&self, offset: u64, len: u64) -> Result<Vec<blockdev::Extent>, Errno> {
-        let offset = self.place(offset, len)?;
+        let offset = self.core.place(self.slot, offset, len)?;
         self.core.extents(offset / BLOCK as u64..(offset + len) / BLOCK as u64).await
     }
 

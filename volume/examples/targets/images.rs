@@ -1,11 +1,13 @@
 //! What the pool keeps of machines that were cloned from one image and went their own ways.
 //!
 //! ```text
-//!   base.raw ─▶ volume ─▶ snapshot ─▶ a clone for each server-*.raw, to which the blocks are written that differ from the base
-//!                                     └─▶ everything read back ─▶ garbage collected ─▶ bytes of all files of the pool
+//!   clones     base.raw ─▶ volume ─▶ snapshot ─▶ a clone for each server-*.raw, to which the blocks are written that differ from the base
+//!   together   a volume for each server-*.raw, all of one group, written one after the other
+//!              └─▶ everything read back ─▶ garbage collected ─▶ bytes of all files of the pool
 //! ```
 //!
-//! Each clone deduplicates against what it wrote itself, and shares the blocks that it left as they were.
+//! Each clone deduplicates against what it wrote itself, and shares the blocks that it left as they were. Volumes of one group deduplicate against each
+//! other, and know nothing of a base.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -16,8 +18,10 @@ use backends::segments::OpenOptions;
 use backends::segments::directory::DirectoryStore;
 use blockdev::Op;
 use blockdev::memory_disk::MemoryDisk;
+use tempfile::TempDir;
 use uuid::Uuid;
-use volume::Settings;
+use volume::device::GroupDevice;
+use volume::{Allowed, Beginning, Settings};
 
 use crate::rig::{BLOCK, GIB, MIB, Open, Rig};
 use crate::store::Counting;
@@ -40,27 +44,63 @@ pub fn measure(dataset: &Path) {
     let base = dataset.join("base.raw");
     let servers = servers(dataset);
     assert!(!servers.is_empty(), "{} holds no server-*.raw: run `cargo xtask dataset` with this folder", dataset.display());
-    let folder = tempfile::tempdir_in(dataset).expect("a folder");
+    clones(dataset, &base, &servers);
+    for (compression, target) in [(Allowed::Auto, "≥ 4.1×"), (Allowed::Lz4, "≥ 3.1×")] {
+        together(dataset, &servers, compression, target);
+    }
+}
+
+/// A pool in a directory of its own, which is removed with the folder.
+fn pool_in(folder: &TempDir, settings: Settings) -> (Rig, PathBuf) {
     let pool = folder.path().join("pool");
     DirectoryStore::make(&pool, Uuid::from_u128(2)).expect("a pool");
     let probe = Some(Uuid::new_v4());
     let store = DirectoryStore::open(&pool, OpenOptions { expected: None, read_only: false, probe }).expect("the pool opens");
-    let rig = Rig::new(Counting::new(Arc::new(store)), log(), Settings::default());
-    rig.create(fs::metadata(&base).expect("the base image").len());
+    (Rig::new(Counting::new(Arc::new(store)), log(), settings), pool)
+}
+
+fn together(dataset: &Path, servers: &[PathBuf], compression: Allowed, target: &str) {
+    let folder = tempfile::tempdir_in(dataset).expect("a folder");
+    let (rig, pool) = pool_in(&folder, Settings { compression, ..Settings::default() });
+    let size_of = |server: &PathBuf| fs::metadata(server).expect("an image").len();
+    rig.create(size_of(&servers[0]));
+    let group = Arc::new(GroupDevice::open(&rig.options, log()).expect("the group opens"));
+    let ids: Vec<Uuid> = (0..servers.len() as u128).map(|number| Uuid::from_u128(number + 1)).collect();
+    for (id, server) in ids.iter().zip(servers).skip(1) {
+        group.add(*id, Beginning::Empty(size_of(server))).expect("a volume joins");
+    }
+    let mut in_use = 0;
+    for (id, server) in ids.iter().zip(servers) {
+        let open = rig.attach(group.volume(*id).expect("it is there"));
+        in_use += write(&open, server, None).in_use;
+        tidy(&open);
+        check(&open, server);
+    }
+    tell(&format!("volumes of one group, {compression:?}"), ratio(size(&pool), in_use), target);
+}
+
+fn ratio(stored: u64, in_use: u64) -> String {
+    format!("{:.1} MiB for {} MiB: {:.2}×", stored as f64 / MIB as f64, in_use / MIB, in_use as f64 / stored as f64)
+}
+
+fn clones(dataset: &Path, base: &Path, servers: &[PathBuf]) {
+    let folder = tempfile::tempdir_in(dataset).expect("a folder");
+    let (rig, pool) = pool_in(&folder, Settings::default());
+    rig.create(fs::metadata(base).expect("the base image").len());
     let open = rig.open();
-    let of_base = write(&open, &base, None);
+    let of_base = write(&open, base, None);
     open.device.snapshot("base", 0).expect("a snapshot");
     open.device.wait_for_snapshot("base").expect("it is committed");
     tidy(&open);
-    check(&open, &base);
+    check(&open, base);
     drop(open);
     println!("| base | {} MiB in use, the pool has {} MiB | |", of_base.in_use / MIB, size(&pool) / MIB);
     let mut in_use = 0;
-    for (number, server) in (10..).zip(&servers) {
+    for (number, server) in (10..).zip(servers) {
         let clone = Uuid::from_u128(number);
         rig.options.clone_snapshot("base", clone).expect("a clone");
         let open = rig.open_as(clone, log());
-        let written = write(&open, server, Some(&base));
+        let written = write(&open, server, Some(base));
         tidy(&open);
         check(&open, server);
         in_use += written.in_use;
@@ -72,9 +112,7 @@ pub fn measure(dataset: &Path) {
             size(&pool) / MIB
         );
     }
-    let stored = size(&pool);
-    let measured =
-        format!("{:.1} MiB for {} MiB: {:.2}×", stored as f64 / MIB as f64, in_use / MIB, in_use as f64 / stored as f64);
+    let measured = ratio(size(&pool), in_use);
     tell("everything the pool has of machines cloned from one image", measured, "≥ 3.7× (isolated tenants and a library)");
 }
 

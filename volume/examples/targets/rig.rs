@@ -60,7 +60,11 @@ impl Rig {
     /// Opens another volume of the store.
     pub fn open_as(&self, group: Uuid, log: Arc<dyn BlockDevice>) -> Open {
         let options = MappedOptions { group, volume: group, ..self.options.clone() };
-        let device = Arc::new(MappedDevice::open(options, log).expect("the volume opens"));
+        self.attach(MappedDevice::open(options, log).expect("the volume opens"))
+    }
+
+    pub fn attach(&self, device: MappedDevice) -> Open {
+        let device = Arc::new(device);
         let options = VolumeOptions { name: "measured".into(), read_only: false, block_size: 4096 };
         let volume = Volume::new(device.clone() as Arc<dyn BlockDevice>, options);
         let handles = self.plane.handles();

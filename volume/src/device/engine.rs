@@ -96,6 +96,10 @@ impl Home {
         self.thread.spawn(move |_| close(number, Some(log)));
     }
 
+    pub(super) fn is_ended(&self) -> bool {
+        self.log.lock().is_none()
+    }
+
     pub(super) fn thread(&self) -> &ReactorHandle {
         &self.thread
     }

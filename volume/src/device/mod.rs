@@ -223,6 +223,10 @@ impl BlockDevice for MappedDevice {
     }
 
     fn health(&self) -> Option<String> {
+        if self.group.home.is_ended() {
+            let why = "its group was opened anew for another of its volumes";
+            return Some(format!("{why}; no I/O succeeds until it is opened anew too: `novastor export reopen` does that"));
+        }
         let ask = |volume: &MappedVolume| {
             let trouble = volume.trouble().map(|trouble| (trouble, volume.now()));
             (volume.failed(), trouble, volume.last_read_error())

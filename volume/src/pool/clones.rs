@@ -68,7 +68,7 @@ impl MappedPool {
             let engine = self.engine(origin, &self.store()?, false)?;
             engine.clone_snapshot(snapshot, record.uuid).map(drop).map_err(refuse)
         };
-        let _membership = self.membership.lock();
+        let _membership = record.group.map(|_| self.membership.lock());
         self.add(&record, &make)?;
         Ok(record)
     }
@@ -129,7 +129,7 @@ impl MappedPool {
             let names = record.snapshots.keys().map(|snapshot| format!("{name}@{snapshot}")).collect::<Vec<_>>().join(", ");
             return Err(PoolError::InUse(format!("volume {name} has snapshots ({names}); delete them first")));
         }
-        let _membership = self.membership.lock();
+        let _membership = record.group.map(|_| self.membership.lock());
         let others = self.others(record.group(), record.uuid)?;
         self.refuse_elsewhere(record, &others)?;
         if others.is_empty() {

@@ -116,7 +116,7 @@ pub struct MappedPool {
     open: Mutex<HashMap<String, (Uuid, Weak<MappedDevice>)>>,
     /// Groups that are open, or were.
     groups: Mutex<HashMap<Uuid, GroupPlace>>,
-    /// Held while a volume joins or leaves a group. Before the catalogue's lock.
+    /// Held while a volume joins or leaves a group of several. Before the catalogue's lock.
     membership: Mutex<()>,
 }
 
@@ -286,8 +286,9 @@ impl Pool for MappedPool {
         let mut record = VolumeRecord::new(volume, spec);
         record.encrypted = (self.options.encrypts)(&record);
         let opened = self.store_to_create()?;
-        let _membership = self.membership.lock();
-        let joins = self.join(&mut record)?;
+        let shares = (self.options.policy)(&record)?.dedup == Dedup::Tenant;
+        let _membership = shares.then(|| self.membership.lock());
+        let joins = shares && self.join(&mut record)?;
         let make = || {
             let failed = |error| PoolError::Backend(format!("volume {volume}: creating it in pool {}: {error}", self.name));
             if joins {

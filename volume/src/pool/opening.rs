@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use super::records::moved_away;
 use super::segments::Opened;
-use super::{Dedup, MappedPool, SEGMENT_BYTES_MAX, VolumePolicy};
+use super::{Dedup, GroupPlace, MappedPool, SEGMENT_BYTES_MAX, VolumePolicy};
 use crate::device::{GroupDevice, MappedDevice, MappedOptions, OpenError, name_of};
 use crate::error::VolumeError;
 use crate::mapped::Settings;
@@ -63,7 +63,15 @@ impl MappedPool {
     pub(super) fn open_device(&self, record: &VolumeRecord, accept_loss: bool) -> Result<Arc<MappedDevice>> {
         self.wait_until_closed(record)?;
         let group = self.open_group(record, accept_loss)?;
-        let device = group.volume(record.uuid).map_err(|error| self.not_opened(record, error.into()))?;
+        let device = group.volume(record.uuid).map_err(|error| match error {
+            OpenError::Volume(VolumeError::NoVolume) => PoolError::Backend(format!(
+                "volume {}: its group {} is there and does not have it, so its data is gone; nothing was changed. Delete it, or restore the pool \
+                 from a copy",
+                record.name,
+                name_of(record.group())
+            )),
+            error => self.not_opened(record, error.into()),
+        })?;
         // Another host may have deleted it before it was claimed; from now on it would notice us.
         match self.records.get(&record.name) {
             Ok(now) if now.uuid == record.uuid => {}
@@ -97,7 +105,7 @@ impl MappedPool {
 
     /// The group of a volume, opened if it is not open here; it closes with its last user.
     pub(super) fn open_group(&self, record: &VolumeRecord, accept_loss: bool) -> Result<Arc<GroupDevice>> {
-        let place = self.groups.lock().entry(record.group()).or_default().clone();
+        let place = self.group_place(record.group());
         let mut known = place.lock();
         if let Some(group) = known.upgrade() {
             if group.failed().is_none() {
@@ -112,6 +120,13 @@ impl MappedPool {
         *known = Arc::downgrade(&group);
         self.forget_lost(record, &group);
         Ok(group)
+    }
+
+    fn group_place(&self, group: Uuid) -> GroupPlace {
+        let mut groups = self.groups.lock();
+        // Nobody is opening it, and nobody has it open.
+        groups.retain(|_, place| Arc::strong_count(place) > 1 || place.lock().strong_count() > 0);
+        groups.entry(group).or_default().clone()
     }
 
     /// Opens the engine. A log that must not be replayed is set aside; with `accept_loss` also one that cannot be.

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use super::records::Leaving;
 use super::snapshots::refused;
-use super::{Dedup, MappedPool, groups, segments};
+use super::{MappedPool, groups, segments};
 use crate::device::GroupDevice;
 
 pub(super) fn names_of(records: &[VolumeRecord]) -> String {
@@ -24,11 +24,8 @@ pub(super) fn names_of(records: &[VolumeRecord]) -> String {
 }
 
 impl MappedPool {
-    /// Gives a new volume its group, if it is not to be alone. True if the group is there already. For whoever holds the membership.
+    /// Gives a new volume that is not to be alone its group. True if that is there already. For whoever holds the membership.
     pub(super) fn join(&self, record: &mut VolumeRecord) -> Result<bool> {
-        if (self.options.policy)(record)?.dedup != Dedup::Tenant {
-            return Ok(false);
-        }
         let alike = |other: &VolumeRecord| {
             (&other.tenant, &other.policy, other.encrypted) == (&record.tenant, &record.policy, record.encrypted)
         };
