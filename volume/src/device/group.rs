@@ -78,12 +78,9 @@ impl GroupDevice {
         self.home.end();
     }
 
-    /// Why it does not go on, if it does not, or does not answer.
-    pub fn failed(&self) -> Option<String> {
-        match self.home.ask(|group| group.failed()) {
-            None => Some("its engine does not answer".to_owned()),
-            Some(failed) => failed.map(|error| error.to_string()),
-        }
+    /// Whether it does not go on, or is closed. However busy its thread is, it is waited for.
+    pub fn has_ended(&self) -> bool {
+        !matches!(self.home.run(|group| Box::pin(async move { Ok(group.failed()) })), Ok(None))
     }
 
     /// What the pool does not take, in words that stay the same as long as it lasts.

@@ -108,7 +108,7 @@ impl MappedPool {
         let place = self.group_place(record.group());
         let mut known = place.lock();
         if let Some(group) = known.upgrade() {
-            if group.failed().is_none() {
+            if !group.has_ended() {
                 return Ok(group);
             }
             // Its other volumes are opened anew one by one.
