@@ -166,6 +166,20 @@ impl Catalogue {
         Ok(records)
     }
 
+    /// The same for whoever must not miss one: fails if a record is damaged, and looks again while volumes are being renamed.
+    pub fn list_all(&self) -> Result<Vec<VolumeRecord>> {
+        let mut before = self.names()?;
+        loop {
+            let records = before.iter().map(|name| self.get(name)).collect::<Vec<_>>();
+            let after = self.names()?;
+            let moved = records.iter().any(|record| matches!(record, Err(PoolError::NotFound(_))));
+            if after == before && !moved {
+                return records.into_iter().collect();
+            }
+            before = after;
+        }
+    }
+
     pub fn get(&self, volume: &str) -> Result<VolumeRecord> {
         check_name("volume", volume)?;
         let path = self.folder(volume).join("volume.json");

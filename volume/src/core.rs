@@ -7,7 +7,7 @@
 //! ```
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -88,6 +88,8 @@ pub(crate) struct Core {
     pub(crate) map: RefCell<Map>,
     pub(crate) snapshots: RefCell<BTreeMap<SnapshotName, SnapshotState>>,
     pub(crate) parent: Cell<Option<Parent>>,
+    /// Slots that are not given to a volume again before the next opening.
+    pub(crate) slots_had: RefCell<BTreeSet<Slot>>,
     pub(crate) deduplication: Deduplication,
     pub(crate) packing: Cell<Option<Packing>>,
     /// Published, but not all before them.

@@ -31,6 +31,7 @@ use crate::root::{Checkpoint, Root};
 use crate::segment::{Place, Segment};
 use crate::signal::{Lock, Signal};
 use crate::snapshots::check_size;
+use crate::troubles::Trouble;
 
 /// How often a claim may lose against a checkpoint of the owner before.
 const CLAIM_TRIES: u32 = 16;
@@ -125,6 +126,11 @@ impl MappedGroup {
         MappedVolume { core: self.core.clone(), slot }
     }
 
+    /// What the pool does not take now, if that is so and it goes on.
+    pub fn trouble(&self) -> Option<Trouble> {
+        self.at(0).trouble()
+    }
+
     /// Why it does not go on, if it does not.
     pub fn failed(&self) -> Option<VolumeError> {
         self.core.failure()
@@ -139,6 +145,8 @@ impl MappedGroup {
     /// Makes a volume, which is in the pool when this comes back. `id`: a UUID that no volume has or had.
     pub async fn add(&self, id: Group, beginning: Beginning) -> Result<(), VolumeError> {
         let core = &self.core;
+        // What was written to a volume that had the slot before must not come after the checkpoint.
+        core.publish_all().await.map_err(|_| core.failure().unwrap_or(VolumeError::Fenced))?;
         let origin = match beginning {
             Beginning::Empty(size) => {
                 check_size(size)?;
@@ -174,12 +182,15 @@ impl MappedGroup {
                 Err(error) => return Err(error),
             }
         }
-        // No step names the slot after the checkpoint that frees it.
         core.publish_all().await.map_err(|_| core.failure().unwrap_or(VolumeError::Fenced))?;
         let _alone = core.house.hold().await;
+        if core.slot_with(id) != Some(slot) {
+            return Err(VolumeError::NoVolume);
+        }
         if let Some((_, name)) = core.snapshot_names(slot).pop() {
             return Err(VolumeError::VolumeHasSnapshot(name));
         }
+        core.slots_had.borrow_mut().insert(slot);
         core.note_garbage(u64::MAX);
         core.checkpoint_with(Change::Gone(slot)).await
     }
@@ -195,10 +206,14 @@ impl Core {
         self.snapshots.borrow().keys().filter(|(of, _)| *of == slot).cloned().collect()
     }
 
-    /// The lowest that no volume has. The last one is never given, so that every byte of the group has a number.
+    /// The lowest that no volume has had since the group was opened: whoever still means one that is gone, by its slot, finds nothing. The last one is
+    /// never given, so that every byte of the group has a number.
     fn free_slot(&self) -> Option<Slot> {
-        let map = self.map.borrow();
-        (0..Slot::MAX).find(|slot| !map.volumes.contains_key(slot))
+        let mut had = self.slots_had.borrow_mut();
+        had.extend(self.map.borrow().volumes.keys());
+        let free = (0..Slot::MAX).find(|slot| !had.contains(slot))?;
+        had.insert(free);
+        Some(free)
     }
 }
 
@@ -243,10 +258,13 @@ async fn new_core(
 ) -> Result<Rc<Core>, VolumeError> {
     let Claimed { root, tag, meta, segments } = claimed;
     let Meta { volumes, parent, table, doomed, snapshots } = meta;
+    let largest = volumes.values().map(|held| held.size).max().unwrap_or(0);
+    let stored = table.stored_blocks() * BLOCK_LEN as u64;
+    // Volumes of a group have much in common, and are thin.
+    let indexed = settings.deduplicate.then_some(root.size.min(largest.max(stored * 2)).max(INDEXED_MIN));
     let pages_max = settings.page_cache_bytes / BLOCK_LEN;
     let map =
         Map { volumes, layers: Vec::new(), open: Layer::default(), segments: 0, place: root.checkpoint.place, log_end: from };
-    let indexed = settings.deduplicate.then_some(root.size.max(INDEXED_MIN));
     let committed =
         snapshots.into_iter().map(|snapshot| ((snapshot.slot, snapshot.name.clone()), SnapshotState::Committed(snapshot)));
     let core = Rc::new(Core {
@@ -259,6 +277,7 @@ async fn new_core(
         map: RefCell::new(map),
         snapshots: RefCell::new(committed.collect()),
         parent: Cell::new(parent),
+        slots_had: RefCell::default(),
         deduplication: Deduplication::new(indexed),
         packing: Cell::new(None),
         waiting: RefCell::default(),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use blockdev::{BlockDevice, clock};
+use blockdev::{BlockDevice, DeviceError, clock};
 use parking_lot::Mutex;
 use uuid::Uuid;
 
@@ -15,6 +15,9 @@ use crate::environment::LocalFuture;
 use crate::error::VolumeError;
 use crate::group::{Beginning, MappedGroup};
 use crate::troubles::Trouble;
+
+/// How long volumes that come and go are waited for.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The group. It is closed when it and the devices of its volumes are dropped; what was acknowledged and is not yet in the pool stays in the log.
 pub struct GroupDevice {
@@ -56,21 +59,26 @@ impl GroupDevice {
         Ok(MappedDevice { group: self.clone(), slot, size: AtomicU64::new(size) })
     }
 
-    /// See [`MappedGroup::add`].
+    /// See [`MappedGroup::add`]. Where the pool takes nothing, it fails after a while.
     pub fn add(&self, id: Uuid, beginning: Beginning) -> Result<(), OpenError> {
-        self.home.run(move |group| Box::pin(async move { group.add(id.into_bytes(), beginning).await }))
+        let added =
+            self.home.run_for(PATIENCE, move |group| Box::pin(async move { group.add(id.into_bytes(), beginning).await }))?;
+        added.ok_or_else(|| self.takes_nothing())
     }
 
-    /// See [`MappedGroup::remove`]; nothing is done if there is no such volume.
+    /// See [`MappedGroup::remove`]; nothing is done if there is no such volume. Where the pool takes nothing, it fails after a while, and goes on.
     pub fn remove(&self, id: Uuid) -> Result<(), OpenError> {
-        self.home.run(move |group| {
-            Box::pin(async move {
-                match group.remove(id.into_bytes()).await {
-                    Ok(()) | Err(VolumeError::NoVolume) => Ok(()),
-                    Err(error) => Err(error),
-                }
-            })
-        })
+        self.home.run_for(PATIENCE, move |group| Box::pin(remove(group, id)))?.ok_or_else(|| self.takes_nothing())
+    }
+
+    /// The same for those who do not wait for it.
+    pub fn remove_later(&self, id: Uuid) {
+        self.home.begin(move |group| Box::pin(remove(group, id)));
+    }
+
+    fn takes_nothing(&self) -> OpenError {
+        let trouble = self.home.ask(|group| group.trouble().map(|trouble| trouble.error.to_string())).flatten();
+        DeviceError::Refused(trouble.unwrap_or_else(|| "the pool did not answer in time".to_owned())).into()
     }
 
     /// Closes it although its volumes may be in use; whoever uses them gets errors.
@@ -96,5 +104,12 @@ impl GroupDevice {
         *known = Some((since, wall));
         let seconds = wall.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         Some(format!("the pool takes nothing since {}: {error}", clock::format_utc(seconds)))
+    }
+}
+
+async fn remove(group: Rc<MappedGroup>, id: Uuid) -> Result<(), VolumeError> {
+    match group.remove(id.into_bytes()).await {
+        Ok(()) | Err(VolumeError::NoVolume) => Ok(()),
+        Err(error) => Err(error),
     }
 }

@@ -224,7 +224,7 @@ impl BlockDevice for MappedDevice {
 
     fn health(&self) -> Option<String> {
         if self.group.home.is_ended() {
-            let why = "its group was opened anew for another of its volumes";
+            let why = "its group was closed, to be opened anew for another of its volumes";
             return Some(format!("{why}; no I/O succeeds until it is opened anew too: `novastor export reopen` does that"));
         }
         let ask = |volume: &MappedVolume| {

@@ -69,6 +69,7 @@ impl MappedPool {
             engine.clone_snapshot(snapshot, record.uuid).map(drop).map_err(refuse)
         };
         let _membership = record.group.map(|_| self.membership.lock());
+        self.refuse_elsewhere(origin, &format!("clone of {from} as {to}"))?;
         self.add(&record, &make)?;
         Ok(record)
     }
@@ -131,10 +132,11 @@ impl MappedPool {
         }
         let _membership = record.group.map(|_| self.membership.lock());
         let others = self.others(record.group(), record.uuid)?;
-        self.refuse_elsewhere(record, &others)?;
-        if others.is_empty() {
+        self.refuse_elsewhere(record, &format!("volume {name}: delete"))?;
+        match others.is_empty() {
             // An engine that is still ending here holds its log.
-            drop(self.logs.hold(record.group())?);
+            true => drop(self.logs.hold(record.group())?),
+            false => self.wait_until_closed(record)?,
         }
         self.records.retire(record)?;
         let removed = match others.first() {
@@ -198,10 +200,10 @@ impl MappedPool {
     pub(super) fn sweep(&self, left: Leaving) -> Result<()> {
         let group = left.group;
         if self.is_needed(left)? {
-            let open = self.groups.lock().get(&group).and_then(|place| place.try_lock()?.upgrade());
-            return open.map_or(Ok(()), |open| {
-                open.remove(left.volume).map_err(|error| refused(&format!("volume {}", left.volume), error))
-            });
+            if let Some(open) = self.groups.lock().get(&group).and_then(|place| place.try_lock()?.upgrade()) {
+                open.remove_later(left.volume);
+            }
+            return Ok(());
         }
         let opened = self.store()?;
         match self.engine_at_end(group, &opened)?.delete() {
@@ -220,7 +222,7 @@ impl MappedPool {
     fn erase_unused_key(&self, opened: &Opened, group: Uuid) -> Result<()> {
         let domain_of = |group| key::domain_of(&opened.store, group).map_err(|error| segments::failed(&self.name, error));
         let domain = domain_of(group)?;
-        for record in self.records.list()?.iter().filter(|record| record.layout == Layout::Mapped) {
+        for record in self.all_mapped()? {
             if domain_of(record.group())? == domain {
                 return Ok(());
             }

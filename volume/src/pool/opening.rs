@@ -87,7 +87,7 @@ impl MappedPool {
     }
 
     /// Whoever had the volume may be about to let it go.
-    fn wait_until_closed(&self, record: &VolumeRecord) -> Result<()> {
+    pub(super) fn wait_until_closed(&self, record: &VolumeRecord) -> Result<()> {
         let deadline = clock::monotonic() + CLOSING_PATIENCE;
         while self.opened(record).is_some() {
             if clock::monotonic() >= deadline {

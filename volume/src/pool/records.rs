@@ -33,6 +33,9 @@ impl Leaving {
 pub(super) trait Records: Send + Sync {
     fn list(&self) -> Result<Vec<VolumeRecord>>;
 
+    /// All of them: fails rather than pass over a damaged one.
+    fn list_all(&self) -> Result<Vec<VolumeRecord>>;
+
     fn get(&self, volume: &str) -> Result<VolumeRecord>;
 
     /// Adds a volume: stages it, then has it made by `make`. If that fails it stays staged.
@@ -72,6 +75,10 @@ impl DirectoryRecords {
 impl Records for DirectoryRecords {
     fn list(&self) -> Result<Vec<VolumeRecord>> {
         self.0.list()
+    }
+
+    fn list_all(&self) -> Result<Vec<VolumeRecord>> {
+        self.0.list_all()
     }
 
     fn get(&self, volume: &str) -> Result<VolumeRecord> {

@@ -132,8 +132,8 @@ impl MappedPool {
         loop {
             let groups = match device.delete_snapshot(snapshot) {
                 Ok(()) => {
-                    self.forget_origin(record, snapshot)?;
-                    return self.mirror(record, &device);
+                    self.mirror(record, &device)?;
+                    return self.forget_origin(record, snapshot);
                 }
                 Err(OpenError::Volume(VolumeError::NoSnapshot)) => {
                     self.mirror(record, &device)?;

@@ -159,6 +159,10 @@ impl Records for StoreRecords {
         Ok(self.read()?.0.volumes.into_values().collect())
     }
 
+    fn list_all(&self) -> Result<Vec<VolumeRecord>> {
+        self.list()
+    }
+
     fn get(&self, volume: &str) -> Result<VolumeRecord> {
         check_name("volume", volume)?;
         self.read()?.0.volumes.remove(volume).ok_or_else(|| self.missing(volume))

@@ -11,13 +11,23 @@
 use std::collections::BTreeSet;
 
 use backends::pool::Result;
-use backends::{PoolError, VolumeRecord};
+use backends::{Layout, PoolError, VolumeRecord};
 use uuid::Uuid;
 
 use super::records::Leaving;
 use super::snapshots::refused;
 use super::{MappedPool, groups, segments};
 use crate::device::GroupDevice;
+
+/// Where a group is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// This host had it last.
+    Here,
+    Elsewhere,
+    /// It has no root that can be read, or is deleted.
+    Nowhere,
+}
 
 pub(super) fn names_of(records: &[VolumeRecord]) -> String {
     records.iter().map(|record| record.name.as_str()).collect::<Vec<_>>().join(", ")
@@ -29,10 +39,10 @@ impl MappedPool {
         let alike = |other: &VolumeRecord| {
             (&other.tenant, &other.policy, other.encrypted) == (&record.tenant, &record.policy, record.encrypted)
         };
-        let groups: BTreeSet<Uuid> = self.mapped_records()?.into_iter().filter(alike).filter_map(|other| other.group).collect();
+        let groups: BTreeSet<Uuid> = self.all_mapped()?.into_iter().filter(alike).filter_map(|other| other.group).collect();
         let mut found = None;
         for group in groups {
-            if self.is_here(group)? {
+            if self.place_of(group)? == Place::Here && !self.store()?.is_erased(group)? {
                 found = Some(group);
                 break;
             }
@@ -41,16 +51,26 @@ impl MappedPool {
         Ok(found.is_some())
     }
 
-    /// Whether nobody had a group after this host.
-    fn is_here(&self, group: Uuid) -> Result<bool> {
-        let Some(log) = self.logs.id(group)? else { return Ok(false) };
+    /// Which host had a group last.
+    fn place_of(&self, group: Uuid) -> Result<Place> {
         let root = groups::root(&*self.store()?.store, group).map_err(|error| segments::failed(&self.name, error))?;
-        Ok(root.is_some_and(|root| root.log_id == log))
+        let log = self.logs.id(group)?;
+        Ok(match root.filter(|root| !root.is_deleted) {
+            None => Place::Nowhere,
+            Some(root) if log == Some(root.log_id) => Place::Here,
+            Some(_) => Place::Elsewhere,
+        })
+    }
+
+    /// Those in the pool. Fails rather than miss one.
+    pub(super) fn all_mapped(&self) -> Result<Vec<VolumeRecord>> {
+        let records = self.records.list_all()?.into_iter();
+        Ok(records.filter(|record| record.layout == Layout::Mapped).collect())
     }
 
     /// The other volumes of a group.
     pub(super) fn others(&self, group: Uuid, volume: Uuid) -> Result<Vec<VolumeRecord>> {
-        let records = self.mapped_records()?.into_iter();
+        let records = self.all_mapped()?.into_iter();
         Ok(records.filter(|other| other.group() == group && other.uuid != volume).collect())
     }
 
@@ -62,19 +82,24 @@ impl MappedPool {
         Ok(leaving.iter().any(joins) || !self.others(left.group, left.volume)?.is_empty())
     }
 
-    /// Refuses to delete a volume of a group that is on another host.
-    pub(super) fn refuse_elsewhere(&self, record: &VolumeRecord, others: &[VolumeRecord]) -> Result<()> {
-        if others.is_empty() || self.is_here(record.group())? {
+    /// Refuses what would take the volumes of a group from another host. `what` names the operation.
+    pub(super) fn refuse_elsewhere(&self, record: &VolumeRecord, what: &str) -> Result<()> {
+        let group = record.group();
+        if record.group.is_none() || self.place_of(group)? != Place::Elsewhere || self.store()?.is_erased(group)? {
             return Ok(());
         }
+        let others = match names_of(&self.others(group, record.uuid)?) {
+            names if names.is_empty() => "others".to_owned(),
+            names => names,
+        };
         Err(PoolError::InUse(format!(
-            "volume {}: delete refused: it shares what it stores with {}, and another host had all of them last; delete it there",
-            record.name,
-            names_of(others)
+            "{what} refused: volume {} may share what it stores with {others}, and another host had them last. Do it there; or export it from here \
+             first, which takes all of them over",
+            record.name
         )))
     }
 
-    /// Removes a retired volume from the group that it has in common with another one.
+    /// Removes a retired volume from the group that it has in common with another one. With a pool that takes nothing that goes on later.
     pub(super) fn take_out(&self, record: &VolumeRecord, other: &VolumeRecord) -> Result<()> {
         let removed = self.open_group(other, false)?.remove(record.uuid);
         removed.map_err(|error| refused(&format!("volume {}: delete", record.name), error))
@@ -86,14 +111,14 @@ impl MappedPool {
             return;
         }
         let forgotten = || -> Result<()> {
-            let failed = |error| refused(&format!("the group of volume {}", record.name), error);
-            let there = group.volumes().map_err(failed)?;
+            let there = group.volumes().map_err(|error| refused(&format!("the group of volume {}", record.name), error))?;
             let leaving = self.records.leaving()?;
-            let records = self.mapped_records()?;
+            let records = self.all_mapped()?;
             let is_known = |id: &Uuid| {
                 records.iter().any(|record| record.uuid == *id) || leaving.iter().any(|left| left.is_staged && left.volume == *id)
             };
-            there.into_iter().filter(|id| !is_known(id)).try_for_each(|id| group.remove(id).map_err(failed))
+            there.into_iter().filter(|id| !is_known(id)).for_each(|id| group.remove_later(id));
+            Ok(())
         };
         if let Err(error) = forgotten() {
             tracing::warn!("what deleted volumes left cannot be removed now, it is tried again at the next opening: {error}");
@@ -106,9 +131,13 @@ impl MappedPool {
             return Ok(());
         }
         let origin = format!("{}@{snapshot}", record.name);
-        let clones = self.others(record.group(), record.uuid)?.into_iter();
-        clones
-            .filter(|clone| clone.origin.as_ref() == Some(&origin))
-            .try_for_each(|clone| self.records.update(&clone, &|record| record.origin = None))
+        let clones = self.mapped_records()?.into_iter();
+        clones.filter(|clone| clone.group == record.group && clone.origin.as_ref() == Some(&origin)).try_for_each(|clone| {
+            match self.records.update(&clone, &|record| record.origin = None) {
+                // It was renamed, or deleted, meanwhile.
+                Err(PoolError::NotFound(_)) => Ok(()),
+                updated => updated,
+            }
+        })
     }
 }

@@ -4,16 +4,17 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
 
+use blockdev::Errno;
 use bytes::Bytes;
 
 use super::bench::{Bench, versions_in};
 use crate::clone::SnapshotView;
 use crate::segment::BLOCK;
 use crate::simulation::VOLUME;
-use crate::simulation::contents::{Version, content_of};
+use crate::simulation::contents::{Version, content_of, contents_of};
 use crate::simulation::disk::HostDisk;
 use crate::simulation::store::Late;
-use crate::{Durability, Settings, VolumeError};
+use crate::{Beginning, Durability, MappedGroup, Settings, VolumeError};
 
 const BLOCKS: u64 = 16;
 const TEN_MINUTES: Duration = Duration::from_secs(600);
@@ -341,4 +342,30 @@ fn what_was_torn_off_does_not_come_back() {
 
     let third = bench.open(&disk);
     assert_eq!(bench.content(&third), Ok(vec![1, 0, 0, 0]));
+}
+
+/// Nobody who still means a volume that is gone gets to one that was made after it.
+#[test]
+fn a_volume_that_is_gone_is_not_mistaken_for_a_later_one() {
+    let bench = Bench::new(6, 4, Durability::Remote);
+    let disk = bench.disk();
+    let (process, parts) = bench.parts(&disk);
+    let settings = bench.settings;
+    let used = bench.world.wait_for(process, async move {
+        let group = MappedGroup::open(&parts, VOLUME, settings).await?;
+        group.add([1; 16], Beginning::Empty(4 * BLOCK as u64)).await?;
+        let first = group.volume([1; 16]).unwrap();
+        first.write(0, Bytes::from(contents_of(&[5]))).await.unwrap();
+        first.snapshot("s", 0).await?;
+        group.remove([1; 16]).await?;
+        group.add([2; 16], Beginning::Empty(4 * BLOCK as u64)).await?;
+        let second = group.volume([2; 16]).unwrap();
+        assert_eq!(first.write(0, Bytes::from(contents_of(&[6]))).await, Err(Errno::EINVAL));
+        assert_eq!(first.snapshots(), []);
+        assert_eq!(group.remove([1; 16]).await, Err(VolumeError::NoVolume));
+        assert_eq!(versions_in(&second.read(0, 4 * BLOCK as u64).await.unwrap()), [0; 4]);
+        assert_eq!(group.volumes(), [VOLUME, [2; 16]]);
+        Ok::<(), VolumeError>(())
+    });
+    used.unwrap().unwrap();
 }
