@@ -46,6 +46,8 @@ pub(crate) enum Change {
     Content(Slot, Held),
     /// A volume is no more.
     Gone(Slot),
+    /// A snapshot that was being deleted stays.
+    Spared(SnapshotId),
 }
 
 thread_local! {
@@ -190,7 +192,10 @@ impl Core {
         writer.flush().await?;
 
         let doomed = self.doomed.borrow().clone();
-        let meta = self.meta(volumes.clone(), &trees, doomed.clone());
+        let mut meta = self.meta(volumes.clone(), &trees, doomed.clone());
+        if let Change::Spared(snapshot) = change {
+            meta.spare(snapshot);
+        }
         let source = self.store_meta(meta).await?;
         let old_meta = self.keeper.root().meta();
         let log_id = self.keeper.root().log_id;
@@ -233,7 +238,7 @@ impl Core {
 
     async fn make(&self, change: Change, volumes: &mut Volumes, writer: &PageWriter<'_>) -> Result<(), VolumeError> {
         let (slot, held) = match change {
-            Change::Nothing => return Ok(()),
+            Change::Nothing | Change::Spared(_) => return Ok(()),
             Change::Gone(slot) => {
                 volumes.remove(&slot);
                 return Ok(());

@@ -101,6 +101,11 @@ impl Meta {
         self.volumes.iter().find(|(_, held)| held.id == id).map(|(slot, _)| *slot).ok_or(VolumeError::NoVolume)
     }
 
+    /// A snapshot is not being deleted any more.
+    pub(crate) fn spare(&mut self, id: SnapshotId) {
+        self.snapshots.iter_mut().filter(|snapshot| snapshot.id == id).for_each(|snapshot| snapshot.is_deleting = false);
+    }
+
     /// A snapshot that is there.
     pub(crate) fn snapshot(&self, volume: Group, name: &str) -> Result<&Snapshot, VolumeError> {
         let slot = self.slot(volume)?;

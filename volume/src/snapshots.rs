@@ -122,8 +122,9 @@ impl Core {
         let clones: Vec<String> =
             pins.iter().filter(|pin| pin.snapshot == snapshot.id).map(|pin| group_path(&pin.clone)).collect();
         if !clones.is_empty() {
+            // It is told of again when that is for good.
+            self.checkpoint_with(Change::Spared(snapshot.id)).await?;
             self.set_deleting(name, false)?;
-            self.checkpoint_with(Change::Nothing).await?;
             return Err(VolumeError::SnapshotHasClones(clones.join(", ")));
         }
         self.snapshots.borrow_mut().remove(name);

@@ -7,8 +7,8 @@ use std::time::Duration;
 use blockdev::Errno;
 use bytes::Bytes;
 
-use super::bench::{Bench, versions_in};
-use crate::clone::SnapshotView;
+use super::bench::{Bench, Owner, versions_in};
+use crate::clone::{SnapshotView, clone_snapshot};
 use crate::segment::BLOCK;
 use crate::simulation::VOLUME;
 use crate::simulation::contents::{Version, content_of, contents_of};
@@ -368,4 +368,43 @@ fn a_volume_that_is_gone_is_not_mistaken_for_a_later_one() {
         Ok::<(), VolumeError>(())
     });
     used.unwrap().unwrap();
+}
+
+/// A snapshot whose deletion was begun, and that has a clone, is there again for good as soon as it is listed.
+#[test]
+fn a_snapshot_that_is_spared_stays_listed() {
+    let is_listed = |owner: &Owner| !owner.volume.snapshots().is_empty();
+    let mut spared = 0;
+    for seed in 0..60 {
+        let bench = Bench::new(seed, BLOCKS, Durability::Remote);
+        let disk = bench.disk();
+        let owner = bench.open(&disk);
+        let parts = owner.parts.clone();
+        let cloned = bench.run(&owner, |volume| async move {
+            volume.snapshot("s", 0).await?;
+            volume.wait_for_snapshot("s").await?;
+            clone_snapshot(&parts, VOLUME, "s", [9; 16]).await.map(drop)
+        });
+        cloned.unwrap();
+        let volume = owner.volume.clone();
+        bench.world.spawn(owner.process, Box::pin(async move { drop(volume.delete_snapshot("s").await) }));
+        while is_listed(&owner) {
+            bench.steps(1);
+        }
+        bench.steps(bench.world.random.below(60));
+        bench.kill(owner);
+
+        let next = bench.open(&disk);
+        let was_begun = !is_listed(&next);
+        for _ in 0..200 {
+            bench.steps(1);
+            if is_listed(&next) {
+                spared += u64::from(was_begun);
+                bench.kill(next);
+                assert!(is_listed(&bench.open(&disk)), "seed {seed}: the snapshot is gone again");
+                break;
+            }
+        }
+    }
+    assert!(spared > 10, "{spared} spared");
 }
