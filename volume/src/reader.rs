@@ -341,11 +341,10 @@ impl Reader {
             let is_replaced = self.chain.read_root().await?.0.owner != self.owner;
             return Err(if is_replaced { VolumeError::Fenced } else { missing() });
         }
-        let owners = Chain { group: source.group, ..self.chain.clone() }.read_ancestor().await?.table;
         // Its owner may know the object no more, if only forwards led to it: then those that were forwarded there tell.
-        let origins = self.forwarded_to(handle);
-        let moved = std::iter::once(&source).chain(&origins).find_map(|source| owners.forward_of(source));
-        let to = moved.ok_or_else(missing)?;
+        let mut known = self.forwarded_to(handle);
+        known.insert(0, source);
+        let (owners, to) = self.who_moved(&known).await?.ok_or_else(missing)?;
         let (Some(target), Some(entry)) = (owners.source(to), owners.get(to)) else { return Err(missing()) };
         let mut table = self.table.borrow_mut();
         let own = table.add(target, entry.content, entry.blocks, entry.bytes).ok_or_else(missing)?;
@@ -353,6 +352,21 @@ impl Reader {
         self.ancestors_moved.set(self.ancestors_moved.get() + 1);
         self.tally.foreign_forwards.add(1);
         Ok(())
+    }
+
+    /// The table that says where an object of an ancestor is now, and what handle it has there. `known`: the object, and others that it came from.
+    async fn who_moved(&self, known: &[Source]) -> Result<Option<(Table, u32)>, VolumeError> {
+        let told_by = |table: Table| known.iter().find_map(|source| table.forward_of(source)).map(|to| (table, to));
+        let is_view = self.table.borrow().groups()[0] != self.chain.group;
+        // A clone that is read by somebody else may have been flattened since.
+        if is_view && let Some(found) = told_by(self.chain.read_meta().await?.1.table) {
+            return Ok(Some(found));
+        }
+        if is_view && known[0].group == self.chain.group {
+            return Ok(None);
+        }
+        let ancestor = Chain { group: known[0].group, ..self.chain.clone() };
+        Ok(told_by(ancestor.read_ancestor().await?.table))
     }
 
     /// The objects whose blocks a handle's object has.

@@ -248,15 +248,14 @@ pub(super) fn carry_out(number: u64, job: Job, give: impl FnOnce(Result<Found, E
     let Some((environment, content)) = find(number) else { return };
     let Job { slot, op, offset, len, bytes } = job;
     match content {
-        Content::Group(group) if op == (Op::Write { fua: false }) && bytes.len() <= part_max(&group.at(slot)) => {
-            group.at(slot).write_then(offset, bytes, move |done| give(done.map(|()| Found::Nothing)));
+        Content::Group(group) => {
+            let volume = group.at(slot);
+            if op == (Op::Write { fua: false }) && bytes.len() <= part_max(&volume) {
+                return volume.write_then(offset, bytes, move |done| give(done.map(|()| Found::Nothing)));
+            }
+            environment.spawn(Box::pin(async move { give(on_volume(&volume, op, offset, len, bytes).await) }));
         }
-        content => environment.spawn(Box::pin(async move {
-            give(match content {
-                Content::Group(group) => on_volume(&group.at(slot), op, offset, len, bytes).await,
-                Content::View(view) => on_view(&view, op, offset, len).await,
-            });
-        })),
+        Content::View(view) => environment.spawn(Box::pin(async move { give(on_view(&view, op, offset, len).await) })),
     }
 }
 

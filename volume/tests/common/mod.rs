@@ -11,6 +11,7 @@ use backends::segments::SegmentStore;
 use backends::{Layout, Pool, PoolError, VolumeSpec};
 use blockdev::client::Client;
 use blockdev::{DataPlane, DataPlaneOptions, Volume, VolumeOptions};
+use tempfile::TempDir;
 use uuid::Uuid;
 use volume::keys::{Kek, Keks};
 use volume::pool::{Dedup, MappedPool, MappedPoolOptions, SharedStore, VolumePolicy};
@@ -72,5 +73,36 @@ impl Host {
             fs::read_dir(&self.folder).into_iter().flatten().map(|entry| entry.unwrap().path()).collect();
         logs.sort();
         logs
+    }
+}
+
+/// A pool in a directory that goes away with it.
+pub struct Place {
+    pub host: Host,
+    pub pool: MappedPool,
+    pub folder: TempDir,
+}
+
+impl Place {
+    pub fn new(volumes: &[&str], spec: &VolumeSpec) -> Place {
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let host = Host::new(folder.path(), "host");
+        let pool = host.file_pool(&folder.path().join("pool"));
+        for volume in volumes {
+            pool.create(volume, spec).unwrap();
+        }
+        Place { host, pool, folder }
+    }
+
+    /// The pool as another opening finds it.
+    pub fn reopen(self) -> Place {
+        let Place { host, pool, folder } = self;
+        drop(pool);
+        let pool = host.file_pool(&folder.path().join("pool"));
+        Place { host, pool, folder }
+    }
+
+    pub fn disk(&self, volume: &str) -> Client {
+        self.host.disk(&self.pool, volume).unwrap()
     }
 }

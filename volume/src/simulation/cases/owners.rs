@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use blockdev::Errno;
@@ -9,12 +10,13 @@ use bytes::Bytes;
 
 use super::bench::{Bench, Owner, versions_in};
 use crate::clone::{SnapshotView, clone_snapshot};
+use crate::names::{Family, Source};
 use crate::segment::BLOCK;
 use crate::simulation::VOLUME;
 use crate::simulation::contents::{Version, content_of, contents_of};
 use crate::simulation::disk::HostDisk;
 use crate::simulation::store::Late;
-use crate::{Beginning, Durability, MappedGroup, Settings, VolumeError};
+use crate::{Beginning, Durability, MappedGroup, MappedVolume, Settings, VolumeError};
 
 const BLOCKS: u64 = 16;
 const TEN_MINUTES: Duration = Duration::from_secs(600);
@@ -407,4 +409,48 @@ fn a_snapshot_that_is_spared_stays_listed() {
         }
     }
     assert!(spared > 10, "{spared} spared");
+}
+
+/// A snapshot of a clone is read while the clone is flattened, and then what it came from goes.
+#[test]
+fn a_reader_of_a_clone_s_snapshot_follows_what_flattening_copied() {
+    const CLONE: [u8; 16] = [9; 16];
+    for seed in 0..10 {
+        let bench = Bench::new(seed, BLOCKS, Durability::Remote);
+        let owner = bench.open(&bench.disk());
+        bench.write(&owner, 0, &numbers(100)).unwrap();
+        let parts = owner.parts.clone();
+        let cloned = bench.run(&owner, |volume| async move {
+            volume.snapshot("s", 0).await?;
+            volume.wait_for_snapshot("s").await?;
+            clone_snapshot(&parts, VOLUME, "s", CLONE).await
+        });
+        cloned.unwrap();
+
+        let (process, parts) = bench.parts(&bench.disk());
+        let settings = bench.settings;
+        let flattening = async move {
+            let clone = MappedVolume::open(&parts, CLONE, settings).await?;
+            clone.snapshot("t", 0).await?;
+            clone.wait_for_snapshot("t").await?;
+            let view = SnapshotView::open(&parts, CLONE, "t").await?;
+            clone.flatten(Arc::default()).await.map(|_| (view, clone))
+        };
+        let (view, clone) = bench.world.wait_for(process, flattening).unwrap().unwrap();
+        let gone = bench.run(&owner, |volume| async move {
+            volume.delete_snapshot("s").await?;
+            volume.zero(0, BLOCKS * BLOCK as u64, true).await.unwrap();
+            volume.destage().await.unwrap();
+            volume.gather(1.0).await?;
+            volume.checkpoint().await
+        });
+        gone.unwrap();
+        let first = Source { group: VOLUME, family: Family::Step, epoch: 1, number: 0 };
+        assert!(!bench.store.names().contains(&first.path()), "seed {seed}: what the clone came from is still there");
+        let reading = async move { view.read(0, view.size()).await };
+        let read = bench.world.wait_for(process, reading).unwrap();
+        assert_eq!(versions_in(&read.unwrap()), numbers(100), "seed {seed}");
+        drop(clone);
+        bench.world.kill(process);
+    }
 }
