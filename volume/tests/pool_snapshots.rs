@@ -10,62 +10,35 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use backends::segments::memory::MemoryStore;
 use backends::{Flattened, Layout, Pool, PoolError, VolumeRecord};
-use blockdev::client::Client;
 use blockdev::{BlockDevice, Op};
-use common::{Host, MIB, spec};
+use common::{Host, MIB, Place, spec};
 use proptest::prelude::*;
-use tempfile::TempDir;
 use volume::Durability;
-use volume::pool::MappedPool;
 
 const BLOCK: usize = 4096;
 
-/// A pool in a directory, with one volume `v`.
-struct Place {
-    host: Host,
-    pool: MappedPool,
-    folder: TempDir,
+/// A pool with one volume `v`.
+fn place() -> Place {
+    Place::new(&["v"], &spec(Layout::Mapped))
 }
 
-impl Place {
-    fn new() -> Place {
-        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let host = Host::new(folder.path(), "host");
-        let pool = host.file_pool(&folder.path().join("pool"));
-        pool.create("v", &spec(Layout::Mapped)).unwrap();
-        Place { host, pool, folder }
-    }
+fn write(place: &Place, volume: &str, block: u64, fill: u8) {
+    let disk = place.disk(volume);
+    disk.write(block * BLOCK as u64, vec![fill; BLOCK]).unwrap();
+    disk.flush().unwrap();
+}
 
-    /// The pool as another opening finds it.
-    fn reopen(self) -> Place {
-        let Place { host, pool, folder } = self;
-        drop(pool);
-        let pool = host.file_pool(&folder.path().join("pool"));
-        Place { host, pool, folder }
-    }
+/// The first byte of each of the first blocks of a volume, or of `VOLUME@SNAPSHOT`.
+fn fills(place: &Place, name: &str, blocks: u64) -> Vec<u8> {
+    let disk = match name.split_once('@') {
+        Some((volume, snapshot)) => place.host.client(place.pool.open_snapshot(volume, snapshot).unwrap()).unwrap(),
+        None => place.disk(name),
+    };
+    (0..blocks).map(|block| uniform(&disk.read(block * BLOCK as u64, BLOCK as u64).unwrap())).collect()
+}
 
-    fn disk(&self, volume: &str) -> Client {
-        self.host.disk(&self.pool, volume).unwrap()
-    }
-
-    fn write(&self, volume: &str, block: u64, fill: u8) {
-        let disk = self.disk(volume);
-        disk.write(block * BLOCK as u64, vec![fill; BLOCK]).unwrap();
-        disk.flush().unwrap();
-    }
-
-    /// The first byte of each of the first blocks of a volume, or of `VOLUME@SNAPSHOT`.
-    fn fills(&self, name: &str, blocks: u64) -> Vec<u8> {
-        let disk = match name.split_once('@') {
-            Some((volume, snapshot)) => self.host.client(self.pool.open_snapshot(volume, snapshot).unwrap()).unwrap(),
-            None => self.disk(name),
-        };
-        (0..blocks).map(|block| uniform(&disk.read(block * BLOCK as u64, BLOCK as u64).unwrap())).collect()
-    }
-
-    fn snapshots(&self, volume: &str) -> Vec<String> {
-        self.pool.get(volume).unwrap().snapshots.into_keys().collect()
-    }
+fn snapshots(place: &Place, volume: &str) -> Vec<String> {
+    place.pool.get(volume).unwrap().snapshots.into_keys().collect()
 }
 
 /// The byte that all of a block is.
@@ -83,7 +56,7 @@ fn in_use<T: std::fmt::Debug>(outcome: Result<T, PoolError>, words: &[&str]) {
 
 #[test]
 fn a_snapshot_under_load_is_one_point_in_time_and_stays() {
-    let place = Place::new();
+    let place = place();
     let disk = place.disk("v");
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -120,7 +93,7 @@ fn a_snapshot_under_load_is_one_point_in_time_and_stays() {
 
 #[test]
 fn two_hundred_snapshots_are_each_what_the_volume_was() {
-    let place = Place::new();
+    let place = place();
     let disk = place.disk("v");
     for number in 0..200u64 {
         disk.write(number % 16 * BLOCK as u64, vec![number as u8; BLOCK]).unwrap();
@@ -128,43 +101,43 @@ fn two_hundred_snapshots_are_each_what_the_volume_was() {
     }
     drop(disk);
     let place = place.reopen();
-    assert_eq!(place.snapshots("v").len(), 200);
+    assert_eq!(snapshots(&place, "v").len(), 200);
     for number in (0..200u64).step_by(13).chain([199]) {
         let newest = |block: u64| (0..=number).rev().find(|write| write % 16 == block).unwrap_or(0) as u8;
         let expected: Vec<u8> = (0..16).map(newest).collect();
-        assert_eq!(place.fills(&format!("v@s{number:03}"), 16), expected, "snapshot {number}");
+        assert_eq!(fills(&place, &format!("v@s{number:03}"), 16), expected, "snapshot {number}");
     }
     let device = place.pool.open("v", false).unwrap();
     for number in 0..200 {
         place.pool.delete_snapshot("v", &format!("s{number:03}")).unwrap();
     }
     drop(device);
-    assert!(place.snapshots("v").is_empty());
+    assert!(snapshots(&place, "v").is_empty());
     place.pool.delete("v").unwrap();
     assert_eq!(place.pool.check().unwrap(), Vec::<String>::new());
 }
 
 #[test]
 fn a_clone_and_its_origin_go_their_own_ways_and_are_deleted_from_the_end() {
-    let place = Place::new();
-    place.write("v", 0, 1);
+    let place = place();
+    write(&place, "v", 0, 1);
     place.pool.snapshot(&["v"], "s").unwrap();
-    place.write("v", 1, 2);
+    write(&place, "v", 1, 2);
     let clone = place.pool.clone_volume("v", Some("s"), "c").unwrap();
     assert_eq!((clone.origin.as_deref(), clone.size), (Some("v@s"), 16 * MIB));
     assert!(matches!(place.pool.clone_volume("v", Some("s"), "c"), Err(PoolError::Exists(_))));
     assert!(matches!(place.pool.clone_volume("v", Some("none"), "d"), Err(PoolError::NotFound(_))));
-    assert_eq!(place.fills("c", 2), [1, 0]);
-    place.write("c", 0, 3);
-    assert_eq!(place.fills("c", 2), [3, 0]);
-    assert_eq!(place.fills("v", 2), [1, 2]);
-    assert_eq!(place.fills("v@s", 2), [1, 0]);
+    assert_eq!(fills(&place, "c", 2), [1, 0]);
+    write(&place, "c", 0, 3);
+    assert_eq!(fills(&place, "c", 2), [3, 0]);
+    assert_eq!(fills(&place, "v", 2), [1, 2]);
+    assert_eq!(fills(&place, "v@s", 2), [1, 0]);
     let place = place.reopen();
     place.pool.rename("c", "copy").unwrap();
     place.pool.rename("v", "u").unwrap();
     assert_eq!(place.pool.get("copy").unwrap().origin.as_deref(), Some("u@s"));
     place.pool.rename("u", "v").unwrap();
-    assert_eq!(place.fills("copy", 2), [3, 0]);
+    assert_eq!(fills(&place, "copy", 2), [3, 0]);
     in_use(place.pool.delete_snapshot("v", "s"), &["v@s", "(copy)"]);
     in_use(place.pool.delete("v"), &["volume v", "(copy)"]);
     place.pool.delete("copy").unwrap();
@@ -179,36 +152,36 @@ fn a_clone_and_its_origin_go_their_own_ways_and_are_deleted_from_the_end() {
 
 #[test]
 fn a_clone_of_a_clone_of_a_clone_reads_what_each_of_them_wrote() {
-    let place = Place::new();
+    let place = place();
     let names = ["v", "c1", "c2", "c3"];
     for (index, pair) in names.windows(2).enumerate() {
-        place.write(pair[0], index as u64, index as u8 + 1);
+        write(&place, pair[0], index as u64, index as u8 + 1);
         place.pool.clone_volume(pair[0], None, pair[1]).unwrap();
     }
-    place.write("c3", 3, 4);
+    write(&place, "c3", 3, 4);
     // Without a snapshot one is made, and shown.
-    assert_eq!(place.snapshots("c1"), ["clone-c2"]);
+    assert_eq!(snapshots(&place, "c1"), ["clone-c2"]);
     assert_eq!(place.pool.get("c2").unwrap().origin.as_deref(), Some("c1@clone-c2"));
     for block in 0..4 {
-        place.write("v", block, 99);
+        write(&place, "v", block, 99);
     }
     let place = place.reopen();
-    assert_eq!(place.fills("c3", 4), [1, 2, 3, 4]);
-    assert_eq!(place.fills("c1", 4), [1, 2, 0, 0]);
+    assert_eq!(fills(&place, "c3", 4), [1, 2, 3, 4]);
+    assert_eq!(fills(&place, "c1", 4), [1, 2, 0, 0]);
     place.pool.delete("c3").unwrap();
     place.pool.clone_volume("c2", None, "c3").unwrap();
-    assert_eq!(place.snapshots("c2"), ["clone-c3", "clone-c3-1"]);
-    assert_eq!(place.fills("c3", 4), [1, 2, 3, 0]);
+    assert_eq!(snapshots(&place, "c2"), ["clone-c3", "clone-c3-1"]);
+    assert_eq!(fills(&place, "c3", 4), [1, 2, 3, 0]);
 }
 
 #[test]
 fn a_flattened_clone_outlives_its_origin() {
-    let place = Place::new();
+    let place = place();
     for block in 0..64 {
-        place.write("v", block, block as u8 + 1);
+        write(&place, "v", block, block as u8 + 1);
     }
     place.pool.clone_volume("v", None, "c").unwrap();
-    place.write("c", 0, 200);
+    write(&place, "c", 0, 200);
     assert_eq!(place.pool.flatten("v", &|_, _| {}).unwrap(), Flattened::NoParent);
     place.pool.clone_volume("c", None, "d").unwrap();
     in_use(place.pool.flatten("c", &|_, _| {}), &["volume c", "(d)"]);
@@ -220,26 +193,26 @@ fn a_flattened_clone_outlives_its_origin() {
     place.pool.delete("v").unwrap();
     let place = place.reopen();
     let expected: Vec<u8> = (0..64).map(|block| if block == 0 { 200 } else { block + 1 }).collect();
-    assert_eq!(place.fills("c", 64), expected);
+    assert_eq!(fills(&place, "c", 64), expected);
     assert_eq!(place.pool.check().unwrap(), Vec::<String>::new());
 }
 
 #[test]
 fn rollback_and_resize_are_in_the_record() {
-    let place = Place::new();
-    place.write("v", 0, 1);
+    let place = place();
+    write(&place, "v", 0, 1);
     place.pool.snapshot(&["v"], "s").unwrap();
     let device = place.pool.open("v", false).unwrap();
     device.resize(32 * MIB).unwrap();
     place.pool.resized("v", 32 * MIB).unwrap();
     drop(device);
     assert_eq!(place.pool.get("v").unwrap().size, 32 * MIB);
-    place.write("v", 0, 2);
-    place.write("v", 8191, 3);
+    write(&place, "v", 0, 2);
+    write(&place, "v", 8191, 3);
     place.pool.rollback("v", "s").unwrap();
     let place = place.reopen();
     assert_eq!(place.pool.get("v").unwrap().size, 16 * MIB);
-    assert_eq!(place.fills("v", 1), [1]);
+    assert_eq!(fills(&place, "v", 1), [1]);
     let device = place.pool.open("v", false).unwrap();
     device.resize(4 * MIB).unwrap();
     // The engine is the truth: the record follows with the next opening, if nothing else.
@@ -247,19 +220,19 @@ fn rollback_and_resize_are_in_the_record() {
     let place = place.reopen();
     drop(place.pool.open("v", false).unwrap());
     assert_eq!(place.pool.get("v").unwrap().size, 4 * MIB);
-    assert_eq!(place.fills("v@s", 4096).len(), 4096);
+    assert_eq!(fills(&place, "v@s", 4096).len(), 4096);
     assert!(matches!(place.pool.rollback("v", "none"), Err(PoolError::NotFound(_))));
 }
 
 #[test]
 fn changed_ranges_hold_every_change_and_little_else() {
-    let place = Place::new();
-    place.write("v", 0, 1);
+    let place = place();
+    write(&place, "v", 0, 1);
     place.pool.snapshot(&["v"], "a").unwrap();
-    place.write("v", 7, 2);
-    place.write("v", 3000, 2);
+    write(&place, "v", 7, 2);
+    write(&place, "v", 3000, 2);
     place.pool.snapshot(&["v"], "b").unwrap();
-    place.write("v", 9, 3);
+    write(&place, "v", 9, 3);
     let block = BLOCK as u64;
     let changed = |to| place.pool.changed("v", "a", to).unwrap().expect("a mapped volume can tell");
     assert_eq!(changed(Some("b")), [7 * block..8 * block, 3000 * block..3001 * block]);
@@ -276,8 +249,8 @@ fn edit_record(place: &Place, edit: impl FnOnce(&mut VolumeRecord)) {
 
 #[test]
 fn a_record_that_a_crash_left_behind_follows_the_engine() {
-    let place = Place::new();
-    place.write("v", 0, 1);
+    let place = place();
+    write(&place, "v", 0, 1);
     place.pool.snapshot(&["v"], "real").unwrap();
     let right = place.pool.get("v").unwrap();
     edit_record(&place, |record| {
@@ -285,7 +258,7 @@ fn a_record_that_a_crash_left_behind_follows_the_engine() {
         record.snapshots.insert("ghost".to_owned(), ghost);
         record.size = 4 * MIB;
     });
-    assert_eq!(place.snapshots("v"), ["ghost"]);
+    assert_eq!(snapshots(&place, "v"), ["ghost"]);
     assert!(matches!(place.pool.rollback("v", "ghost"), Err(PoolError::NotFound(_))));
     assert_eq!(place.pool.get("v").unwrap(), right);
     edit_record(&place, |record| record.snapshots.clear());
@@ -295,20 +268,20 @@ fn a_record_that_a_crash_left_behind_follows_the_engine() {
 
 #[test]
 fn several_volumes_have_a_snapshot_together_or_not_at_all() {
-    let place = Place::new();
+    let place = place();
     place.pool.create("w", &spec(Layout::Mapped)).unwrap();
     place.pool.snapshot(&["v", "w"], "both").unwrap();
     place.pool.snapshot(&["w"], "taken").unwrap();
     assert!(matches!(place.pool.snapshot(&["v", "w"], "taken"), Err(PoolError::Exists(_))));
-    assert_eq!(place.snapshots("v"), ["both"]);
-    assert_eq!(place.snapshots("w"), ["both", "taken"]);
+    assert_eq!(snapshots(&place, "v"), ["both"]);
+    assert_eq!(snapshots(&place, "w"), ["both", "taken"]);
     assert!(matches!(place.pool.snapshot(&["v"], "NO"), Err(PoolError::Invalid(_))));
 }
 
 #[test]
 fn a_clone_that_was_not_made_whole_holds_nothing_up() {
-    let place = Place::new();
-    place.write("v", 0, 1);
+    let place = place();
+    write(&place, "v", 0, 1);
     place.pool.clone_volume("v", None, "c").unwrap();
     let path = place.folder.path().join("pool");
     // A crash before the record was published, and a trash that was emptied by hand.
@@ -428,7 +401,7 @@ impl Model {
         let Some(volume) = self.volume(*number) else { return };
         match step {
             Step::Write(_, block, fill) => {
-                place.write(&volume, u64::from(*block), *fill);
+                write(place, &volume, u64::from(*block), *fill);
                 self.volumes.get_mut(&volume).unwrap().blocks[usize::from(*block)] = *fill;
             }
             Step::Snapshot(_) => {
@@ -489,10 +462,10 @@ impl Model {
         let listed: Vec<String> = place.pool.list().unwrap().into_iter().map(|record| record.name).collect();
         assert_eq!(listed, self.volumes.keys().cloned().collect::<Vec<_>>());
         for (volume, expected) in &self.volumes {
-            assert_eq!(place.fills(volume, 4), expected.blocks, "{volume}");
-            assert_eq!(place.snapshots(volume), expected.snapshots.keys().cloned().collect::<Vec<_>>(), "{volume}");
+            assert_eq!(fills(place, volume, 4), expected.blocks, "{volume}");
+            assert_eq!(snapshots(place, volume), expected.snapshots.keys().cloned().collect::<Vec<_>>(), "{volume}");
             for (snapshot, blocks) in &expected.snapshots {
-                assert_eq!(place.fills(&format!("{volume}@{snapshot}"), 4), blocks, "{volume}@{snapshot}");
+                assert_eq!(fills(place, &format!("{volume}@{snapshot}"), 4), blocks, "{volume}@{snapshot}");
             }
         }
     }
@@ -503,7 +476,7 @@ proptest! {
 
     #[test]
     fn any_order_of_operations_leaves_what_a_model_says(steps in prop::collection::vec(step(), 1..30)) {
-        let mut place = Place::new();
+        let mut place = place();
         let mut model = Model::default();
         model.volumes.insert("v".to_owned(), Expected::default());
         for step in &steps {
@@ -563,7 +536,7 @@ fn noise(seed: u8, blocks: usize) -> Vec<u8> {
 
 #[test]
 fn usage_tells_what_is_stored_for_the_volume_for_its_snapshots_and_for_nothing() {
-    let place = Place::new();
+    let place = place();
     let write = |seed: u8, blocks: usize| {
         let disk = place.disk("v");
         disk.write(0, noise(seed, blocks)).unwrap();
@@ -604,7 +577,7 @@ fn usage_tells_what_is_stored_for_the_volume_for_its_snapshots_and_for_nothing()
 
 #[test]
 fn the_progress_of_a_flatten_and_of_a_check_ends_with_all_of_it() {
-    let place = Place::new();
+    let place = place();
     let disk = place.disk("v");
     disk.write(0, noise(1, 256)).unwrap();
     disk.flush().unwrap();

@@ -11,10 +11,8 @@ use backends::segments::memory::MemoryStore;
 use backends::{Layout, Pool, PoolError, VolumeSpec};
 use blockdev::Op;
 use blockdev::client::Client;
-use common::{Host, MIB, spec};
-use tempfile::TempDir;
+use common::{Host, MIB, Place, spec};
 use volume::Durability;
-use volume::pool::MappedPool;
 
 const BLOCK: usize = 4096;
 
@@ -22,60 +20,34 @@ fn shared(policy: &str, tenant: &str) -> VolumeSpec {
     VolumeSpec { policy: Some(policy.to_owned()), tenant: Some(tenant.to_owned()), ..spec(Layout::Mapped) }
 }
 
-struct Place {
-    host: Host,
-    pool: MappedPool,
-    folder: TempDir,
+/// A pool with volumes `a` and `b` of tenant `t`.
+fn place() -> Place {
+    Place::new(&["a", "b"], &shared("shared", "t"))
 }
 
-impl Place {
-    /// A pool in a directory, with volumes `a` and `b` of tenant `t`.
-    fn new() -> Place {
-        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let host = Host::new(folder.path(), "host");
-        let pool = host.file_pool(&folder.path().join("pool"));
-        let place = Place { host, pool, folder };
-        for volume in ["a", "b"] {
-            place.pool.create(volume, &shared("shared", "t")).unwrap();
-        }
-        place
-    }
+fn allocated(place: &Place, volume: &str) -> u64 {
+    place.pool.usage(volume).unwrap().allocated
+}
 
-    fn reopen(self) -> Place {
-        let Place { host, pool, folder } = self;
-        drop(pool);
-        let pool = host.file_pool(&folder.path().join("pool"));
-        Place { host, pool, folder }
-    }
+fn write(place: &Place, volume: &str, content: &[u8]) {
+    fill(place, &place.disk(volume), volume, content);
+}
 
-    fn disk(&self, volume: &str) -> Client {
-        self.host.disk(&self.pool, volume).unwrap()
-    }
+fn fill(place: &Place, disk: &Client, volume: &str, content: &[u8]) {
+    disk.write(0, content.to_vec()).unwrap();
+    disk.flush().unwrap();
+    // Brings it into the pool.
+    place.pool.snapshot(&[volume], "settled").unwrap();
+    drop(place.pool.open_snapshot(volume, "settled").unwrap());
+    place.pool.delete_snapshot(volume, "settled").unwrap();
+}
 
-    fn allocated(&self, volume: &str) -> u64 {
-        self.pool.usage(volume).unwrap().allocated
-    }
-
-    fn write(&self, volume: &str, content: &[u8]) {
-        self.fill(&self.disk(volume), volume, content);
-    }
-
-    fn fill(&self, disk: &Client, volume: &str, content: &[u8]) {
-        disk.write(0, content.to_vec()).unwrap();
-        disk.flush().unwrap();
-        // Brings it into the pool.
-        self.pool.snapshot(&[volume], "settled").unwrap();
-        drop(self.pool.open_snapshot(volume, "settled").unwrap());
-        self.pool.delete_snapshot(volume, "settled").unwrap();
-    }
-
-    fn reads(&self, name: &str, content: &[u8]) {
-        let disk = match name.split_once('@') {
-            Some((volume, snapshot)) => self.host.client(self.pool.open_snapshot(volume, snapshot).unwrap()).unwrap(),
-            None => self.disk(name),
-        };
-        assert!(disk.read(0, content.len() as u64).unwrap() == content, "{name} holds something else");
-    }
+fn reads(place: &Place, name: &str, content: &[u8]) {
+    let disk = match name.split_once('@') {
+        Some((volume, snapshot)) => place.host.client(place.pool.open_snapshot(volume, snapshot).unwrap()).unwrap(),
+        None => place.disk(name),
+    };
+    assert!(disk.read(0, content.len() as u64).unwrap() == content, "{name} holds something else");
 }
 
 /// What nobody compresses.
@@ -95,33 +67,33 @@ fn refused<T: std::fmt::Debug>(outcome: Result<T, PoolError>, words: &[&str]) {
 
 #[test]
 fn what_one_volume_of_a_tenant_has_another_does_not_store_again() {
-    let place = Place::new();
+    let place = place();
     let content = noise(1, 12 * MIB);
     // While the group is open its index is whole.
     let held = ["a", "b"].map(|volume| place.disk(volume));
-    place.fill(&held[0], "a", &content);
-    let once = place.allocated("a");
+    fill(&place, &held[0], "a", &content);
+    let once = allocated(&place, "a");
     assert!(once > 12 * MIB, "{once}");
-    place.fill(&held[1], "b", &content);
+    fill(&place, &held[1], "b", &content);
     drop(held);
-    let twice = place.allocated("b");
+    let twice = allocated(&place, "b");
     // Of segments as small as here, one in eight has nothing that the sparse index knows.
     assert!(twice < once + 6 * MIB, "{once} became {twice}");
     for (volume, policy, tenant) in [("c", "shared", "u"), ("d", "shared-2", "t"), ("e", "own", "t")] {
         place.pool.create(volume, &shared(policy, tenant)).unwrap();
-        place.write(volume, &content);
-        let own = place.allocated(volume);
+        write(&place, volume, &content);
+        let own = allocated(&place, volume);
         assert!((12 * MIB..14 * MIB).contains(&own), "{volume} has {own}");
     }
-    assert_eq!(place.allocated("a"), place.allocated("b"));
+    assert_eq!(allocated(&place, "a"), allocated(&place, "b"));
     let place = place.reopen();
-    ["a", "b", "c", "d", "e"].into_iter().for_each(|volume| place.reads(volume, &content));
+    ["a", "b", "c", "d", "e"].into_iter().for_each(|volume| reads(&place, volume, &content));
     assert_eq!(place.pool.check().unwrap(), Vec::<String>::new());
 }
 
 #[test]
 fn volumes_of_one_group_are_used_at_once_and_are_apart() {
-    let place = Place::new();
+    let place = place();
     let (a, b) = (place.disk("a"), place.disk("b"));
     refused(place.pool.open("a", false).map(drop), &["volume a", "open"]);
     let last = 16 * MIB - BLOCK as u64;
@@ -138,33 +110,33 @@ fn volumes_of_one_group_are_used_at_once_and_are_apart() {
     assert_eq!(a.read(last, BLOCK as u64).unwrap(), vec![11; BLOCK]);
     drop((a, b));
     let place = place.reopen();
-    place.reads("a", &vec![3; BLOCK]);
-    place.reads("b", &vec![0; BLOCK]);
-    place.reads("a@s", &vec![1; BLOCK]);
-    place.reads("b@s", &vec![2; BLOCK]);
+    reads(&place, "a", &vec![3; BLOCK]);
+    reads(&place, "b", &vec![0; BLOCK]);
+    reads(&place, "a@s", &vec![1; BLOCK]);
+    reads(&place, "b@s", &vec![2; BLOCK]);
     place.pool.rollback("b", "s").unwrap();
-    place.reads("b", &vec![2; BLOCK]);
-    place.reads("a", &vec![3; BLOCK]);
+    reads(&place, "b", &vec![2; BLOCK]);
+    reads(&place, "a", &vec![3; BLOCK]);
     place.pool.delete_snapshot("a", "s").unwrap();
     assert_eq!(place.pool.get("b").unwrap().snapshots.len(), 1);
-    place.reads("b@s", &vec![2; BLOCK]);
+    reads(&place, "b@s", &vec![2; BLOCK]);
 }
 
 #[test]
 fn one_of_several_is_deleted_and_the_last_takes_all_with_it() {
-    let place = Place::new();
-    place.write("a", &noise(1, MIB));
-    place.write("b", &noise(2, MIB));
+    let place = place();
+    write(&place, "a", &noise(1, MIB));
+    write(&place, "b", &noise(2, MIB));
     refused(place.pool.erase_key("a"), &["volume a", "not encrypted"]);
     place.pool.delete("a").unwrap();
     let place = place.reopen();
-    place.reads("b", &noise(2, MIB));
+    reads(&place, "b", &noise(2, MIB));
     assert_eq!(place.pool.check().unwrap(), Vec::<String>::new());
     let group = place.pool.get("b").unwrap().group();
     // Where the deleted one was, another one is empty.
     place.pool.create("c", &shared("shared", "t")).unwrap();
     assert_eq!(place.pool.get("c").unwrap().group(), group);
-    place.reads("c", &vec![0; MIB as usize]);
+    reads(&place, "c", &vec![0; MIB as usize]);
     place.pool.delete("c").unwrap();
     place.pool.delete("b").unwrap();
     assert!(place.host.logs().is_empty(), "{:?}", place.host.logs());
@@ -178,34 +150,34 @@ fn one_of_several_is_deleted_and_the_last_takes_all_with_it() {
 
 #[test]
 fn a_clone_joins_the_group_and_nothing_ties_it_to_its_origin() {
-    let place = Place::new();
+    let place = place();
     let content = noise(3, 2 * MIB);
-    place.write("a", &content);
-    let before = place.allocated("a");
+    write(&place, "a", &content);
+    let before = allocated(&place, "a");
     place.pool.snapshot(&["a"], "s").unwrap();
     let clone = place.pool.clone_volume("a", Some("s"), "c").unwrap();
     assert_eq!((clone.group, clone.origin.as_deref()), (place.pool.get("a").unwrap().group, Some("a@s")));
-    place.reads("c", &content);
-    assert!(place.allocated("c") < before + MIB / 2);
+    reads(&place, "c", &content);
+    assert!(allocated(&place, "c") < before + MIB / 2);
     place.pool.delete_snapshot("a", "s").unwrap();
     assert_eq!(place.pool.get("c").unwrap().origin, None);
     place.pool.delete("a").unwrap();
     let place = place.reopen();
-    place.reads("c", &content);
+    reads(&place, "c", &content);
     let copied = place.pool.clone_volume("c", None, "d").unwrap();
     assert_eq!(copied.origin.as_deref(), Some("c@clone-d"));
-    place.reads("d", &content);
+    reads(&place, "d", &content);
     assert_eq!(place.pool.check().unwrap(), Vec::<String>::new());
 }
 
 /// A crash may leave a volume in a group that is in no record. The record is hidden here and comes back, to show that the volume has gone.
 #[test]
 fn what_is_in_no_record_leaves_the_group_when_it_is_opened() {
-    let place = Place::new();
+    let place = place();
     let (record, hidden) = (place.folder.path().join("pool/volumes/b"), place.folder.path().join("b"));
     fs::rename(&record, &hidden).unwrap();
     let place = place.reopen();
-    place.reads("a", &[0; BLOCK]);
+    reads(&place, "a", &[0; BLOCK]);
     let held = place.disk("a");
     fs::rename(&hidden, &record).unwrap();
     let gone = |_: &u32| {
@@ -215,36 +187,36 @@ fn what_is_in_no_record_leaves_the_group_when_it_is_opened() {
     assert!((0..200).any(|number| gone(&number)), "it is still there");
     refused(place.pool.open("b", false).map(drop), &["volume b", "does not have it"]);
     drop(held);
-    place.reads("a", &[0; BLOCK]);
+    reads(&place, "a", &[0; BLOCK]);
 }
 
 #[test]
 fn a_volume_whose_record_is_damaged_stays() {
-    let place = Place::new();
+    let place = place();
     let content = noise(5, MIB);
-    place.write("b", &content);
+    write(&place, "b", &content);
     let record = place.folder.path().join("pool/volumes/b/volume.json");
     let before = fs::read(&record).unwrap();
     fs::write(&record, "{").unwrap();
     let place = place.reopen();
-    place.write("a", &noise(6, MIB));
+    write(&place, "a", &noise(6, MIB));
     refused(place.pool.delete("a"), &["volume b", "damaged"]);
-    place.reads("a", &noise(6, MIB));
+    reads(&place, "a", &noise(6, MIB));
     fs::write(&record, before).unwrap();
-    place.reads("b", &content);
+    reads(&place, "b", &content);
     place.pool.delete("a").unwrap();
-    place.reads("b", &content);
+    reads(&place, "b", &content);
 }
 
 #[test]
 fn a_key_that_several_have_is_not_erased_for_one() {
-    let place = Place::new();
+    let place = place();
     for volume in ["x", "y"] {
         place.pool.create(volume, &shared("shared-secret", "t")).unwrap();
     }
-    place.write("x", &noise(1, MIB));
+    write(&place, "x", &noise(1, MIB));
     let place = place.reopen();
-    place.reads("x", &noise(1, MIB));
+    reads(&place, "x", &noise(1, MIB));
     refused(place.pool.erase_key("x"), &["volume x", "y"]);
     place.pool.delete("y").unwrap();
     assert!(place.pool.erase_key("x").unwrap());
