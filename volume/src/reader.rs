@@ -348,7 +348,9 @@ impl Reader {
         let (Some(target), Some(entry)) = (owners.source(to), owners.get(to)) else { return Err(missing()) };
         let mut table = self.table.borrow_mut();
         let own = table.add(target, entry.content, entry.blocks, entry.bytes).ok_or_else(missing)?;
-        table.forward(handle, own);
+        // It may have been found to have moved on before.
+        let newest = table.forward_of(&target).unwrap_or(own);
+        table.forward(handle, newest);
         self.ancestors_moved.set(self.ancestors_moved.get() + 1);
         self.tally.foreign_forwards.add(1);
         Ok(())
@@ -356,7 +358,12 @@ impl Reader {
 
     /// The table that says where an object of an ancestor is now, and what handle it has there. `known`: the object, and others that it came from.
     async fn who_moved(&self, known: &[Source]) -> Result<Option<(Table, u32)>, VolumeError> {
-        let told_by = |table: Table| known.iter().find_map(|source| table.forward_of(source)).map(|to| (table, to));
+        let told_by = |table: Table| {
+            // A clone need not know the newest place of what an ancestor has moved.
+            let is_news = |to: &u32| table.source(*to).is_some_and(|target| !known.contains(&target));
+            let to = known.iter().filter_map(|source| table.forward_of(source)).find(is_news)?;
+            Some((table, to))
+        };
         let is_view = self.table.borrow().groups()[0] != self.chain.group;
         // A clone that is read by somebody else may have been flattened since.
         if is_view && let Some(found) = told_by(self.chain.read_meta().await?.1.table) {

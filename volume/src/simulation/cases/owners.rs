@@ -21,6 +21,20 @@ use crate::{Beginning, Durability, MappedGroup, MappedVolume, Settings, VolumeEr
 const BLOCKS: u64 = 16;
 const TEN_MINUTES: Duration = Duration::from_secs(600);
 
+/// What a case calls the clone of its volume.
+const CLONE: [u8; 16] = [9; 16];
+
+/// Makes a snapshot `s` and a clone of it.
+fn clone_as_it_is(bench: &Bench, owner: &Owner) {
+    let parts = owner.parts.clone();
+    let cloned = bench.run(owner, |volume| async move {
+        volume.snapshot("s", 0).await?;
+        volume.wait_for_snapshot("s").await?;
+        clone_snapshot(&parts, VOLUME, "s", CLONE).await
+    });
+    cloned.unwrap();
+}
+
 fn numbers(from: Version) -> Vec<Version> {
     (from..from + BLOCKS).collect()
 }
@@ -381,13 +395,7 @@ fn a_snapshot_that_is_spared_stays_listed() {
         let bench = Bench::new(seed, BLOCKS, Durability::Remote);
         let disk = bench.disk();
         let owner = bench.open(&disk);
-        let parts = owner.parts.clone();
-        let cloned = bench.run(&owner, |volume| async move {
-            volume.snapshot("s", 0).await?;
-            volume.wait_for_snapshot("s").await?;
-            clone_snapshot(&parts, VOLUME, "s", [9; 16]).await.map(drop)
-        });
-        cloned.unwrap();
+        clone_as_it_is(&bench, &owner);
         let volume = owner.volume.clone();
         bench.world.spawn(owner.process, Box::pin(async move { drop(volume.delete_snapshot("s").await) }));
         while is_listed(&owner) {
@@ -414,18 +422,11 @@ fn a_snapshot_that_is_spared_stays_listed() {
 /// A snapshot of a clone is read while the clone is flattened, and then what it came from goes.
 #[test]
 fn a_reader_of_a_clone_s_snapshot_follows_what_flattening_copied() {
-    const CLONE: [u8; 16] = [9; 16];
     for seed in 0..10 {
         let bench = Bench::new(seed, BLOCKS, Durability::Remote);
         let owner = bench.open(&bench.disk());
         bench.write(&owner, 0, &numbers(100)).unwrap();
-        let parts = owner.parts.clone();
-        let cloned = bench.run(&owner, |volume| async move {
-            volume.snapshot("s", 0).await?;
-            volume.wait_for_snapshot("s").await?;
-            clone_snapshot(&parts, VOLUME, "s", CLONE).await
-        });
-        cloned.unwrap();
+        clone_as_it_is(&bench, &owner);
 
         let (process, parts) = bench.parts(&bench.disk());
         let settings = bench.settings;
@@ -450,6 +451,51 @@ fn a_reader_of_a_clone_s_snapshot_follows_what_flattening_copied() {
         let reading = async move { view.read(0, view.size()).await };
         let read = bench.world.wait_for(process, reading).unwrap();
         assert_eq!(versions_in(&read.unwrap()), numbers(100), "seed {seed}");
+        drop(clone);
+        bench.world.kill(process);
+    }
+}
+
+/// What a clone knows of where its ancestor has moved things may be out of date.
+#[test]
+fn a_reader_of_a_clone_s_snapshot_follows_what_the_ancestor_moved_twice() {
+    for seed in 0..10 {
+        let bench = Bench::new(seed, BLOCKS, Durability::Remote);
+        let owner = bench.open(&bench.disk());
+        let write_each_second = |first: u64, from: Version| {
+            for block in (first..BLOCKS).step_by(2) {
+                bench.write(&owner, block, &[from + block]).unwrap();
+            }
+        };
+        let gather = || bench.run(&owner, |volume| async move { volume.gather(1.0).await.map(drop) }).unwrap();
+        bench.write(&owner, 0, &numbers(100)).unwrap();
+        write_each_second(0, 200);
+        let expected = bench.content(&owner).unwrap();
+        clone_as_it_is(&bench, &owner);
+        let (process, parts) = bench.parts(&bench.disk());
+        let settings = bench.settings;
+        let opening = async move {
+            let clone = MappedVolume::open(&parts, CLONE, settings).await?;
+            clone.snapshot("t", 0).await?;
+            clone.wait_for_snapshot("t").await?;
+            SnapshotView::open(&parts, CLONE, "t").await.map(|view| (view, clone))
+        };
+        let (view, clone) = bench.world.wait_for(process, opening).unwrap().unwrap();
+        bench.write(&owner, 0, &numbers(300)).unwrap();
+        write_each_second(1, 400);
+        gather();
+        let learning = async move {
+            clone.read(0, BLOCKS * BLOCK as u64).await.unwrap();
+            clone.checkpoint().await.map(|()| clone)
+        };
+        let clone = bench.world.wait_for(process, learning).unwrap().unwrap();
+        assert!(clone.core.reader.ancestors_moved.get() > 0, "seed {seed}: nothing was moved");
+        bench.write(&owner, 0, &numbers(500)).unwrap();
+        gather();
+        gather();
+        let reading = async move { view.read(0, view.size()).await };
+        let read = bench.world.wait_for(process, reading).unwrap();
+        assert_eq!(versions_in(&read.unwrap()), expected, "seed {seed}");
         drop(clone);
         bench.world.kill(process);
     }
