@@ -51,21 +51,14 @@ pub enum Compression {
     },
 }
 
-/// How soon data is expected to be read or overwritten again.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Temperature {
-    /// Fresh from the log, or still being used.
-    Warm,
-    /// Rewritten by the garbage collector because it stayed.
-    Cold,
-}
-
 /// What the owner of data allows to be tried on it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Allowed {
     /// What the log leaves time for.
     #[default]
     Auto,
+    /// The same for what is seldom read: smaller, and slower to unpack.
+    Cold,
     Off,
     Lz4,
     Zstd,
@@ -79,6 +72,10 @@ pub struct Packing {
     pub frame_blocks: usize,
 }
 
+const LZ4: Packing = Packing { compression: Compression::Lz4, frame_blocks: FRAME_BLOCKS };
+const ZSTD: Packing = Packing { compression: Compression::Zstd { level: 1 }, frame_blocks: FRAME_BLOCKS };
+const COLD: Packing = Packing { compression: Compression::Zstd { level: 3 }, frame_blocks: FRAME_BLOCKS_MAX };
+
 /// Above this the log fills faster than zstd empties it.
 const PRESSURE_HIGH: f32 = 0.5;
 /// Below this it has room again; in between nothing changes, so that batches do not alternate.
@@ -87,39 +84,23 @@ const PRESSURE_LOW: f32 = 0.35;
 /// How to pack the next batch. `pressure` is the used share of the log, 0 to 1; what is no number counts as 1. `previous` is how the
 /// batch before it was packed.
 ///
-/// Under pressure warm data takes lz4 and cold data waits in small frames of zstd-1, as its rewriting is what competes with destaging.
-/// Compression is never given up altogether: a full log waits for the backend as often as for the processor, and lz4 is faster than most.
+/// Compression is never given up for pressure: a full log waits for the backend as often as for the processor, and lz4 is faster than most.
 ///
 /// A frame that is not compressed gains nothing from a second block.
 #[must_use]
-pub fn choose(allowed: Allowed, pressure: f32, temperature: Temperature, previous: Option<Packing>) -> Packing {
+pub fn choose(allowed: Allowed, pressure: f32, previous: Option<Packing>) -> Packing {
     match allowed {
-        Allowed::Auto => by_pressure(pressure, temperature, previous),
+        Allowed::Auto => by_pressure(pressure, previous, [ZSTD, LZ4]),
+        Allowed::Cold => by_pressure(pressure, previous, [COLD, ZSTD]),
         Allowed::Off => Packing { compression: Compression::Off, frame_blocks: 1 },
-        Allowed::Lz4 => Packing { compression: Compression::Lz4, frame_blocks: FRAME_BLOCKS },
-        Allowed::Zstd => calm(temperature),
+        Allowed::Lz4 => LZ4,
+        Allowed::Zstd => ZSTD,
     }
 }
 
-fn by_pressure(pressure: f32, temperature: Temperature, previous: Option<Packing>) -> Packing {
-    let was_high = previous.is_some_and(|packing| packing == under_pressure(temperature));
-    let limit = if was_high { PRESSURE_LOW } else { PRESSURE_HIGH };
-    if pressure < limit { calm(temperature) } else { under_pressure(temperature) }
-}
-
-fn calm(temperature: Temperature) -> Packing {
-    match temperature {
-        Temperature::Cold => Packing { compression: Compression::Zstd { level: 3 }, frame_blocks: FRAME_BLOCKS_MAX },
-        Temperature::Warm => Packing { compression: Compression::Zstd { level: 1 }, frame_blocks: FRAME_BLOCKS },
-    }
-}
-
-fn under_pressure(temperature: Temperature) -> Packing {
-    let compression = match temperature {
-        Temperature::Warm => Compression::Lz4,
-        Temperature::Cold => Compression::Zstd { level: 1 },
-    };
-    Packing { compression, frame_blocks: FRAME_BLOCKS }
+fn by_pressure(pressure: f32, previous: Option<Packing>, [calm, pressed]: [Packing; 2]) -> Packing {
+    let limit = if previous == Some(pressed) { PRESSURE_LOW } else { PRESSURE_HIGH };
+    if pressure < limit { calm } else { pressed }
 }
 
 /// Why a frame was not unpacked.
@@ -339,20 +320,17 @@ mod tests {
 
     #[test]
     fn pressure_chooses_with_hysteresis() {
-        let zstd = Packing { compression: Compression::Zstd { level: 1 }, frame_blocks: 4 };
-        let lz4 = Packing { compression: Compression::Lz4, frame_blocks: 4 };
-        let cold = Packing { compression: Compression::Zstd { level: 3 }, frame_blocks: 16 };
         let mut previous = None;
         let mut next = |pressure| {
-            previous = Some(choose(Allowed::Auto, pressure, Temperature::Warm, previous));
+            previous = Some(choose(Allowed::Auto, pressure, previous));
             previous.unwrap()
         };
-        assert_eq!([0.0, 0.49, 0.5, 0.4, 0.36, 0.3, 0.4, 1.0].map(&mut next), [zstd, zstd, lz4, lz4, lz4, zstd, zstd, lz4]);
-        assert_eq!([f32::NAN, f32::INFINITY].map(&mut next), [lz4, lz4]);
-        assert_eq!(choose(Allowed::Auto, 0.1, Temperature::Cold, None), cold);
-        assert_eq!(choose(Allowed::Auto, 0.9, Temperature::Cold, Some(cold)), zstd);
-        assert_eq!(choose(Allowed::Auto, 0.4, Temperature::Cold, Some(zstd)), zstd);
-        assert_eq!(choose(Allowed::Auto, 0.3, Temperature::Cold, Some(zstd)), cold);
+        assert_eq!([0.0, 0.49, 0.5, 0.4, 0.36, 0.3, 0.4, 1.0].map(&mut next), [ZSTD, ZSTD, LZ4, LZ4, LZ4, ZSTD, ZSTD, LZ4]);
+        assert_eq!([f32::NAN, f32::INFINITY].map(&mut next), [LZ4, LZ4]);
+        assert_eq!(choose(Allowed::Cold, 0.1, None), COLD);
+        assert_eq!(choose(Allowed::Cold, 0.9, Some(COLD)), ZSTD);
+        assert_eq!(choose(Allowed::Cold, 0.4, Some(ZSTD)), ZSTD);
+        assert_eq!(choose(Allowed::Cold, 0.3, Some(ZSTD)), COLD);
     }
 
     #[test]
@@ -360,7 +338,7 @@ mod tests {
         for (allowed, compression) in
             [(Allowed::Off, Compression::Off), (Allowed::Lz4, Compression::Lz4), (Allowed::Zstd, Compression::Zstd { level: 1 })]
         {
-            let chosen = [0.0, 1.0].map(|pressure| choose(allowed, pressure, Temperature::Warm, None).compression);
+            let chosen = [0.0, 1.0].map(|pressure| choose(allowed, pressure, None).compression);
             assert_eq!(chosen, [compression; 2]);
         }
     }

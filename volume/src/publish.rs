@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use blockdev::Errno;
 use bytes::Bytes;
-use dedup::frame::{Temperature, choose};
+use dedup::frame::choose;
 use dedup::location::{Location, SegmentHandle, Spot, UNIT_LEN};
 
 use crate::backlog::{Pending, Step};
@@ -195,7 +195,7 @@ impl Core {
             };
             runs.push((range, content));
         }
-        let packing = choose(self.settings.compression, self.log.fill() as f32, Temperature::Warm, self.packing.get());
+        let packing = choose(self.settings.compression, self.log.fill() as f32, self.packing.get());
         self.packing.set(Some(packing));
         let mut random = [0; 32];
         self.chain.environment.random(&mut random);

@@ -15,7 +15,7 @@ use crate::units::parse_size;
 const DRIVERS_LATER: [&str; 5] = ["nfs", "smb", "gcs", "azure", "swift"];
 const POLICY_LATER: [&str; 4] = ["iops", "bandwidth", "burst_iops", "burst_seconds"];
 const DURABILITIES: [&str; 2] = ["local", "remote"];
-const COMPRESSIONS: [&str; 4] = ["auto", "none", "lz4", "zstd"];
+const COMPRESSIONS: [&str; 5] = ["auto", "cold", "none", "lz4", "zstd"];
 const DEDUPS: [&str; 3] = ["none", "volume", "tenant"];
 const LOG_SIZE_MIN: u64 = 1 << 20;
 const LOG_SIZE_UNIT: u64 = 4096;

@@ -224,7 +224,8 @@ pub struct PolicyConfig {
     /// What a flush waits for. "remote": the backend has the data, as always with raw volumes; "local": the log in data_dir has it. The
     /// pool's by default.
     pub durability: Option<String>,
-    /// How mapped volumes are compressed. "auto": as hard as time allows, which is the default; "zstd" or "lz4": always with that; "none": not.
+    /// How mapped volumes are compressed. "auto": as hard as time allows, which is the default; "cold": harder, for
+    /// what is seldom read; "zstd" or "lz4": always with that; "none": not.
     /// What is stored already stays as it is until it is rewritten.
     pub compression: Option<String>,
     /// Where mapped volumes look for blocks that are stored already. "volume": in themselves, which is the default; "tenant": in all volumes of the

@@ -70,7 +70,7 @@ fn what_cannot_be_honoured_is_refused() {
     assert!(problems("[pool.Bad]\ndriver = \"null\"\n").contains("pool name"));
     assert!(problems("[policy.gold]\niops = 5\n").contains("`iops` is not in this version"));
     assert!(problems("[policy.gold]\ndurability = \"none\"\n").contains("local, remote"));
-    assert!(problems("[policy.gold]\ncompression = \"gzip\"\n").contains("auto, none, lz4, zstd"));
+    assert!(problems("[policy.gold]\ncompression = \"gzip\"\n").contains("auto, cold, none, lz4, zstd"));
     assert!(problems("[policy.gold]\ndedup = \"host\"\n").contains("none, volume, tenant"));
     load_text("t", "[policy.gold]\ndurability = \"local\"\ndedup = \"tenant\"\n", Vec::new()).unwrap();
     for size in ["512K", "1048577", "much"] {

@@ -120,6 +120,7 @@ fn parse_dedup(dedup: &str) -> Dedup {
 /// One that was checked when the configuration was loaded.
 fn parse_compression(compression: &str) -> Allowed {
     match compression {
+        "cold" => Allowed::Cold,
         "none" => Allowed::Off,
         "lz4" => Allowed::Lz4,
         "zstd" => Allowed::Zstd,
@@ -214,6 +215,7 @@ mod tests {
         };
         assert_eq!(found(None, None), (Allowed::Auto, Dedup::Volume));
         assert_eq!(found(Some("none"), Some("none")), (Allowed::Off, Dedup::None));
+        assert_eq!(found(Some("cold"), Some("none")), (Allowed::Cold, Dedup::None));
         assert_eq!(found(Some("lz4"), Some("volume")), (Allowed::Lz4, Dedup::Volume));
         assert_eq!(found(Some("zstd"), Some("tenant")), (Allowed::Zstd, Dedup::Tenant));
     }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use dedup::body::{BODY_LEN_MAX, Body, FrameReader};
-use dedup::frame::{Allowed, Packing, Temperature, choose};
+use dedup::frame::{Allowed, Packing, choose};
 use dedup::hash::BlockHash;
 use dedup::location::{Location, SegmentHandle, Spot};
 use dedup::{BLOCK_LEN, Block};
@@ -97,8 +97,8 @@ impl<'a> Gathering<'a> {
         let hashes = self.core.patiently(async || self.hashes_of(handle).await).await?;
         let moves = self.core.patiently(async || reader.moves_into(handle).await).await?;
         let packing = match self.content {
-            Content::Data => choose(self.core.settings.compression, self.core.log.fill() as f32, Temperature::Warm, None),
-            Content::Pages => choose(Allowed::Auto, 0.0, Temperature::Warm, None),
+            Content::Data => choose(self.core.settings.compression, self.core.log.fill() as f32, None),
+            Content::Pages => choose(Allowed::Auto, 0.0, None),
         };
         let body = std::mem::replace(&mut self.body, Body::new(0));
         let packed = offload(&*self.core.chain.environment, move || repack(body, &parts, packing)).await;

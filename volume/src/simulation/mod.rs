@@ -33,7 +33,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use crate::segment::BLOCK;
-use crate::{Durability, MappedVolume, Parts, Secrets, Settings, VolumeError};
+use crate::{Allowed, Durability, MappedVolume, Parts, Secrets, Settings, VolumeError};
 use client::{Client, SharedHistory, Verdict};
 use contents::Contents;
 use disk::HostDisk;
@@ -357,6 +357,9 @@ fn create(world: &World, parts: &Parts, group: [u8; 16], size: u64) -> Result<()
     created.map_err(|error| error.to_string())
 }
 
+/// Frames of 1, 4 and 16 blocks.
+const COMPRESSIONS: [Allowed; 3] = [Allowed::Off, Allowed::Auto, Allowed::Cold];
+
 /// Everything small, so that all of it happens often.
 fn random_settings(world: &World) -> Settings {
     Settings {
@@ -367,6 +370,7 @@ fn random_settings(world: &World) -> Settings {
         kept_bytes: BLOCK * world.random.below(12) as usize,
         slice: 1 + world.random.below(4) as usize,
         marked_max: 4 << world.random.below(7),
+        compression: COMPRESSIONS[world.random.below(COMPRESSIONS.len() as u64) as usize],
         ..Settings::default()
     }
 }

@@ -14,6 +14,9 @@ use crate::simulation::world::{ProcessId, World};
 use crate::simulation::{REST, VOLUME, census, create, new_disk, parts};
 use crate::{Durability, MappedVolume, Parts, Settings, VolumeError};
 
+/// Of the volume in many cases.
+pub const BLOCKS: u64 = 16;
+
 pub struct Bench {
     pub world: Rc<World>,
     pub store: SharedStore,
@@ -134,4 +137,9 @@ impl Drop for Bench {
 
 pub fn versions_in(bytes: &[u8]) -> Vec<Version> {
     (0..).zip(bytes.chunks_exact(BLOCK)).map(|(block, bytes)| version_of(block, bytes).unwrap()).collect()
+}
+
+/// A version for each of so many blocks.
+pub fn numbers(from: Version) -> Vec<Version> {
+    (from..from + BLOCKS).collect()
 }

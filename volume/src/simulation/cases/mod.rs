@@ -2,6 +2,7 @@
 //! about did happen: schedules at random here, and arranged ones beside.
 
 mod bench;
+mod clones;
 mod owners;
 mod reclaim;
 mod reduction;
