@@ -53,8 +53,8 @@ pub(crate) struct Claimed {
 }
 
 impl Chain {
-    /// Makes the root of a new volume. `fails`: not if the store takes nothing now. What may be there already is not given up.
-    pub(crate) async fn create(&self, root: &Root, fails: bool) -> Result<(), VolumeError> {
+    /// Makes the root of a new volume; not if the store takes nothing now. What may be there already is not given up.
+    pub(crate) async fn create(&self, root: &Root) -> Result<(), VolumeError> {
         let name = root_path(&self.group);
         let (mut pause, mut may_be_there) = (PAUSE_FIRST, false);
         loop {
@@ -69,7 +69,7 @@ impl Chain {
                         Err(error) => return Err(error.into()),
                     }
                 }
-                Err(StoreError::NoSpace(_) | StoreError::Refused(_)) if may_be_there || !fails => self.pause(&mut pause).await,
+                Err(StoreError::NoSpace(_) | StoreError::Refused(_)) if may_be_there => self.pause(&mut pause).await,
                 Err(error) => return Err(error.into()),
             }
         }

@@ -57,8 +57,7 @@ async fn clone_pinned(parts: &Parts, chain: &Chain, (parent, name): (VolumeId, &
     let parent = Some(Parent { group: chain.group, snapshot: snapshot.id });
     let volumes = Volumes::from([(0, Held { id: pin.clone, size: snapshot.size, tree: snapshot.tree })]);
     let clone = Meta { volumes, parent, table, doomed: Vec::new(), snapshots: Vec::new() };
-    // An attempt before may have made it: giving up would take its pin away.
-    parts.chain(pin.clone).create_volume(clone, (pin.clone, root.domain), snapshot.size, false).await?;
+    parts.chain(pin.clone).create_volume(clone, (pin.clone, root.domain), snapshot.size).await?;
     Ok(snapshot.size)
 }
 
@@ -234,6 +233,8 @@ impl MappedVolume {
         // A clone made meanwhile may know only where the blocks were; one that is made later knows where they are.
         core.chain.refuse_clones().await?;
         let _alone = core.house.hold().await;
+        // The pool must know of every copy before anything may go.
+        core.checkpoint_with(Change::Nothing).await?;
         let pin = Pin { snapshot: parent.snapshot, clone: core.chain.group };
         Chain { group: parent.group, ..core.chain.clone() }.set_pin(pin, false).await?;
         core.parent.set(None);

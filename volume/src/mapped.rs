@@ -119,7 +119,7 @@ impl MappedVolume {
         check_size(size)?;
         let volume = volume.into();
         let group = volume.group;
-        parts.chain(group).create_volume(Meta::empty(volume, size), (group, group), size, true).await
+        parts.chain(group).create_volume(Meta::empty(volume, size), (group, group), size).await
     }
 
     /// Takes the volume over, with its group, from whoever had it, and brings it back to what was acknowledged last.
@@ -297,30 +297,20 @@ impl MappedVolume {
 }
 
 impl Chain {
-    /// Makes a volume that begins as `meta` says. Does nothing that anyone sees before its last step. It waits for a store that takes nothing, unless
-    /// `fails`: then it must be the only attempt at this group.
-    pub(crate) async fn create_volume(
-        &self,
-        meta: Meta,
-        (group, domain): (Group, Group),
-        size: u64,
-        fails: bool,
-    ) -> Result<(), VolumeError> {
+    /// Makes a volume that begins as `meta` says. Does nothing that anyone sees before its last step. A store that takes nothing is an error, so it must
+    /// be the only attempt at this group.
+    pub(crate) async fn create_volume(&self, meta: Meta, (group, domain): (Group, Group), size: u64) -> Result<(), VolumeError> {
         let source = Source { group, family: Family::Meta, epoch: 0, number: 0 };
         let mut random = [0; 32];
         self.environment.random(&mut random);
         let sealed = meta.seal(&self.secrets.sealer(domain), &source, &random)?;
-        let published = match fails {
-            true => self.publish_or_fail(&source, &sealed.header, &sealed.body).await,
-            false => self.publish(&source, &sealed.header, &sealed.body).await,
-        };
-        match published {
+        match self.publish_or_fail(&source, &sealed.header, &sealed.body).await {
             Err(VolumeError::Fenced) => return Err(VolumeError::VolumeExists),
             published => published?,
         }
         let checkpoint = Checkpoint { meta: (0, 0), ..Checkpoint::default() };
         let (owner, log_id) = ([0; 16], LogId::default());
         let root = Root { group, domain, epoch: 0, owner, log_id, is_local: false, is_deleted: false, size, checkpoint };
-        self.create(&root, fails).await
+        self.create(&root).await
     }
 }

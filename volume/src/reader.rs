@@ -8,8 +8,8 @@
 //! Invariants: a pointer is followed by the table as it is now. An object that is gone had its blocks moved: of one's own, the table says
 //! where to; of an ancestor's, that ancestor's newest checkpoint does. Nothing is handed out that its seal does not vouch for.
 
-use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::rc::Rc;
@@ -32,7 +32,7 @@ use crate::root::Root;
 use crate::signal::give_way;
 use crate::step_header::StepHeader;
 use crate::stored::{Damaged, Stored, read_together};
-use crate::table::{State, Table};
+use crate::table::{Entry, State, Table};
 use crate::tally::Tally;
 
 const PAUSE_FIRST: Duration = Duration::from_millis(20);
@@ -41,7 +41,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 const AWAY_MAX: Duration = Duration::from_secs(30);
 /// Blocks unpacked at once: more would keep requests waiting.
 const UNPACKED_MAX: usize = 32;
-/// How often a block may move away while it is being read.
+/// How often an object may move away while it is being read.
 const MOVES_MAX: usize = 8;
 
 /// Why something could not be read.
@@ -60,6 +60,22 @@ impl From<VolumeError> for Failure {
 /// For each object that blocks came from, where they were and where they are, in the order of where they were.
 pub(crate) type Moves = BTreeMap<Source, Vec<(u32, u32)>>;
 
+/// Where a checkpoint says that an object's blocks are.
+struct Told {
+    from: Source,
+    to: Source,
+    entry: Entry,
+}
+
+fn told_by(table: &Table, lost: &[Source]) -> Vec<Told> {
+    let told = |from: &Source| {
+        let to = table.forward_of(from)?;
+        Some(Told { from: *from, to: table.source(to)?, entry: *table.get(to)? })
+    };
+    // A clone need not know the newest place of what an ancestor has moved.
+    lost.iter().filter_map(told).filter(|told| !lost.contains(&told.to)).collect()
+}
+
 pub(crate) struct Reader {
     pub(crate) table: RefCell<Table>,
     chain: Chain,
@@ -73,8 +89,8 @@ pub(crate) struct Reader {
     cache: RefCell<Option<LruCache<Pointer, Rc<Page>>>>,
     /// Pages that are not in the store yet.
     fresh: RefCell<BTreeMap<Pointer, Rc<Page>>>,
-    /// How often an ancestor's object was found to have moved.
-    pub(crate) ancestors_moved: Cell<u64>,
+    /// Handles of ancestors' objects that were found to have moved, and of where to, since somebody cleared it.
+    pub(crate) foreign_moves: RefCell<HashSet<u32>>,
     /// Cloned by whoever follows pointers; replaced when handles are forgotten.
     looking: RefCell<Rc<()>>,
     pub(crate) tally: Rc<Tally>,
@@ -92,7 +108,7 @@ impl Reader {
             frames: RefCell::default(),
             cache: RefCell::new(NonZeroUsize::new(pages_max).map(LruCache::new)),
             fresh: RefCell::default(),
-            ancestors_moved: Cell::new(0),
+            foreign_moves: RefCell::default(),
             looking: RefCell::default(),
             tally: Rc::default(),
         }
@@ -119,14 +135,21 @@ impl Reader {
     /// The frames that the blocks are in, for somebody who unpacks them elsewhere.
     pub(crate) async fn fetch(&self, wanted: &[(usize, Pointer)]) -> Result<Vec<Stored>, VolumeError> {
         let _looking = self.looking();
-        for _ in 0..MOVES_MAX {
-            match self.try_fetch(wanted).await {
+        let mut moves: HashMap<u32, usize> = HashMap::new();
+        loop {
+            let handle = match self.try_fetch(wanted).await {
                 Ok(stored) => return Ok(stored),
                 Err(Failure::Error(error)) => return Err(error),
-                Err(Failure::Gone(handle)) => self.moved_away(handle).await?,
+                Err(Failure::Gone(handle)) => handle,
+            };
+            let times = moves.entry(handle).or_default();
+            *times += 1;
+            if *times > MOVES_MAX {
+                let why = "it is never where it is said to be";
+                return Err(VolumeError::ObjectDamaged { object: "a block of the volume".into(), why });
             }
+            self.moved_away(handle).await?;
         }
-        Err(VolumeError::ObjectDamaged { object: "a block of the volume".into(), why: "it is never where it is said to be" })
     }
 
     /// While the answer lives, no handle that a tree refers to now comes to stand for something else.
@@ -328,12 +351,10 @@ impl Reader {
         }
     }
 
-    /// Finds out where the blocks of an object that is gone are now.
+    /// Finds out where the blocks of an object that is gone are now, and of those that were forwarded to it.
     async fn moved_away(&self, handle: u32) -> Result<(), VolumeError> {
-        if self.forward_of(handle).is_some() {
-            return Ok(());
-        }
-        let source = self.source(handle)?;
+        let lost = self.lost(handle);
+        let Some(source) = self.table.borrow().source(handle).filter(|_| !lost.is_empty()) else { return Ok(()) };
         let is_own = self.table.borrow().groups()[0] == source.group;
         let missing = || VolumeError::ObjectDamaged { object: source.path(), why: "it is missing" };
         if is_own {
@@ -341,45 +362,61 @@ impl Reader {
             let is_replaced = self.chain.read_root().await?.0.owner != self.owner;
             return Err(if is_replaced { VolumeError::Fenced } else { missing() });
         }
-        // Its owner may know the object no more, if only forwards led to it: then those that were forwarded there tell.
-        let mut known = self.forwarded_to(handle);
-        known.insert(0, source);
-        let (owners, to) = self.who_moved(&known).await?.ok_or_else(missing)?;
-        let (Some(target), Some(entry)) = (owners.source(to), owners.get(to)) else { return Err(missing()) };
-        let mut table = self.table.borrow_mut();
-        let own = table.add(target, entry.content, entry.blocks, entry.bytes).ok_or_else(missing)?;
-        // It may have been found to have moved on before.
-        let newest = table.forward_of(&target).unwrap_or(own);
-        table.forward(handle, newest);
-        self.ancestors_moved.set(self.ancestors_moved.get() + 1);
-        self.tally.foreign_forwards.add(1);
+        let told = self.who_moved(source.group, &lost).await?;
+        if told.is_empty() {
+            return Err(missing());
+        }
+        // Somebody may have found out meanwhile, copied the blocks, or forgotten the object.
+        let still_lost = self.lost(handle);
+        for told in told.iter().filter(|told| still_lost.contains(&told.from)) {
+            self.note_moved(told).ok_or_else(missing)?;
+        }
         Ok(())
     }
 
-    /// The table that says where an object of an ancestor is now, and what handle it has there. `known`: the object, and others that it came from.
-    async fn who_moved(&self, known: &[Source]) -> Result<Option<(Table, u32)>, VolumeError> {
-        let told_by = |table: Table| {
-            // A clone need not know the newest place of what an ancestor has moved.
-            let is_news = |to: &u32| table.source(*to).is_some_and(|target| !known.contains(&target));
-            let to = known.iter().filter_map(|source| table.forward_of(source)).find(is_news)?;
-            Some((table, to))
-        };
-        let is_view = self.table.borrow().groups()[0] != self.chain.group;
-        // A clone that is read by somebody else may have been flattened since.
-        if is_view && let Some(found) = told_by(self.chain.read_meta().await?.1.table) {
-            return Ok(Some(found));
-        }
-        if is_view && known[0].group == self.chain.group {
-            return Ok(None);
-        }
-        let ancestor = Chain { group: known[0].group, ..self.chain.clone() };
-        Ok(told_by(ancestor.read_ancestor().await?.table))
+    /// What is lost with the object of a handle: those that were forwarded there, and itself unless it was forwarded.
+    fn lost(&self, handle: u32) -> Vec<Source> {
+        let table = self.table.borrow();
+        let itself = table.is_live(handle).then_some(handle);
+        let handles = table.forwarded_to(handle).iter().copied().chain(itself);
+        handles.filter_map(|handle| table.source(handle)).collect()
     }
 
-    /// The objects whose blocks a handle's object has.
-    fn forwarded_to(&self, handle: u32) -> Vec<Source> {
-        let table = self.table.borrow();
-        table.forwarded_to(handle).iter().filter_map(|from| table.source(*from)).collect()
+    /// What tables of checkpoints say of where lost objects are: the newest of `group`, whose object is gone, and of the volume, if somebody else reads
+    /// it, as it may have been flattened since.
+    async fn who_moved(&self, group: Group, lost: &[Source]) -> Result<Vec<Told>, VolumeError> {
+        let is_view = self.table.borrow().groups()[0] != self.chain.group;
+        if is_view {
+            let told = told_by(&self.chain.read_meta().await?.1.table, lost);
+            if !told.is_empty() || group == self.chain.group {
+                return Ok(told);
+            }
+        }
+        let ancestor = Chain { group, ..self.chain.clone() };
+        Ok(told_by(&ancestor.read_ancestor().await?.table, lost))
+    }
+
+    /// `None`: there are too many handles.
+    fn note_moved(&self, told: &Told) -> Option<()> {
+        let mut table = self.table.borrow_mut();
+        let Some(handle) = table.handle_of(&told.from) else { return Some(()) };
+        let Entry { content, blocks, bytes, .. } = told.entry;
+        let mut to = table.add(told.to, content, blocks, bytes)?;
+        match table.forward_of(&told.to) {
+            // Its owner has moved all of it on, as was found out before.
+            Some(next) if table.source(next).is_some_and(|source| source.group == told.to.group) => to = next,
+            // A clone has copied some of it.
+            Some(_) => table.revive(to),
+            None => {}
+        }
+        // Owners move all that an object has; a clone copies what it knows.
+        match told.to.group == told.from.group {
+            true => table.forward(handle, to),
+            false => table.forward_alone(handle, to),
+        }
+        self.foreign_moves.borrow_mut().extend([handle, to]);
+        self.tally.foreign_forwards.add(1);
+        Some(())
     }
 
     async fn read_page(&self, pointer: Pointer) -> Result<Rc<Page>, VolumeError> {

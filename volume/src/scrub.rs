@@ -29,22 +29,31 @@ impl Core {
         self.publish_all().await.map_err(|_| self.failure().unwrap_or(VolumeError::Fenced))?;
         self.checkpoint().await?;
         let held = self.held(slot).ok_or(VolumeError::NoVolume)?;
-        let head = held.tree;
         let mut findings = Vec::new();
         self.scrub_headers(&mut findings).await?;
         progress.begin(held.size);
-        self.scrub_range("the volume", &head, 0..held.blocks(), &mut findings, progress).await?;
-        for Snapshot { name, tree, size, .. } in self.committed_snapshots(|of| of == slot) {
+        let head = || self.held(slot).map(|held| held.tree);
+        self.scrub_range(("the volume", &head), 0..held.blocks(), &mut findings, progress).await?;
+        for Snapshot { name, size, .. } in self.committed_snapshots(|of| of == slot) {
+            let name = (slot, name);
+            let tree = || self.snapshot_now(&name).ok().map(|snapshot| snapshot.tree);
+            let what = format!("snapshot {}", name.1);
             let blocks = size / BLOCK as u64;
             let mut from = 0;
             while from < blocks && findings.len() < FINDINGS_MAX {
-                let _looking = self.reader.looking();
-                let ranges = head.diff(&tree, &self.reader, from, RANGES_MAX).await?;
+                let looking = self.reader.looking();
+                let (Some(head), Some(tree_now)) = (head(), tree()) else { break };
+                let ranges = match head.diff(&tree_now, &self.reader, from, RANGES_MAX).await {
+                    // A checkpoint has replaced pages meanwhile.
+                    Err(VolumeError::Moved) => continue,
+                    ranges => ranges?,
+                };
+                drop(looking);
                 from = if ranges.len() < RANGES_MAX { blocks } else { ranges.last().map_or(blocks, |range| range.end) };
                 let ranges: Vec<Range<u64>> = ranges.into_iter().map(|range| range.start..range.end.min(blocks)).collect();
                 progress.expect(ranges.iter().map(|range| (range.end - range.start) * BLOCK as u64).sum());
                 for range in ranges {
-                    self.scrub_range(&format!("snapshot {name}"), &tree, range, &mut findings, progress).await?;
+                    self.scrub_range((&what, &tree), range, &mut findings, progress).await?;
                 }
             }
         }
@@ -67,10 +76,10 @@ impl Core {
         Ok(())
     }
 
+    /// `of`: what it is, and its tree as long as it is there.
     async fn scrub_range(
         &self,
-        what: &str,
-        tree: &Tree,
+        of: (&str, &dyn Fn() -> Option<Tree>),
         range: Range<u64>,
         findings: &mut Vec<String>,
         progress: &Progress,
@@ -78,20 +87,40 @@ impl Core {
         for start in range.clone().step_by(SPAN_BLOCKS as usize) {
             let span = start..(start + SPAN_BLOCKS).min(range.end);
             progress.advance((span.end - span.start) * BLOCK as u64);
-            let _looking = self.reader.looking();
-            let runs = match tree.runs(&self.reader, span.clone(), usize::MAX).await {
-                Ok(runs) => runs,
-                Err(error) => {
-                    note(findings, what, &span, &error)?;
-                    continue;
+            for last in [false, false, true] {
+                let checkpoint = self.keeper.root().checkpoint;
+                let mut found = Vec::new();
+                let is_whole = self.scrub_span(of, span.clone(), &mut found).await?;
+                // What a checkpoint has replaced meanwhile is no damage, and what took its place was not looked at.
+                let is_fresh = checkpoint == self.keeper.root().checkpoint;
+                if last || is_fresh || (is_whole && found.is_empty()) {
+                    found.into_iter().for_each(|finding| tell(findings, finding));
+                    break;
                 }
-            };
-            let stored: Vec<(Range<u64>, Pointer)> = runs.into_iter().filter(|(_, pointer)| !pointer.is_nothing()).collect();
-            for part in stored.chunks(READ_BLOCKS) {
-                self.scrub_blocks(what, part, findings).await?;
             }
         }
         Ok(())
+    }
+
+    /// False if not all of it could be looked at.
+    async fn scrub_span(
+        &self,
+        (what, tree): (&str, &dyn Fn() -> Option<Tree>),
+        span: Range<u64>,
+        findings: &mut Vec<String>,
+    ) -> Result<bool, VolumeError> {
+        let _looking = self.reader.looking();
+        let Some(tree) = tree() else { return Ok(true) };
+        let runs = match tree.runs(&self.reader, span.clone(), usize::MAX).await {
+            Ok(runs) => runs,
+            Err(error) => return note(findings, what, &span, &error),
+        };
+        let stored: Vec<(Range<u64>, Pointer)> = runs.into_iter().filter(|(_, pointer)| !pointer.is_nothing()).collect();
+        let mut is_whole = true;
+        for part in stored.chunks(READ_BLOCKS) {
+            is_whole &= self.scrub_blocks(what, part, findings).await?;
+        }
+        Ok(is_whole)
     }
 
     /// Reads some blocks together, and one by one if that fails.
@@ -100,32 +129,33 @@ impl Core {
         what: &str,
         part: &[(Range<u64>, Pointer)],
         findings: &mut Vec<String>,
-    ) -> Result<(), VolumeError> {
+    ) -> Result<bool, VolumeError> {
         let wanted: Vec<(usize, Pointer)> = part.iter().map(|(_, pointer)| *pointer).enumerate().collect();
         let mut bytes = vec![0; part.len() * BLOCK];
         if self.reader.read(&wanted, &mut bytes).await.is_ok() {
-            return Ok(());
+            return Ok(true);
         }
+        let mut is_whole = true;
         for (blocks, pointer) in part {
             if let Err(error) = self.reader.read(&[(0, *pointer)], &mut bytes).await {
-                note(findings, what, blocks, &error)?;
+                is_whole &= note(findings, what, blocks, &error)?;
             }
         }
-        Ok(())
+        Ok(is_whole)
     }
 }
 
-/// Notes damage. What was overwritten and freed meanwhile is none; a store that does not answer, or another owner, ends the search.
-fn note(findings: &mut Vec<String>, what: &str, blocks: &Range<u64>, error: &VolumeError) -> Result<(), VolumeError> {
+/// Notes damage; false if the blocks were freed meanwhile. A store that does not answer, or another owner, ends the search.
+fn note(findings: &mut Vec<String>, what: &str, blocks: &Range<u64>, error: &VolumeError) -> Result<bool, VolumeError> {
     match error {
-        VolumeError::Moved => {}
+        VolumeError::Moved => Ok(false),
         VolumeError::ObjectDamaged { object, why } => {
             let (from, to) = (blocks.start * BLOCK as u64, blocks.end * BLOCK as u64);
             tell(findings, format!("{what}: bytes {from} to {to} cannot be read: {object} is damaged: {why}"));
+            Ok(true)
         }
-        error => return Err(error.clone()),
+        error => Err(error.clone()),
     }
-    Ok(())
 }
 
 fn tell(findings: &mut Vec<String>, finding: String) {

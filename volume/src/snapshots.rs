@@ -118,18 +118,22 @@ impl Core {
         let snapshot = self.snapshot_now(name)?;
         self.set_deleting(name, true)?;
         self.checkpoint_with(Change::Nothing).await?;
-        let pins = self.chain.pins().await?;
-        let clones: Vec<String> =
-            pins.iter().filter(|pin| pin.snapshot == snapshot.id).map(|pin| group_path(&pin.clone)).collect();
-        if !clones.is_empty() {
+        if let Err(refused) = self.refuse_pinned(&snapshot).await {
             // It is told of again when that is for good.
             self.checkpoint_with(Change::Spared(snapshot.id)).await?;
             self.set_deleting(name, false)?;
-            return Err(VolumeError::SnapshotHasClones(clones.join(", ")));
+            return Err(refused);
         }
         self.snapshots.borrow_mut().remove(name);
         self.note_garbage(u64::MAX);
         self.checkpoint_with(Change::Nothing).await
+    }
+
+    async fn refuse_pinned(&self, snapshot: &Snapshot) -> Result<(), VolumeError> {
+        let pins = self.chain.pins().await?;
+        let clones: Vec<String> =
+            pins.iter().filter(|pin| pin.snapshot == snapshot.id).map(|pin| group_path(&pin.clone)).collect();
+        if clones.is_empty() { Ok(()) } else { Err(VolumeError::SnapshotHasClones(clones.join(", "))) }
     }
 
     /// A snapshot in a checkpoint, for whoever holds the house: nobody deletes it before he is done.

@@ -207,15 +207,24 @@ impl Table {
 
     /// The blocks of `from`, and all that were forwarded to it, are in the object of `to` from now on.
     pub(crate) fn forward(&mut self, from: u32, to: u32) {
-        self.unlink(from);
-        let mut moved = self.forwarded.remove(&from).unwrap_or_default();
+        let mut moved = self.forwarded.get(&from).cloned().unwrap_or_default();
         moved.push(from);
-        for handle in &moved {
-            if let Some(entry) = self.entries.get(*handle as usize) {
-                self.put(*handle, Entry { state: State::Forwarded(to), ..*entry });
-            }
-        }
-        self.forwarded.entry(to).or_default().extend(moved);
+        moved.into_iter().for_each(|handle| self.forward_alone(handle, to));
+    }
+
+    /// The same without those that were forwarded to it.
+    pub(crate) fn forward_alone(&mut self, from: u32, to: u32) {
+        let Some(entry) = self.get(from).copied() else { return };
+        self.unlink(from);
+        self.put(from, Entry { state: State::Forwarded(to), ..entry });
+        self.forwarded.entry(to).or_default().push(from);
+    }
+
+    /// An object that was forwarded is in its own place again, without those that went with it.
+    pub(crate) fn revive(&mut self, handle: u32) {
+        let Some(entry) = self.get(handle).copied() else { return };
+        self.unlink(handle);
+        self.put(handle, Entry { state: State::Live, ..entry });
     }
 
     /// The handles that were forwarded to this one.
@@ -276,6 +285,8 @@ mod tests {
         );
         table.forget(a);
         assert_eq!((table.get(a), table.handle_of(&source(1, 0))), (None, None));
+        table.forward(a, c);
+        assert_eq!(table.get(a), None, "what is forgotten leads nowhere");
         assert!(![a, b, c].contains(&add(&mut table, 3)));
         table.reuse(a);
         assert_eq!(add(&mut table, 4), a);
@@ -301,6 +312,10 @@ mod tests {
         }
         assert_eq!((table.stored_blocks(), table.forwarded_to(handles[3]).len()), (16, 4));
         table.set_size(handles[3], 20, 1);
+        check(&table);
+        table.forward_alone(handles[3], handles[5]);
+        assert_eq!((table.forwarded_to(handles[3]).len(), table.forwarded_to(handles[5])), (4, &handles[3..4]));
+        table.revive(handles[3]);
         check(&table);
         for handle in [handles[0], handles[5], handles[4]] {
             table.forget(handle);

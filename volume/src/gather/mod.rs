@@ -146,7 +146,7 @@ impl Core {
         if which == Which::Tidy {
             self.untidy.set(0);
         }
-        let ancestors_moved = self.reader.ancestors_moved.get();
+        self.reader.foreign_moves.borrow_mut().clear();
         let uses = self.mark(which).await?;
         // From here to the end of choosing nothing else runs, so no hit slips in between.
         let stored_blocks = self.reader.table.borrow().stored_blocks();
@@ -163,11 +163,11 @@ impl Core {
         }
         let mut written = self.copy(victims, &mut done).await?;
         let _alone = self.house.hold().await;
-        // If an ancestor was found to have moved something, what is in use of its objects is not what it seemed to be: they stay for another time.
-        if ancestors_moved != self.reader.ancestors_moved.get() {
-            let is_own = |handle: &u32| self.reader.table.borrow().get(*handle).is_some_and(|entry| entry.owner == 0);
-            forgotten.retain(is_own);
-            written.iter_mut().for_each(|written| written.victims.retain(is_own));
+        // Of what an ancestor was found to have moved, or to have moved there, something else is in use than it seemed: it stays for another time.
+        {
+            let foreign_moves = self.reader.foreign_moves.borrow();
+            forgotten.retain(|handle| !foreign_moves.contains(handle));
+            written.iter_mut().for_each(|written| written.victims.retain(|handle| !foreign_moves.contains(handle)));
         }
         self.swap(forgotten, written, &mut done).await?;
         self.reader.tally.blocks_moved.add(done.blocks_moved);

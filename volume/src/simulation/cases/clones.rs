@@ -127,7 +127,7 @@ fn a_reader_of_a_clone_s_snapshot_follows_what_the_ancestor_moved_twice() {
             clone.checkpoint().await.map(|()| clone)
         };
         let clone = bench.world.wait_for(process, learning).unwrap().unwrap();
-        assert!(clone.core.reader.ancestors_moved.get() > 0, "seed {seed}: nothing was moved");
+        assert!(clone.core.reader.tally.foreign_forwards.get() > 0, "seed {seed}: nothing was moved");
         bench.write(&owner, 0, &numbers(500)).unwrap();
         gather();
         gather();
@@ -137,4 +137,25 @@ fn a_reader_of_a_clone_s_snapshot_follows_what_the_ancestor_moved_twice() {
         drop(clone);
         bench.world.kill(process);
     }
+}
+
+/// All that one request wants may have moved at once.
+#[test]
+fn a_reader_follows_many_objects_that_moved_at_once() {
+    const MANY: u64 = 96;
+    let bench = Bench::new(1, MANY, Durability::Remote);
+    let owner = bench.open(&bench.disk());
+    let versions: Vec<Version> = (100..100 + MANY).collect();
+    bench.write(&owner, 0, &versions).unwrap();
+    for block in (0..MANY).step_by(2) {
+        bench.write(&owner, block, &[200 + block]).unwrap();
+    }
+    let expected = bench.content(&owner).unwrap();
+    clone_as_it_is(&bench, &owner);
+    let (process, parts) = bench.parts(&bench.disk());
+    let view = bench.world.wait_for(process, async move { SnapshotView::open(&parts, VOLUME, "s").await }).unwrap().unwrap();
+    bench.run(&owner, |volume| async move { volume.gather(0.7).await.map(drop) }).unwrap();
+    let reading = async move { view.read(0, view.size()).await };
+    assert_eq!(versions_in(&bench.world.wait_for(process, reading).unwrap().unwrap()), expected);
+    bench.world.kill(process);
 }

@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -158,6 +159,9 @@ impl Host {
     async fn serve(&self, member: &Rc<Member>) -> Option<()> {
         let family = &self.0.family;
         let volume = self.done(member, "opening", self.open(member).await)??;
+        let (host, its_member, its_volume) = (self.clone(), member.clone(), volume.clone());
+        self.0.working.set(self.0.working.get() + 1);
+        self.spawn(async move { host.watch(&its_member, &its_volume).await });
         let tally = volume.core.reader.tally.clone();
         for _ in 0..self.0.operations {
             if self.operate(member, &volume).await.is_none() {
@@ -165,6 +169,17 @@ impl Host {
             }
         }
         family.count(|seen| *seen += Seen::of(&tally));
+        Some(())
+    }
+
+    /// Reads while the volume is changed.
+    async fn watch(&self, member: &Member, volume: &MappedVolume) -> Option<()> {
+        for _ in 0..self.0.operations / 2 {
+            let (began, blocks) = (member.history.borrow().read_begins(), volume.size() / BLOCK as u64);
+            let content = volume.read(0, volume.size()).await.map_err(|_| self.why(volume));
+            let content = self.done(member, "watching", content)?;
+            self.0.family.judge(member.history.borrow().check_racing_read(&(0..blocks), &content, began));
+        }
         Some(())
     }
 
@@ -368,13 +383,16 @@ impl Host {
         let chosen = member.history.borrow().any_snapshot(&family.world.random);
         let Some(name) = chosen else { return };
         let Ok(view) = SnapshotView::open(&family.parts(self.0.process, member), member.group, &name).await else { return };
-        let content = view.read(0, view.size()).await;
-        let is_there = member.must_go_on() && member.history.borrow().is_made(&name);
-        match content {
-            Ok(content) => family.judge(member.history.borrow().check_snapshot(&name, &content)),
-            Err(VolumeError::Store(_)) => {}
-            Err(error) if is_there => family.judge(Err(format!("snapshot {name} cannot be read: {error}"))),
-            Err(_) => {}
+        for _ in 0..1 + family.world.random.below(4) {
+            let content = view.read(0, view.size()).await;
+            let is_there = member.must_go_on() && member.history.borrow().is_made(&name);
+            match content {
+                Ok(content) => family.judge(member.history.borrow().check_snapshot(&name, &content)),
+                Err(VolumeError::Store(_)) => {}
+                Err(error) if is_there => family.judge(Err(format!("snapshot {name} cannot be read: {error}"))),
+                Err(_) => return,
+            }
+            family.parts(self.0.process, member).environment.sleep(Duration::from_millis(family.world.random.below(20))).await;
         }
         family.count(|seen| seen.snapshots_read += 1);
     }
