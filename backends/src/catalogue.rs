@@ -153,11 +153,9 @@ impl Catalogue {
 
     pub fn list(&self) -> Result<Vec<VolumeRecord>> {
         let mut records = Vec::new();
-        for name in self.names()? {
-            match self.get(&name) {
+        for record in self.records()? {
+            match record {
                 Ok(record) => records.push(record),
-                // Deleted or renamed meanwhile.
-                Err(PoolError::NotFound(_)) => {}
                 // One damaged record hides no other volume; `check` reports it.
                 Err(PoolError::Invalid(why)) => tracing::warn!("pool {}: {why}", self.pool),
                 Err(error) => return Err(error),
@@ -166,15 +164,20 @@ impl Catalogue {
         Ok(records)
     }
 
-    /// The same for whoever must not miss one: fails if a record is damaged, and looks again while volumes are being renamed.
+    /// The same for whoever must not miss one: fails if a record is damaged.
     pub fn list_all(&self) -> Result<Vec<VolumeRecord>> {
+        self.records()?.into_iter().collect()
+    }
+
+    /// Looks again while volumes are being renamed or deleted.
+    fn records(&self) -> Result<Vec<Result<VolumeRecord>>> {
         let mut before = self.names()?;
         loop {
             let records = before.iter().map(|name| self.get(name)).collect::<Vec<_>>();
             let after = self.names()?;
             let moved = records.iter().any(|record| matches!(record, Err(PoolError::NotFound(_))));
             if after == before && !moved {
-                return records.into_iter().collect();
+                return Ok(records);
             }
             before = after;
         }

@@ -297,6 +297,26 @@ fn a_clone_that_was_not_made_whole_holds_nothing_up() {
     place.pool.delete("v").unwrap();
 }
 
+/// A clone is not forgotten because its record cannot be read.
+#[test]
+fn what_a_clone_with_a_damaged_record_needs_stays() {
+    let place = place();
+    write(&place, "v", 0, 1);
+    place.pool.snapshot(&["v"], "s").unwrap();
+    place.pool.clone_volume("v", Some("s"), "c").unwrap();
+    let record = place.folder.path().join("pool/volumes/c/volume.json");
+    let before = fs::read(&record).unwrap();
+    fs::write(&record, "{").unwrap();
+    for refused in [place.pool.delete_snapshot("v", "s"), place.pool.delete("v")] {
+        let why = refused.unwrap_err().to_string();
+        assert!(why.contains("volume c"), "{why}");
+    }
+    fs::write(&record, before).unwrap();
+    let place = place.reopen();
+    assert_eq!(fills(&place, "c", 2), [1, 0]);
+    in_use(place.pool.delete_snapshot("v", "s"), &["v@s", "(c)"]);
+}
+
 #[test]
 fn another_host_clones_what_this_one_serves() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();

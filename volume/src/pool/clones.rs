@@ -30,18 +30,14 @@ impl MappedPool {
     /// A volume that begins as a snapshot; without one, as a snapshot that is made for it and stays.
     pub(super) fn clone_mapped(&self, origin: &VolumeRecord, snapshot: Option<&str>, to: &str) -> Result<VolumeRecord> {
         self.refuse_taken(to)?;
-        let made;
-        let snapshot = match snapshot {
-            Some(snapshot) => snapshot,
-            None => {
-                made = free_name(origin, to);
-                self.snapshot_mapped(std::slice::from_ref(origin), &made)?;
-                &made
-            }
-        };
-        let cloned = self.clone_of(&self.records.get(&origin.name)?, snapshot, to);
-        if cloned.is_err() && !origin.snapshots.contains_key(snapshot) {
-            let _ = self.delete_mapped_snapshot(origin, snapshot);
+        if let Some(snapshot) = snapshot {
+            return self.clone_of(origin, snapshot, to);
+        }
+        let made = free_name(origin, to);
+        self.snapshot_mapped(std::slice::from_ref(origin), &made)?;
+        let cloned = self.clone_of(&self.records.get(&origin.name)?, &made, to);
+        if cloned.is_err() {
+            self.take_back(origin, &made);
         }
         cloned
     }
@@ -166,10 +162,12 @@ impl MappedPool {
 
     /// Has a volume forget clones that do not exist. `groups`: those that it knows, joined by commas. Refuses if any of them exists, naming those.
     pub(super) fn forget_strays(&self, parent: &VolumeRecord, groups: &str, refusal: &str) -> Result<()> {
-        self.records.clear(&|left| self.sweep(left))?;
+        if let Err(error) = self.records.clear(&|left| self.sweep(left)) {
+            tracing::warn!("pool {}: what is left of a deleted volume was not removed: {error}", self.name);
+        }
         // In this order a clone that is published meanwhile is found in one of the two.
         let leaving = self.records.leaving()?;
-        let records = self.records.list()?;
+        let records = self.all_mapped()?;
         let mut clones = Vec::new();
         let mut strays = Vec::new();
         for group in groups.split(", ") {

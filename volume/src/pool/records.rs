@@ -61,6 +61,11 @@ pub(super) fn moved_away(record: &VolumeRecord) -> PoolError {
     PoolError::NotFound(format!("volume {}: it was deleted or renamed meanwhile; try again", record.name))
 }
 
+/// Has all of them done, and tells of the first that failed.
+pub(super) fn all_of(done: impl Iterator<Item = Result<()>>) -> Result<()> {
+    done.fold(Ok(()), Result::and)
+}
+
 /// The catalogue of a driver that has a directory. Its lock is held while a volume is made, so that nobody clears it away meanwhile.
 pub(super) struct DirectoryRecords(pub(super) Arc<Catalogue>);
 
@@ -117,9 +122,9 @@ impl Records for DirectoryRecords {
 
     fn clear(&self, sweep: &dyn Fn(Leaving) -> Result<()>) -> Result<()> {
         let _lock = self.0.lock()?;
-        self.leaving()?.into_iter().try_for_each(|left| {
+        all_of(self.leaving()?.into_iter().map(|left| {
             sweep(left)?;
             self.0.forget(left.volume)
-        })
+        }))
     }
 }

@@ -76,13 +76,14 @@ impl MappedPool {
             Ok(snapshots.map(|found| (found.name, SnapshotRecord { created: found.created, size: found.size })).collect())
         };
         let mut snapshots = listed()?;
-        for name in record.snapshots.keys().filter(|name| !snapshots.contains_key(*name)) {
+        let half_deleted: Vec<&String> = record.snapshots.keys().filter(|name| !snapshots.contains_key(*name)).collect();
+        for name in &half_deleted {
             match device.delete_snapshot(name) {
                 Ok(()) | Err(OpenError::Volume(VolumeError::NoSnapshot | VolumeError::SnapshotHasClones(_))) => {}
                 Err(error) => return Err(failed(error)),
             }
         }
-        if snapshots.len() < record.snapshots.len() {
+        if !half_deleted.is_empty() {
             snapshots = listed()?;
         }
         let size = device.geometry().size;

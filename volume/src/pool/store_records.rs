@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::SharedStore;
-use super::records::{Leaving, Records, moved_away};
+use super::records::{Leaving, Records, all_of, moved_away};
 use super::segments::failed;
 
 const ROOT: &str = "catalogue";
@@ -226,20 +226,20 @@ impl Records for StoreRecords {
 
     fn clear(&self, sweep: &dyn Fn(Leaving) -> Result<()>) -> Result<()> {
         let now = now();
-        for (volume, note) in self.read()?.0.leaving {
+        all_of(self.read()?.0.leaving.into_iter().map(|(volume, note)| {
             let is_settled = now.saturating_sub(note.since) > SETTLED;
             if note.staged && !is_settled {
-                continue;
+                return Ok(());
             }
             sweep(note.leaving(volume))?;
-            if is_settled {
-                self.change(|content| {
+            match is_settled {
+                true => self.change(|content| {
                     content.leaving.remove(&volume);
                     Ok(())
-                })?;
+                }),
+                false => Ok(()),
             }
-        }
-        Ok(())
+        }))
     }
 }
 

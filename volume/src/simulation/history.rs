@@ -30,11 +30,11 @@ impl Change {
         }
     }
 
-    /// What it put into a block.
+    /// What it put into a block; past the end of the volume there is nothing.
     fn of(&self, block: u64) -> Option<Version> {
         match self {
             Change::Blocks { first, versions } => versions.get(usize::try_from(block.checked_sub(*first)?).ok()?).copied(),
-            Change::Whole(versions) => versions.get(usize::try_from(block).ok()?).copied(),
+            Change::Whole(versions) => Some(versions.get(usize::try_from(block).ok()?).copied().unwrap_or(0)),
         }
     }
 }
