@@ -9,6 +9,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::time::Duration;
 
 use blockdev::Errno;
 use dedup::BLOCK_LEN;
@@ -129,6 +130,11 @@ impl MappedGroup {
     /// What the pool does not take now, if that is so and it goes on.
     pub fn trouble(&self) -> Option<Trouble> {
         self.at(0).trouble()
+    }
+
+    /// How long the pool has taken nothing.
+    pub(crate) fn trouble_lasts(&self) -> Option<Duration> {
+        Some(self.core.chain.environment.now().saturating_sub(self.trouble()?.since))
     }
 
     /// Why it does not go on, if it does not.

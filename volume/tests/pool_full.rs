@@ -75,6 +75,8 @@ fn a_store_that_refuses_is_told_and_waited_for(error: StoreError) {
     let disk = Arc::new(host.client(device.clone()).unwrap());
     disk.write(0, vec![1; 8192]).unwrap();
     disk.flush().unwrap();
+    pool.snapshot(&["v"], "before").unwrap();
+    drop(pool.open_snapshot("v", "before").unwrap());
     assert_eq!((device.health(), pool.health().ok), (None, true));
 
     store.refuses.store(true, Ordering::SeqCst);
@@ -96,11 +98,21 @@ fn a_store_that_refuses_is_told_and_waited_for(error: StoreError) {
     assert!(disk.read(0, 4096).unwrap() == vec![1; 4096] && disk.read(4096, 8192).unwrap() == vec![2; 8192], "reads go on");
     let refused = pool.create("w", &spec(Layout::Mapped)).unwrap_err().to_string();
     assert!(refused.contains(&words), "{refused}");
+    let refused = [pool.snapshot(&["v"], "s"), pool.clone_volume("v", Some("before"), "c").map(drop)];
+    for refused in refused {
+        let why = refused.unwrap_err().to_string();
+        assert!(why.contains(&words), "{why}");
+    }
+    disk.write(8192, vec![2; 4096]).unwrap();
     assert!(!flushing.is_finished(), "a flush was acknowledged that the pool does not have");
 
     store.refuses.store(false, Ordering::SeqCst);
     flushing.join().unwrap().unwrap();
     eventually("it is over", || device.health().is_none() && pool.health().ok);
+    // What was refused and is in the log goes again by itself.
+    eventually("the snapshot is gone", || pool.open_snapshot("v", "s").is_err());
+    drop(pool.clone_volume("v", Some("before"), "c").unwrap());
+    disk.flush().unwrap();
     let usage = pool.engine_use("v").unwrap();
     assert!(usage.waits.is_zero() && usage.log.lag.is_zero(), "{usage:?}");
     drop((disk, device));

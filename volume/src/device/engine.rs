@@ -181,7 +181,7 @@ impl Home {
     }
 }
 
-fn stopped() -> DeviceError {
+pub(super) fn stopped() -> DeviceError {
     DeviceError::Refused("the volume was closed, or the data plane has stopped".into())
 }
 

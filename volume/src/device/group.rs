@@ -3,6 +3,7 @@
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use blockdev::{BlockDevice, DeviceError, clock};
@@ -16,8 +17,10 @@ use crate::error::VolumeError;
 use crate::group::{Beginning, MappedGroup};
 use crate::troubles::Trouble;
 
-/// How long volumes that come and go are waited for.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long something is waited for that the pool has to take.
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+/// How often it is looked whether the pool takes anything.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// The group. It is closed when it and the devices of its volumes are dropped; what was acknowledged and is not yet in the pool stays in the log.
 pub struct GroupDevice {
@@ -74,6 +77,24 @@ impl GroupDevice {
     /// The same for those who do not wait for it.
     pub fn remove_later(&self, id: Uuid) {
         self.home.begin(move |group| Box::pin(remove(group, id)));
+    }
+
+    /// Has the group do something, and waits for it, unless the pool takes nothing for so long: then it goes on by itself.
+    pub(super) fn run_unless_stuck<T: Send + 'static>(
+        &self,
+        limit: Duration,
+        work: impl FnOnce(Rc<MappedGroup>) -> LocalFuture<'static, Result<T, VolumeError>> + Send + 'static,
+    ) -> Result<T, OpenError> {
+        let receiver = self.home.begin(work);
+        let is_stuck = move |group: &MappedGroup| group.trouble_lasts().is_some_and(|lasts| lasts >= limit);
+        loop {
+            match receiver.recv_timeout(LOOK_EVERY) {
+                Ok(answer) => return Ok(answer?),
+                Err(RecvTimeoutError::Timeout) if self.home.ask(is_stuck) == Some(true) => return Err(self.takes_nothing()),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(engine::stopped().into()),
+            }
+        }
     }
 
     fn takes_nothing(&self) -> OpenError {

@@ -21,6 +21,7 @@ use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use backends::{EngineUse, Shares};
 use blockdev::null_disk::NullDisk;
@@ -38,8 +39,12 @@ use crate::segment::BLOCK;
 use crate::snapshots::SnapshotInfo;
 use engine::{Content, Home};
 pub use group::GroupDevice;
+use group::PATIENCE;
 pub use options::MappedOptions;
 use queue::MappedQueue;
+
+/// The same, while clients of the volume wait.
+const PATIENCE_HELD: Duration = Duration::from_secs(2);
 
 /// Why a mapped volume could not be made or opened, or did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +87,16 @@ impl MappedDevice {
         self.group.home.run(move |group| work(group.at(slot)))
     }
 
+    /// The same, unless the pool takes nothing for so long: then it goes on by itself.
+    fn run_unless_stuck<T: Send + 'static>(
+        &self,
+        limit: Duration,
+        work: impl FnOnce(MappedVolume) -> LocalFuture<'static, Result<T, VolumeError>> + Send + 'static,
+    ) -> Result<T, OpenError> {
+        let slot = self.slot;
+        self.group.run_unless_stuck(limit, move |group| work(group.at(slot)))
+    }
+
     fn run_telling<T: Send + 'static>(
         &self,
         tell: &dyn Fn(u64, u64),
@@ -96,10 +111,11 @@ impl MappedDevice {
         self.ask(|volume| volume.usage())
     }
 
-    /// See [`MappedVolume::snapshot`]. Blocks, as all of the following do.
+    /// See [`MappedVolume::snapshot`]. Blocks, as all of the following do. Where the pool takes nothing, what has to do with snapshots fails after a while,
+    /// and goes on.
     pub fn snapshot(&self, name: &str, created: u64) -> Result<(), OpenError> {
         let name = name.to_owned();
-        self.run(move |volume| Box::pin(async move { volume.snapshot(&name, created).await }))
+        self.run_unless_stuck(PATIENCE_HELD, move |volume| Box::pin(async move { volume.snapshot(&name, created).await }))
     }
 
     /// Those that are there or on their way. Not told by an owner that was replaced: others may be there by now.
@@ -110,13 +126,22 @@ impl MappedDevice {
     /// Comes back when the snapshot is in the pool.
     pub fn wait_for_snapshot(&self, name: &str) -> Result<(), OpenError> {
         let name = name.to_owned();
-        self.run(move |volume| Box::pin(async move { volume.wait_for_snapshot(&name).await }))
+        self.run_unless_stuck(PATIENCE, move |volume| Box::pin(async move { volume.wait_for_snapshot(&name).await }))
     }
 
     /// See [`MappedVolume::delete_snapshot`].
     pub fn delete_snapshot(&self, name: &str) -> Result<(), OpenError> {
+        self.delete_within(name, PATIENCE)
+    }
+
+    /// The same for somebody who holds up the volume's clients meanwhile.
+    pub fn take_back_snapshot(&self, name: &str) -> Result<(), OpenError> {
+        self.delete_within(name, PATIENCE_HELD)
+    }
+
+    fn delete_within(&self, name: &str, limit: Duration) -> Result<(), OpenError> {
         let name = name.to_owned();
-        self.run(move |volume| Box::pin(async move { volume.delete_snapshot(&name).await }))
+        self.run_unless_stuck(limit, move |volume| Box::pin(async move { volume.delete_snapshot(&name).await }))
     }
 
     /// See [`MappedVolume::roll_back`]. The answer is the volume's size, in bytes, which is that of the snapshot.

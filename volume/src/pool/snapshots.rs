@@ -121,7 +121,13 @@ impl MappedPool {
 
     /// Undoes a snapshot that others of the same point in time did not follow.
     pub(super) fn take_back(&self, record: &VolumeRecord, snapshot: &str) {
-        match self.delete_mapped_snapshot(record, snapshot) {
+        let taken_back = self.device(record).and_then(|device| {
+            device
+                .take_back_snapshot(snapshot)
+                .map_err(|error| refused(&format!("snapshot {}@{snapshot}", record.name), error))?;
+            self.mirror(record, &device)
+        });
+        match taken_back {
             Ok(()) | Err(PoolError::NotFound(_)) => {}
             Err(error) => tracing::warn!("snapshot {}@{snapshot} was left behind: {error}", record.name),
         }
