@@ -205,8 +205,11 @@ fn opening_with(in_log: u64, segments: u64, target: &str) {
     }
     rig.store.holds_back.store(true, Relaxed);
     const WRITTEN: u64 = 64 << 10;
-    open.write_all((0..in_log / WRITTEN).map(|index| (4 * GIB + index * WRITTEN, WRITTEN)), &mut random);
-    open.load([(Op::Flush, 0, 0, Vec::new())].into_iter());
+    // Flushed now and then, as a guest would.
+    for part in (0..in_log).step_by(64 * MIB as usize) {
+        open.write_all((0..64 * MIB / WRITTEN).map(|index| (4 * GIB + part + index * WRITTEN, WRITTEN)), &mut random);
+        open.load([(Op::Flush, 0, 0, Vec::new())].into_iter());
+    }
     let used = open.device.usage().map_or(0, |usage| usage.log.used);
     drop(open);
     rig.store.holds_back.store(false, Relaxed);

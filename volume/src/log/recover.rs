@@ -75,11 +75,13 @@ pub(crate) async fn behead_torn(disk: &dyn LogDisk, log: &Superblock, tail: u64)
     Ok(())
 }
 
-/// Makes what was found durable. It is written once more: a process that died may have seen a sync fail, after which the system takes for
-/// written what is not on the disk, and would sync it no more.
+/// Makes what was found durable. What no header says to be so is written once more: a process that died may have seen a sync fail, after which the system
+/// takes for written what is not on the disk, and would sync it no more.
 pub(crate) async fn make_durable(disk: &dyn LogDisk, ring: Ring, found: &[Found]) -> Result<(), VolumeError> {
+    let durable = found.iter().map(|found| found.header.durable_upto).max().unwrap_or(0);
+    let doubtful = found.iter().filter(|found| found.end.position > durable);
     let spans: Vec<(u64, usize)> =
-        found.iter().map(|Found { header, .. }| (ring.offset(header.position), header.total_len(ring.sector))).collect();
+        doubtful.map(|Found { header, .. }| (ring.offset(header.position), header.total_len(ring.sector))).collect();
     let mut len = 0;
     let in_one_go = |one: &(u64, usize), next: &(u64, usize)| {
         len = if len == 0 { one.1 } else { len } + next.1;
