@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Invariants: a pointer is followed by the table as it is now. An object that is gone had its blocks moved: of one's own, the table says
-//! where to; of an ancestor's, that ancestor's newest checkpoint does. Nothing is handed out that its seal does not vouch for.
+//! where to; of an ancestor's, checkpoints do, see `foreign`. Nothing is handed out that its seal does not vouch for.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -32,7 +32,7 @@ use crate::root::Root;
 use crate::signal::give_way;
 use crate::step_header::StepHeader;
 use crate::stored::{Damaged, Stored, read_together};
-use crate::table::{Entry, State, Table};
+use crate::table::{State, Table};
 use crate::tally::Tally;
 
 const PAUSE_FIRST: Duration = Duration::from_millis(20);
@@ -60,28 +60,12 @@ impl From<VolumeError> for Failure {
 /// For each object that blocks came from, where they were and where they are, in the order of where they were.
 pub(crate) type Moves = BTreeMap<Source, Vec<(u32, u32)>>;
 
-/// Where a checkpoint says that an object's blocks are.
-struct Told {
-    from: Source,
-    to: Source,
-    entry: Entry,
-}
-
-fn told_by(table: &Table, lost: &[Source]) -> Vec<Told> {
-    let told = |from: &Source| {
-        let to = table.forward_of(from)?;
-        Some(Told { from: *from, to: table.source(to)?, entry: *table.get(to)? })
-    };
-    // A clone need not know the newest place of what an ancestor has moved.
-    lost.iter().filter_map(told).filter(|told| !lost.contains(&told.to)).collect()
-}
-
 pub(crate) struct Reader {
     pub(crate) table: RefCell<Table>,
-    chain: Chain,
+    pub(crate) chain: Chain,
     domain: Group,
     /// Whoever reads, if it owns the volume.
-    owner: [u8; 16],
+    pub(crate) owner: [u8; 16],
     opened: RefCell<HashMap<u32, Arc<Opened>>>,
     moves: RefCell<HashMap<u32, Rc<Moves>>>,
     frames: RefCell<FrameReader>,
@@ -349,74 +333,6 @@ impl Reader {
             }
             pause = (pause * 2).min(PAUSE_MAX);
         }
-    }
-
-    /// Finds out where the blocks of an object that is gone are now, and of those that were forwarded to it.
-    async fn moved_away(&self, handle: u32) -> Result<(), VolumeError> {
-        let lost = self.lost(handle);
-        let Some(source) = self.table.borrow().source(handle).filter(|_| !lost.is_empty()) else { return Ok(()) };
-        let is_own = self.table.borrow().groups()[0] == source.group;
-        let missing = || VolumeError::ObjectDamaged { object: source.path(), why: "it is missing" };
-        if is_own {
-            // Whoever took the volume over removes what no checkpoint knows.
-            let is_replaced = self.chain.read_root().await?.0.owner != self.owner;
-            return Err(if is_replaced { VolumeError::Fenced } else { missing() });
-        }
-        let told = self.who_moved(source.group, &lost).await?;
-        if told.is_empty() {
-            return Err(missing());
-        }
-        // Somebody may have found out meanwhile, copied the blocks, or forgotten the object.
-        let still_lost = self.lost(handle);
-        for told in told.iter().filter(|told| still_lost.contains(&told.from)) {
-            self.note_moved(told).ok_or_else(missing)?;
-        }
-        Ok(())
-    }
-
-    /// What is lost with the object of a handle: those that were forwarded there, and itself unless it was forwarded.
-    fn lost(&self, handle: u32) -> Vec<Source> {
-        let table = self.table.borrow();
-        let itself = table.is_live(handle).then_some(handle);
-        let handles = table.forwarded_to(handle).iter().copied().chain(itself);
-        handles.filter_map(|handle| table.source(handle)).collect()
-    }
-
-    /// What tables of checkpoints say of where lost objects are: the newest of `group`, whose object is gone, and of the volume, if somebody else reads
-    /// it, as it may have been flattened since.
-    async fn who_moved(&self, group: Group, lost: &[Source]) -> Result<Vec<Told>, VolumeError> {
-        let is_view = self.table.borrow().groups()[0] != self.chain.group;
-        if is_view {
-            let told = told_by(&self.chain.read_meta().await?.1.table, lost);
-            if !told.is_empty() || group == self.chain.group {
-                return Ok(told);
-            }
-        }
-        let ancestor = Chain { group, ..self.chain.clone() };
-        Ok(told_by(&ancestor.read_ancestor().await?.table, lost))
-    }
-
-    /// `None`: there are too many handles.
-    fn note_moved(&self, told: &Told) -> Option<()> {
-        let mut table = self.table.borrow_mut();
-        let Some(handle) = table.handle_of(&told.from) else { return Some(()) };
-        let Entry { content, blocks, bytes, .. } = told.entry;
-        let mut to = table.add(told.to, content, blocks, bytes)?;
-        match table.forward_of(&told.to) {
-            // Its owner has moved all of it on, as was found out before.
-            Some(next) if table.source(next).is_some_and(|source| source.group == told.to.group) => to = next,
-            // A clone has copied some of it.
-            Some(_) => table.revive(to),
-            None => {}
-        }
-        // Owners move all that an object has; a clone copies what it knows.
-        match told.to.group == told.from.group {
-            true => table.forward(handle, to),
-            false => table.forward_alone(handle, to),
-        }
-        self.foreign_moves.borrow_mut().extend([handle, to]);
-        self.tally.foreign_forwards.add(1);
-        Some(())
     }
 
     async fn read_page(&self, pointer: Pointer) -> Result<Rc<Page>, VolumeError> {
