@@ -189,3 +189,21 @@ fn only_a_mapped_volume_has_a_key_to_erase() {
     let (kind, refused) = daemon.refused(&["key", "erase", "plain", "--yes"]);
     assert!(kind == "invalid" && refused.contains("not encrypted"), "{kind}: {refused}");
 }
+
+#[test]
+fn a_reload_tells_of_another_key_in_the_same_file() {
+    let mut daemon = daemon_with_keys(OLD);
+    daemon.start();
+    create(&daemon, "m", "mapped");
+    create(&daemon, "r", "raw");
+    let old = daemon.json(&["key", "list"])["current"].as_str().unwrap().to_owned();
+    let quiet = daemon.json(&["config", "reload"]);
+    assert_eq!((&quiet["changed"], &quiet["problems"]), (&json!([]), &json!([])));
+    fs::copy(daemon.path("kek.new"), daemon.path("kek")).unwrap();
+    let report = daemon.json(&["config", "reload"]);
+    assert!(report["changed"].to_string().contains("key rotate"), "{report}");
+    let problems = report["problems"].as_array().unwrap();
+    let told = problems[0].as_str().unwrap();
+    assert!(problems.len() == 1 && told.starts_with("pool local: ") && told.contains(&old), "{report}");
+    assert!(told.contains("previous_file"), "{told}");
+}

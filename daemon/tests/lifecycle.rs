@@ -391,5 +391,9 @@ fn the_openapi_document_and_the_router_agree() {
         assert!(routed, "{path}: {status} {text}");
         assert_eq!(operations.get("get").is_none(), status == 405, "{path}: {status}");
     }
+    for interval in ["0", "60001", "99999999999"] {
+        let (status, text) = http_get(&address, &format!("/v1/stats?interval_ms={interval}"), token);
+        assert!(status == 400 && text.contains("choose 1 to 60000 milliseconds"), "{interval}: {status} {text}");
+    }
     assert!(http_get(&address, "/v1/nonsense", token).1.contains("not part of the API"));
 }

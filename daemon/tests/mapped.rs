@@ -3,9 +3,10 @@
 mod common;
 
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use common::{Daemon, eventually};
+use common::{Daemon, Nbd, eventually};
 use serde_json::json;
 
 /// The logs of mapped volumes in `local`.
@@ -217,7 +218,9 @@ fn policies_decide_on_durability_and_refuse_what_cannot_be() {
     daemon.start();
     let raw = ["volume", "create", "local/x", "--size", "16M", "--policy", "shared", "--layout", "raw"];
     let (kind, message) = daemon.refused(&raw);
-    assert!(kind == "unsupported" && message.contains("dedup"), "{kind}: {message}");
+    assert!(kind == "unsupported" && message.contains("dedup") && message.contains("--layout mapped"), "{kind}: {message}");
+    let (kind, message) = daemon.refused(&["volume", "create", "memory/x", "--size", "16M", "--policy", "shared"]);
+    assert!(kind == "unsupported" && message.contains("raw volumes only") && !message.contains("--layout"), "{kind}: {message}");
     daemon.json(&["volume", "create", "local/v", "--size", "16M", "--policy", "safe"]);
     export(&daemon, "v");
     let mut client = daemon.attach("v");
@@ -299,6 +302,10 @@ fn an_export_whose_volume_another_host_had_is_served_again_when_that_is_asked_fo
     let problem = || first.json(&["volume", "show", "v"])["problem"].as_str().unwrap_or_default().to_owned();
     eventually("the first host notices", || problem().contains("another host has taken over"));
     assert!(problem().contains("novastor export reopen"), "{}", problem());
+    let listed = first.json(&["export", "list"]);
+    assert!(listed.as_array().unwrap().iter().all(|export| export["problem"] == *problem()), "{listed}");
+    let listed = String::from_utf8(first.run(&["export", "list"]).stdout).unwrap();
+    assert_eq!(listed.matches("problem: another host has taken over this volume").count(), 2, "{listed}");
     assert_ne!(client.write(8192, &[3; 4096]), 0);
     drop(other);
     second.json(&["export", "remove", &taken]);
@@ -312,4 +319,45 @@ fn an_export_whose_volume_another_host_had_is_served_again_when_that_is_asked_fo
     assert_eq!((client.write(8192, &[4; 4096]), client.flush()), (0, 0));
     eventually("the other export is served too", || first.json(&["export", "show", &ids[0]])["ready"] == true);
     assert_eq!(first.refused(&["export", "reopen", "99"]).0, "not_found");
+}
+
+#[test]
+fn an_export_serves_no_other_volume_that_has_come_to_its_name() {
+    let (mut first, mut second) = (Daemon::new(""), Daemon::new(""));
+    let own_pool = second.path("pool").display().to_string();
+    second.configure(&second.config().replace(&own_pool, &first.path("pool").display().to_string()));
+    first.start();
+    second.start();
+    let create =
+        |name: &str, size: &str| second.json(&["volume", "create", name, "--size", size])["uuid"].as_str().unwrap().to_owned();
+    let uuid = create("local/a", "16M");
+    let id = export(&first, "a");
+    first.stop();
+    // As an older version left it.
+    let list = first.path("data/exports.json");
+    let mut older: serde_json::Value = serde_json::from_slice(&fs::read(&list).unwrap()).unwrap();
+    older["exports"][0].as_object_mut().unwrap().remove("volume_uuid").unwrap();
+    fs::write(&list, older.to_string()).unwrap();
+    first.start();
+    assert_eq!(first.attach("a").size, 16 << 20);
+    first.stop();
+
+    second.json(&["volume", "rename", "a", "old"]);
+    create("local/a", "8M");
+    first.start();
+    let shown = first.json(&["export", "show", &id]);
+    let error = shown["error"].as_str().unwrap_or_default();
+    assert!(shown["ready"] == false && error.contains(&uuid) && error.contains(&format!("export remove {id}")), "{shown}");
+    assert!(error.contains("another volume that was called local/a"), "{error}");
+    assert!(Nbd::attach(UnixStream::connect(first.path("nbd.sock")).unwrap(), "a").is_none());
+    second.json(&["volume", "rename", "a", "new"]);
+    second.json(&["volume", "rename", "old", "a"]);
+    eventually("it is served again", || first.json(&["export", "show", &id])["ready"] == true);
+    assert_eq!(first.attach("a").size, 16 << 20);
+
+    second.json(&["volume", "rename", "a", "old"]);
+    second.json(&["volume", "rename", "new", "a"]);
+    let own = format!("--nbd=unix:{}", first.path("own.sock").display());
+    let (_, refused) = first.refused(&["export", "add", "a", &own]);
+    assert!(refused.contains(&uuid), "what is still open is not the volume meant: {refused}");
 }

@@ -98,3 +98,14 @@ fn sockets_outside_the_configured_folders_are_refused() {
     assert_eq!(kind, "invalid");
     assert_eq!(daemon.json(&["export", "list"]), serde_json::json!([]));
 }
+
+#[test]
+fn an_import_for_which_an_export_waits_leaves_no_volume() {
+    let mut daemon = Daemon::new("[[export]]\nvolume = \"local/v\"\nnbd = true\n");
+    daemon.start();
+    std::fs::write(daemon.path("v.raw"), vec![7; 8192]).unwrap();
+    let (kind, message) = daemon.refused(&["image", "import", "v.raw", "v", "--pool", "local"]);
+    assert!(kind == "in_use" && message.contains("it is exported (1)"), "{kind}: {message}");
+    assert_eq!(daemon.json(&["volume", "list"]), serde_json::json!([]));
+    daemon.json(&["volume", "create", "local/v", "--size", "1M"]);
+}

@@ -13,9 +13,11 @@ use utoipa::IntoParams;
 use super::reply::{Asked, ErrorBody, Reply, blocking};
 use super::types::{ReloadReport, Status};
 use crate::daemon::Daemon;
+use crate::error::{Error, Result};
 use crate::metrics::{self, StatsReport};
 
 const INTERVAL_MAX_MS: u64 = 60_000;
+const INTERVAL_DEFAULT_MS: u64 = 1000;
 
 /// The daemon itself.
 #[utoipa::path(get, path = "/v1/status", responses((status = 200, body = Status)))]
@@ -33,14 +35,24 @@ pub async fn reload(State(daemon): State<Arc<Daemon>>) -> Reply<ReloadReport> {
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 pub struct StatsQuery {
-    /// Milliseconds over which rates and latencies are measured: 1000 by default, at most 60000. The answer takes that long.
+    /// Milliseconds over which rates and latencies are measured: 1 to 60000, 1000 by default. The answer takes that long.
     interval_ms: Option<u64>,
 }
 
+impl StatsQuery {
+    fn interval(&self) -> Result<Duration> {
+        match self.interval_ms.unwrap_or(INTERVAL_DEFAULT_MS) {
+            interval @ 1..=INTERVAL_MAX_MS => Ok(Duration::from_millis(interval)),
+            other => Err(Error::invalid(format!("interval_ms {other} refused: choose 1 to {INTERVAL_MAX_MS} milliseconds"))),
+        }
+    }
+}
+
 /// What volumes, exports and pools do: totals, and rates over an interval.
-#[utoipa::path(get, path = "/v1/stats", params(StatsQuery), responses((status = 200, body = StatsReport)))]
+#[utoipa::path(get, path = "/v1/stats", params(StatsQuery),
+    responses((status = 200, body = StatsReport), (status = "4XX", body = ErrorBody)))]
 pub async fn stats(State(daemon): State<Arc<Daemon>>, Asked(query): Asked<StatsQuery>) -> Reply<StatsReport> {
-    let interval = Duration::from_millis(query.interval_ms.unwrap_or(1000).clamp(1, INTERVAL_MAX_MS));
+    let interval = query.interval()?;
     let sampling = daemon.clone();
     let Json(before) = blocking(sampling, |daemon| Ok(metrics::Sample::take(daemon))).await?;
     tokio::time::sleep(interval).await;

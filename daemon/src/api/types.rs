@@ -90,6 +90,9 @@ pub struct VolumeCreate {
     pub block_size: Option<u32>,
     pub policy: Option<String>,
     pub tenant: Option<String>,
+    /// Refuses a name that an export waits for: once it serves the volume, no image can be imported.
+    #[serde(default)]
+    pub for_import: bool,
 }
 
 /// An existing object to take over.
@@ -296,7 +299,7 @@ pub struct ExportInfo {
     pub protocol: Protocol,
     /// Its own listener, if it has one.
     pub address: Option<String>,
-    /// Where clients find it: NBD URIs, or the path of a vhost-user socket.
+    /// Where clients find it: NBD URIs, in which `DIR` stands for the folder with a client's certificates, or the path of a vhost-user socket.
     pub uris: Vec<String>,
     pub queues: Option<u16>,
     pub read_only: bool,
@@ -309,6 +312,8 @@ pub struct ExportInfo {
     pub ready: bool,
     /// Why it does not; it is tried again by itself.
     pub error: Option<String>,
+    /// While its volume cannot serve everything it should: why, as of the volume.
+    pub problem: Option<String>,
     pub clients: Vec<ClientInfo>,
 }
 

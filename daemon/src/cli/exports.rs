@@ -71,10 +71,11 @@ fn protocol(export: &ExportInfo) -> &'static str {
 }
 
 fn state(export: &ExportInfo) -> String {
-    match &export.error {
+    match (&export.error, &export.problem) {
+        (_, Some(problem)) => format!("problem: {}", problem.split(';').next().unwrap_or_default()),
         _ if export.ready => "ready".to_owned(),
-        Some(error) => format!("not served: {error}"),
-        None => "starting".to_owned(),
+        (Some(error), None) => format!("not served: {error}"),
+        (None, None) => "starting".to_owned(),
     }
 }
 
@@ -107,6 +108,7 @@ fn show(export: &ExportInfo) -> String {
         ("tls allow", export.tls_allow.join(", ")),
         ("declared", if export.declared { "in the configuration".to_owned() } else { String::new() }),
         ("state", state(export)),
+        ("problem", export.problem.clone().unwrap_or_default()),
         ("clients", clients.join("\n          ")),
     ])
 }

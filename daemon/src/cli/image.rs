@@ -172,6 +172,7 @@ impl Import<'_> {
                     block_size: None,
                     policy: None,
                     tenant: None,
+                    for_import: true,
                 };
                 Ok((client.post("/v1/volumes", &request)?, true))
             }

@@ -108,30 +108,63 @@ fn vhost_user(path: &str, read_only: bool, qemu: Option<(u32, u32)>) -> Vec<Line
 
 fn nbd(uri: &str, read_only: bool) -> Vec<Line> {
     let access = if read_only { ",readonly=on" } else { "" };
+    let tls = Tls::of(uri);
     let (client, server) = match parts(uri) {
         (Place::Unix(path), name) => (
             format!("nbd-client -unix {path} -name {name} /dev/nbd0"),
             format!("file.server.type=unix,file.server.path={path},file.export={name}"),
         ),
-        (Place::Tcp { host, port }, name) => {
-            let tls = if uri.starts_with("nbds:") { " -x" } else { "" };
-            (
-                format!("nbd-client {host} {port} -name {name}{tls} /dev/nbd0"),
-                format!("file.server.type=inet,file.server.host={host},file.server.port={port},file.export={name}"),
-            )
-        }
+        (Place::Tcp { host, port }, name) => (
+            format!("nbd-client {host} {port} -name {name}{} /dev/nbd0", tls.nbd_client),
+            format!("file.server.type=inet,file.server.host={host},file.server.port={port},file.export={name}"),
+        ),
     };
     vec![
         line(
             "qemu",
             format!(
-                "-drive if=virtio,format=raw,cache=none,discard=unmap,file.driver=nbd,{server},file.reconnect-delay=60{access}"
+                "{}-drive if=virtio,format=raw,cache=none,discard=unmap,file.driver=nbd,{server}{},file.reconnect-delay=60{access}",
+                tls.qemu_object, tls.qemu_drive
             ),
         ),
         line("nbd-client", client),
         line("nbdinfo", format!("nbdinfo '{uri}'")),
-        line("qemu-img", format!("qemu-img info '{uri}'")),
+        line("qemu-img", qemu_img(uri, &server, &tls)),
     ]
+}
+
+/// QEMU knows no URI with TLS.
+fn qemu_img(uri: &str, server: &str, tls: &Tls) -> String {
+    if tls.qemu_object.is_empty() {
+        return format!("qemu-img info '{uri}'");
+    }
+    format!(
+        "qemu-img info {}--image-opts driver=raw,file.driver=nbd,{server}{}",
+        tls.qemu_object.replacen('-', "--", 1),
+        tls.qemu_drive
+    )
+}
+
+/// What TLS adds to the lines; `DIR` is the folder with the certificates.
+#[derive(Default)]
+struct Tls {
+    nbd_client: &'static str,
+    qemu_object: &'static str,
+    qemu_drive: &'static str,
+}
+
+impl Tls {
+    fn of(uri: &str) -> Tls {
+        if !uri.starts_with("nbds:") {
+            return Tls::default();
+        }
+        let certificate = " -x -F DIR/client-cert.pem -K DIR/client-key.pem -A DIR/ca-cert.pem";
+        Tls {
+            nbd_client: if uri.contains("?tls-certificates=") { certificate } else { " -x" },
+            qemu_object: "-object tls-creds-x509,id=tls0,dir=DIR,endpoint=client ",
+            qemu_drive: ",file.tls-creds=tls0",
+        }
+    }
 }
 
 enum Place<'a> {
@@ -146,7 +179,8 @@ fn parts(uri: &str) -> (Place<'_>, &str) {
         Some((name, socket)) => (Place::Unix(socket), name),
         None => {
             let (host, port) = host.rsplit_once(':').unwrap_or((host, "10809"));
-            (Place::Tcp { host: host.trim_matches(['[', ']']), port }, path)
+            let name = path.split_once('?').map_or(path, |(name, _)| name);
+            (Place::Tcp { host: host.trim_matches(['[', ']']), port }, name)
         }
     }
 }
@@ -173,5 +207,16 @@ mod tests {
         let lines = nbd("nbd://[::1]:10809/demo", true);
         assert!(lines[0].text.contains("file.server.host=::1,file.server.port=10809"), "{lines:?}");
         assert!(lines[0].text.ends_with("readonly=on"));
+    }
+
+    #[test]
+    fn lines_with_certificates_say_where_those_go() {
+        let lines = nbd("nbds://host:10809/demo?tls-certificates=DIR", false);
+        assert!(lines[0].text.starts_with("-object tls-creds-x509,id=tls0,dir=DIR"), "{lines:?}");
+        assert!(lines[0].text.contains("file.export=demo,file.tls-creds=tls0,"), "{lines:?}");
+        assert!(lines[1].text.contains("-name demo -x -F DIR/client-cert.pem"), "{lines:?}");
+        assert_eq!(lines[2].text, "nbdinfo 'nbds://host:10809/demo?tls-certificates=DIR'");
+        assert!(lines[3].text.starts_with("qemu-img info --object tls-creds-x509,"), "{lines:?}");
+        assert_eq!(nbd("nbds://host:1/demo", false)[1].text, "nbd-client host 1 -name demo -x /dev/nbd0");
     }
 }

@@ -93,8 +93,16 @@ fn configuration(folder: &Path, sockets: &Path, port: u16) -> String {
 
 /// The volume and its exports; what is there from an earlier run is kept.
 fn prepare(daemon: &Arc<Daemon>, size: u64, vhost_user: &Path) -> anyhow::Result<Vec<ExportInfo>> {
-    let volume =
-        VolumeCreate { name: VOLUME.to_owned(), size, pool: None, layout: None, block_size: None, policy: None, tenant: None };
+    let volume = VolumeCreate {
+        name: VOLUME.to_owned(),
+        size,
+        pool: None,
+        layout: None,
+        block_size: None,
+        policy: None,
+        tenant: None,
+        for_import: false,
+    };
     let export = |protocol, address| ExportCreate {
         volume: VOLUME.to_owned(),
         protocol,

@@ -15,7 +15,7 @@ pub fn run(context: &Context, command: Volume) -> anyhow::Result<()> {
     let path = |volume: &str| format!("/v1/volumes/{}", encode(volume));
     match command {
         Volume::Create { name, size, pool, layout, block_size, policy, tenant } => {
-            let request = VolumeCreate { name, size, pool, layout, block_size, policy, tenant };
+            let request = VolumeCreate { name, size, pool, layout, block_size, policy, tenant, for_import: false };
             let volume: VolumeInfo = context.client()?.post("/v1/volumes", &request)?;
             output.print(&volume, |volume| format!("volume {} created: {}", full(volume), format_size(volume.size)))
         }

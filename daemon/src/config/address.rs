@@ -31,6 +31,16 @@ impl Address {
         }
     }
 
+    /// Where clients find it: all addresses of this host are told by its name.
+    pub fn for_clients(&self) -> Address {
+        match self {
+            Address::Tcp { host, port } if host.parse::<IpAddr>().is_ok_and(|ip| ip.is_unspecified()) => {
+                Address::Tcp { host: host_name(), port: *port }
+            }
+            other => other.clone(),
+        }
+    }
+
     /// `HOST:PORT`, as resolvers take it.
     pub fn host_port(&self) -> Option<String> {
         match self {
@@ -39,6 +49,11 @@ impl Address {
             Address::Tcp { host, port } => Some(format!("{host}:{port}")),
         }
     }
+}
+
+fn host_name() -> String {
+    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    if name.is_empty() { "localhost".to_owned() } else { name }
 }
 
 /// True for `localhost` and loopback addresses.
@@ -123,6 +138,17 @@ mod tests {
         let longest = format!("unix:/{}", "a".repeat(SOCKET_PATH_MAX - 1));
         assert!(longest.parse::<Address>().is_ok());
         assert!(format!("{longest}a").parse::<Address>().unwrap_err().contains("108 bytes"));
+    }
+
+    #[test]
+    fn clients_are_told_no_wildcard() {
+        let told = |text: &str| text.parse::<Address>().unwrap().for_clients().to_string();
+        for wildcard in ["tcp:0.0.0.0:7", "tcp:[::]:7"] {
+            assert_eq!(told(wildcard), format!("tcp:{}:7", host_name()));
+        }
+        for other in ["tcp:192.0.2.1:7", "tcp:[::1]:7", "tcp:example.net:7", "unix:/a"] {
+            assert_eq!(told(other), other);
+        }
     }
 
     #[test]

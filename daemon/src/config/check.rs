@@ -102,6 +102,8 @@ pub(super) fn check(config: &Config, places: &Places) -> Vec<Problem> {
     for (index, export) in config.export.iter().enumerate() {
         checker.export(index, export);
     }
+    checker.folders(config);
+    checker.listeners(config);
     checker.problems
 }
 
@@ -172,6 +174,9 @@ impl Checker<'_> {
         if let Some(Err(error)) = daemon.metrics.as_deref().map(address::tcp) {
             self.refuse("daemon.metrics", error);
         }
+        if daemon.data_dir.as_os_str().is_empty() {
+            self.refuse("daemon.data_dir", "is empty: name the folder for what belongs to this host");
+        }
         self.mode("daemon.socket_mode", &daemon.socket_mode);
         self.log_size(daemon);
         if !(1..=256).contains(&daemon.threads) {
@@ -222,9 +227,20 @@ impl Checker<'_> {
         let Some(tls) = &self.config.tls else { return };
         if tls.cert.as_os_str().is_empty() {
             self.refuse("tls.cert", "[tls] needs cert: the file that holds the certificate chain");
+        } else {
+            self.readable("tls.cert", &tls.cert);
+        }
+        if let Some(client_ca) = &tls.client_ca {
+            self.readable("tls.client_ca", client_ca);
         }
         if let Err(error) = secret::tls_key(tls) {
             self.refuse("tls.key_file", error);
+        }
+    }
+
+    fn readable(&mut self, path: &str, file: &Path) {
+        if let Err(error) = std::fs::read(file) {
+            self.refuse(path, format!("{}: {error}; name a PEM file that the daemon's user can read", file.display()));
         }
     }
 

@@ -10,6 +10,7 @@
 pub mod address;
 mod check;
 mod check_pool;
+mod check_shared;
 mod environment;
 mod load;
 mod model;

@@ -22,7 +22,7 @@ fn the_example_is_valid_with_and_without_its_comments() {
         })
         .collect();
     let everything = everything.join("\n").replace("/etc/novastor/token", &key.path().display().to_string());
-    let everything = ["tls.key", "s3.id", "s3.key"]
+    let everything = ["tls.key", "tls.crt", "ca.crt", "s3.id", "s3.key"]
         .iter()
         .fold(everything, |text, name| text.replace(&format!("/etc/novastor/{name}"), &key.path().display().to_string()));
     let kek_file = tempfile::NamedTempFile::new().unwrap();
@@ -179,4 +179,45 @@ fn wrong_overrides_name_the_variable() {
     assert!(text.starts_with("environment NOVASTOR_DAEMON__THREADS: daemon.threads: invalid type"), "{text}");
     let text = with("", &[("NOVASTOR_EXPORT__3__VOLUME", "a")]).unwrap_err().to_string();
     assert!(text.contains("no [[export]] number 3"), "{text}");
+}
+
+#[test]
+fn two_pools_in_one_folder_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (real, link) = (folder.path().join("real"), folder.path().join("link"));
+    std::fs::create_dir(&real).unwrap();
+    std::os::unix::fs::symlink(&real, &link).unwrap();
+    let text = |second| format!("[pool.a]\ndriver = \"file\"\npath = {real:?}\n[pool.b]\ndriver = \"file\"\npath = {second:?}\n");
+    for same in [real.clone(), link, folder.path().join("./real/")] {
+        let refused = problems(&text(same));
+        assert!(refused.starts_with("t.toml:6: pool.b.path: pool a has"), "{refused}");
+    }
+    load_text("t", &text(folder.path().join("other")), Vec::new()).unwrap();
+}
+
+#[test]
+fn two_listeners_on_one_address_are_refused() {
+    let daemon = |rest: &str| format!("[daemon]\n{rest}");
+    for (first, second) in [
+        ("metrics = \"127.0.0.1:9\"", "nbd = [\"tcp:127.0.0.1:9\"]"),
+        ("metrics = \"0.0.0.0:9\"", "nbd = [\"tcp:localhost:9\"]"),
+        ("threads = 1", "nbd = [\"unix:/run/a\", \"unix:/run/a\"]"),
+        ("admin = \"unix:/run/a\"", "nbd = [\"unix:/run/a\"]"),
+    ] {
+        let refused = problems(&daemon(&format!("{first}\n{second}\n")));
+        assert!(refused.starts_with("t.toml:3: daemon.nbd.") && refused.contains(" already"), "{refused}");
+    }
+    let good = "metrics = \"127.0.0.1:9\"\nnbd = [\"tcp:[::1]:9\", \"tcp:127.0.0.1:0\", \"tcp:127.0.0.1:0\"]\n";
+    load_text("t", &daemon(good), Vec::new()).unwrap();
+}
+
+#[test]
+fn the_files_of_tls_are_looked_for() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let text = |cert: &str, ca: &str| format!("[tls]\ncert = {cert:?}\nkey_file = {:?}\nclient_ca = {ca:?}\n", file.path());
+    let there = file.path().to_str().unwrap();
+    load_text("t", &text(there, there), Vec::new()).unwrap();
+    let refused = problems(&text("/nowhere/tls.crt", "/nowhere/ca.crt"));
+    assert!(refused.contains("t.toml:2: tls.cert: /nowhere/tls.crt: No such file"), "{refused}");
+    assert!(refused.contains("t.toml:4: tls.client_ca: /nowhere/ca.crt: No such file"), "{refused}");
 }

@@ -6,13 +6,16 @@
 //! ```
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use backends::{KeyRecord, KeyState, Pool, VolumeRecord};
 use volume::keys::{KekId, RawKeys};
 
 use super::Daemon;
 use super::jobs::Job;
+use super::pools::Answer;
 use crate::api::types::{KeyErased, KeyInfo, KeyList, KeysRotated};
+use crate::config::{Config, key_encryption_keys};
 use crate::error::{Error, Result};
 use crate::names::VolumeId;
 
@@ -100,6 +103,21 @@ impl Daemon {
         Ok(KeyErased { volumes: ids.iter().map(VolumeId::to_string).collect(), erased })
     }
 
+    /// The open pools with keys that no key-encryption key here unwraps, one sentence each.
+    pub(super) fn pools_out_of_reach(&self) -> Vec<String> {
+        let Ok(raw) = self.raw_keys().map(Arc::new) else { return Vec::new() };
+        let answers = self.pools.ask(move |pool| foreign_keks(pool, &raw));
+        let sentence = |Answer { pool, answer, .. }: Answer<Result<BTreeSet<String>>>| {
+            let ids = answer.ok()?.ok().filter(|ids| !ids.is_empty())?;
+            let ids = ids.into_iter().collect::<Vec<_>>().join(", ");
+            Some(format!(
+                "pool {pool}: keys in it are wrapped by {ids}, which is not configured: name it as previous_file in [keys], then \
+                 `novastor config reload` and `novastor key rotate`"
+            ))
+        };
+        answers.into_iter().filter_map(sentence).collect()
+    }
+
     fn pools_named(&self, pool: Option<&str>) -> Vec<String> {
         pool.map_or_else(|| self.pools.names(), |pool| vec![pool.to_owned()])
     }
@@ -107,6 +125,26 @@ impl Daemon {
     fn raw_keys_here(&self) -> Result<RawKeys> {
         self.raw_keys().map_err(|error| Error::invalid(error.to_string()))
     }
+}
+
+/// Ids of the key-encryption keys, for telling when they change.
+pub(super) fn kek_ids(config: &Config) -> [Option<KekId>; 2] {
+    let keks = config.keys.as_ref().and_then(|keys| key_encryption_keys(keys).ok());
+    keks.map(|keks| keks.ids()).unwrap_or_default()
+}
+
+/// What wraps keys in the pool and is not among the key-encryption keys here.
+fn foreign_keks(pool: &dyn Pool, raw: &RawKeys) -> Result<BTreeSet<String>> {
+    let here: Vec<String> = raw.keks.ids().iter().flatten().map(KekId::to_string).collect();
+    let wrapped = |key: KeyRecord| match key.state {
+        KeyState::Wrapped(by) => Some(by),
+        _ => None,
+    };
+    let mut found: BTreeSet<String> = pool.keys()?.into_iter().filter_map(wrapped).collect();
+    let of_raw = |record: VolumeRecord| raw.wrapped_by(&record.name, record.wrapped_key.as_deref()?).ok();
+    found.extend(pool.list()?.into_iter().filter_map(of_raw).map(|by| by.to_string()));
+    found.retain(|by| !here.contains(by));
+    Ok(found)
 }
 
 /// The volumes that have the same key as `id`, itself included.

@@ -139,7 +139,7 @@ fn policy(config: &Config, record: &VolumeRecord, fallback: Durability) -> backe
         return Ok(VolumePolicy { durability: Durability::Remote, ..silent });
     };
     if let Some(why) = refusal(name, policy, record.layout) {
-        return Err(PoolError::Unsupported(format!("volume {}: {why}", record.name)));
+        return Err(PoolError::Unsupported(format!("volume {}: {why}: change the policy", record.name)));
     }
     Ok(VolumePolicy {
         durability: policy.durability.as_deref().map_or(fallback, parse_durability),
@@ -155,7 +155,7 @@ pub fn refusal(name: &str, policy: &PolicyConfig, layout: Layout) -> Option<Stri
         match value.as_deref() {
             None => {}
             Some(value) if layout == Layout::Raw => {
-                return Some(format!("{} a raw volume never has: choose --layout mapped, or another policy", asks(key, value)));
+                return Some(format!("{} a raw volume never has", asks(key, value)));
             }
             Some(_) => {}
         }
@@ -231,7 +231,7 @@ mod tests {
         let why = |policy: PolicyConfig, layout| refusal("gold", &policy, layout).unwrap_or_default();
         assert_eq!(why(of("", "", false), Layout::Raw), "");
         assert_eq!(why(of("auto", "", false), Layout::Mapped), "");
-        assert!(why(of("auto", "", false), Layout::Raw).contains("--layout mapped"));
+        assert!(why(of("auto", "", false), Layout::Raw).contains("a raw volume never has"));
         assert_eq!(why(of("lz4", "none", false), Layout::Mapped), "");
         assert!(why(of("lz4", "", false), Layout::Raw).contains("compression = lz4"));
         assert_eq!(why(of("", "tenant", false), Layout::Mapped), "");

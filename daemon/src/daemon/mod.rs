@@ -68,6 +68,8 @@ pub struct Daemon {
     listeners: Arc<Listeners>,
     transfers: transfers::Transfers,
     metrics_address: parking_lot::Mutex<Option<String>>,
+    /// Those of the last reload: a file may have another key in it by the next.
+    kek_ids: parking_lot::Mutex<[Option<volume::keys::KekId>; 2]>,
     started: u64,
     log: log::LogControl,
     /// Last, so that it outlives what runs on it.

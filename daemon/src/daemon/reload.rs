@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Daemon;
+use super::keys::kek_ids;
 use crate::api::types::ReloadReport;
 use crate::config::{self, Config};
 use crate::error::{Error, Result};
@@ -29,13 +30,18 @@ impl Daemon {
         if sockets(&old) != sockets(&new) {
             report.changed.push("rules for sockets made from now on".to_owned());
         }
-        if old.keys != new.keys {
+        let keks = kek_ids(&new);
+        let other_keks = std::mem::replace(&mut *self.kek_ids.lock(), keks) != keks;
+        if old.keys != new.keys || other_keks {
             report.changed.push("key-encryption keys: `novastor key rotate` wraps everything with the current one".to_owned());
         }
         if old.policy != new.policy {
             report.changed.push("policies".to_owned());
         }
         *self.config.write() = Arc::new(effective(&old, new));
+        if keks != [None, None] || other_keks {
+            report.problems.extend(self.pools_out_of_reach());
+        }
         report.changed.extend(self.exports.declare(&self.config())?);
         Exports::start_missing(self, POOL_PATIENCE);
         let failed = self.exports.list().into_iter().filter_map(|export| Some((export.volume, export.error?)));

@@ -115,6 +115,7 @@ fn build(config: Config, config_file: Option<PathBuf>, log: LogControl, listener
         transfers: Default::default(),
         locks: Default::default(),
         metrics_address: Default::default(),
+        kek_ids: super::keys::kek_ids(&config).into(),
         started: now_unix(),
         log,
         plane,
@@ -187,6 +188,9 @@ async fn reload(daemon: &Arc<Daemon>) {
             }
             for key in &report.needs_restart {
                 tracing::warn!("reloaded: {key} takes effect when the daemon is restarted");
+            }
+            for problem in &report.problems {
+                tracing::warn!("reloaded: {problem}");
             }
         }
         Ok(Err(error)) => tracing::error!("the configuration was not reloaded:\n{error}"),

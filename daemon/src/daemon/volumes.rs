@@ -15,7 +15,9 @@ use crate::error::{Error, Result};
 use crate::names::{VolumeId, VolumeRef};
 use crate::units::format_size;
 
-const SIZE_MAX: u64 = 1 << 60;
+const RAW_SIZE_MAX: u64 = 1 << 60;
+/// What the map of a mapped volume reaches.
+const MAPPED_SIZE_MAX: u64 = 256 << 40;
 
 impl Daemon {
     pub fn list_pools(&self) -> Vec<PoolInfo> {
@@ -108,12 +110,15 @@ impl Daemon {
         if ![512, 4096].contains(&block_size) {
             return Err(Error::invalid(format!("volume {name}: block size {block_size}: choose 512 or 4096")));
         }
-        check_size(&name.name, request.size, block_size)?;
         let (pool_name, pool) = self.pool_for(name.pool.as_deref().or(request.pool.as_deref()))?;
         let layout = layout_for(&name.name, request.layout.as_deref(), &*pool)?;
-        self.check_policy(&name.name, request.policy.as_deref(), layout)?;
+        check_size(&name.name, request.size, block_size, layout)?;
+        self.check_policy(&name.name, request.policy.as_deref(), layout, &*pool)?;
         let id = VolumeId::new(&pool_name, &name.name);
         let _held = self.hold([&id]);
+        if request.for_import {
+            self.ensure_not_waited_for(&id)?;
+        }
         let wrapped_key = match layout {
             Layout::Raw => self.key_for_new(&name.name, request.size, request.policy.as_deref())?,
             Layout::Mapped => None,
@@ -125,16 +130,34 @@ impl Daemon {
     }
 
     /// Refuses a policy that does not exist, or asks for what a volume cannot be.
-    fn check_policy(&self, volume: &str, name: Option<&str>, layout: Layout) -> Result<()> {
+    fn check_policy(&self, volume: &str, name: Option<&str>, layout: Layout, pool: &dyn Pool) -> Result<()> {
         let Some(name) = name else { return Ok(()) };
         let config = self.config();
         let Some(policy) = config.policy.get(name) else {
             return Err(Error::not_found(format!("policy {name} is not configured: add [policy.{name}]")));
         };
-        match mapped::refusal(name, policy, layout) {
-            Some(why) => Err(Error::unsupported(format!("volume {volume}: {why}"))),
-            None => Ok(()),
+        let Some(why) = mapped::refusal(name, policy, layout) else { return Ok(()) };
+        let advice = if pool.layouts().contains(&Layout::Mapped) {
+            "choose --layout mapped, or another policy".to_owned()
+        } else {
+            let (pool, driver) = (pool.name(), pool.driver());
+            format!(
+                "pool {pool} (driver \"{driver}\") holds raw volumes only: choose a pool with mapped volumes, or another policy"
+            )
+        };
+        Err(Error::unsupported(format!("volume {volume}: {why}; {advice}")))
+    }
+
+    /// Refuses to make a volume for an import that would then be refused.
+    fn ensure_not_waited_for(&self, id: &VolumeId) -> Result<()> {
+        let exports = self.exports.ids_waiting_for(id);
+        if exports.is_empty() {
+            return Ok(());
         }
+        let ids = exports.join(", ");
+        Err(Error::in_use(format!(
+            "volume {id}: import refused, and no volume made: it is exported ({ids}) as soon as there is one; `novastor export remove` first"
+        )))
     }
 
     pub fn adopt_volume(&self, request: &VolumeAdopt) -> Result<VolumeInfo> {
@@ -154,7 +177,7 @@ impl Daemon {
         let id = self.resolve(&name.parse::<VolumeRef>()?.without_snapshot()?)?;
         let _held = self.hold([&id]);
         let record = self.record(&id)?;
-        check_size(&id.name, request.size, record.block_size)?;
+        check_size(&id.name, request.size, record.block_size, record.layout)?;
         let lease = self.lease(&id, true)?;
         let now = lease.volume().size();
         if request.size < now && !request.shrink {
@@ -319,15 +342,18 @@ fn layout_for(volume: &str, asked: Option<&str>, pool: &dyn Pool) -> Result<Layo
     )))
 }
 
-fn check_size(name: &str, size: u64, block_size: u32) -> Result<()> {
-    if size == 0 || size > SIZE_MAX {
-        return Err(Error::invalid(format!("volume {name}: size {size} refused: choose 1 block to 1024P")));
+fn check_size(name: &str, size: u64, block_size: u32, layout: Layout) -> Result<()> {
+    let (unit, what, max) = match layout {
+        Layout::Raw => (u64::from(block_size), "its block size", RAW_SIZE_MAX),
+        Layout::Mapped => (volume::BLOCK as u64, "the block size of mapped volumes,", MAPPED_SIZE_MAX),
+    };
+    if size == 0 || size > max {
+        let (layout, max) = (layout.name(), format_size(max));
+        return Err(Error::invalid(format!("volume {name}: size {size} refused: a {layout} volume has {unit} bytes to {max}")));
     }
-    if !size.is_multiple_of(u64::from(block_size)) {
-        let next = size.next_multiple_of(u64::from(block_size));
-        return Err(Error::invalid(format!(
-            "volume {name}: size {size} is no multiple of its block size {block_size}: the next is {next}"
-        )));
+    if !size.is_multiple_of(unit) {
+        let next = size.next_multiple_of(unit);
+        return Err(Error::invalid(format!("volume {name}: size {size} is no multiple of {what} {unit}: the next is {next}")));
     }
     Ok(())
 }
@@ -342,5 +368,21 @@ fn name_after(object: &str) -> Result<String> {
         Err(_) => Err(Error::invalid(format!(
             "{object:?} gives no good volume name: name it, `novastor volume adopt POOL/OBJECT NAME`"
         ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_told_as_the_layout_has_them() {
+        let refused = |size, layout| check_size("v", size, 512, layout).unwrap_err().message;
+        assert!(refused(5000, Layout::Mapped).contains("4096: the next is 8192"));
+        assert!(refused(5000, Layout::Raw).contains("512: the next is 5120"));
+        assert!(refused(0, Layout::Mapped).contains("4096 bytes to 256T"));
+        assert!(refused((256 << 40) + 4096, Layout::Mapped).contains("256T"));
+        assert!(refused(0, Layout::Raw).contains("512 bytes to 1024P"));
+        check_size("v", 256 << 40, 512, Layout::Mapped).unwrap();
     }
 }

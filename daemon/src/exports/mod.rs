@@ -16,6 +16,7 @@ mod vhost_user;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use blockdev::Volume;
 use blockdev::stats::Snapshot;
 use parking_lot::Mutex;
 
@@ -118,15 +119,18 @@ impl Exports {
     fn add_accepting_loss(&self, daemon: &Daemon, mut spec: ExportSpec) -> Result<ExportInfo> {
         let volume = daemon.resolve_text(&spec.volume)?;
         spec.volume = volume.to_string();
+        let waiting = self.table.lock().clash(&spec).map(|entry| entry.record.clone());
+        if let Some(record) = &waiting {
+            record.ensure_same_volume(daemon.record(&volume)?.uuid)?;
+        }
         let _lease = {
             let _held = daemon.hold([&volume]);
             daemon.lease_accepting_loss(&volume)?
         };
-        let waiting = self.table.lock().clash(&spec).map(|entry| entry.record.id.clone());
         match waiting {
-            Some(id) => {
-                self.start_again(daemon, &id);
-                self.get(&id)
+            Some(record) => {
+                self.start_again(daemon, &record.id);
+                self.get(&record.id)
             }
             None => self.add_spec(daemon, spec, false),
         }
@@ -148,7 +152,8 @@ impl Exports {
             table.next += 1;
             (id, table.choose_name(&volume))
         };
-        let record = ExportRecord { id: id.clone(), declared, name: Some(name), spec };
+        let volume_uuid = Some(daemon.record(&volume)?.uuid);
+        let record = ExportRecord { id: id.clone(), declared, name: Some(name), volume_uuid, spec };
         let running = self.start(daemon, &record, &volume)?;
         let mut table = self.table.lock();
         table.entries.insert(id.clone(), Entry { record, running: Some(running), error: None });
@@ -158,7 +163,8 @@ impl Exports {
             entry.and_then(|entry| entry.running).into_iter().for_each(|mut running| running.front_end.stop());
             return Err(error.of(format!("export of {volume}")));
         }
-        Ok(self.info(&table.entries[&id]))
+        drop(table);
+        self.get(&id)
     }
 
     fn start(&self, daemon: &Daemon, record: &ExportRecord, volume: &VolumeId) -> Result<Running> {
@@ -170,6 +176,7 @@ impl Exports {
                 "volume {volume} is being filled from an image: wait for job {job}, or cancel it"
             )));
         }
+        self.ensure_not_shadowed(record)?;
         let lease = daemon.lease(volume, !record.spec.read_only)?;
         let front_end: Box<dyn FrontEnd> = match record.spec.protocol {
             Protocol::Nbd => self.nbd.start(daemon, record, &lease)?,
@@ -177,6 +184,14 @@ impl Exports {
         };
         tracing::info!("export {}: {volume} is served ({})", record.id, describe(&record.spec));
         Ok(Running { front_end, lease })
+    }
+
+    /// Refuses to join what is still served of another volume that was called the same.
+    fn ensure_not_shadowed(&self, record: &ExportRecord) -> Result<()> {
+        let Some(uuid) = record.volume_uuid else { return Ok(()) };
+        let table = self.table.lock();
+        let running = table.entries.values().filter(|entry| entry.running.is_some()).map(|entry| &entry.record);
+        running.filter(|other| other.spec.volume == record.spec.volume).try_for_each(|other| other.ensure_same_volume(uuid))
     }
 
     /// Stops an export and forgets it.
@@ -236,15 +251,15 @@ impl Exports {
     }
 
     pub fn list(&self) -> Vec<ExportInfo> {
-        let table = self.table.lock();
-        let mut list: Vec<_> = table.entries.values().map(|entry| self.info(entry)).collect();
+        let seen: Vec<_> = self.table.lock().entries.values().map(|entry| (self.info(entry), entry.open_volume())).collect();
+        let mut list: Vec<_> = seen.into_iter().map(with_problem).collect();
         list.sort_by_key(|export| export.id.parse::<u64>().unwrap_or(u64::MAX));
         list
     }
 
     pub fn get(&self, id: &str) -> Result<ExportInfo> {
-        let table = self.table.lock();
-        find(&table, id).map(|entry| self.info(entry))
+        let seen = find(&self.table.lock(), id).map(|entry| (self.info(entry), entry.open_volume()))?;
+        Ok(with_problem(seen))
     }
 
     pub fn disconnect(&self, id: &str, client: Option<&str>) -> Result<usize> {
@@ -282,6 +297,12 @@ impl Exports {
         self.ids_where(|spec| spec.volume == name)
     }
 
+    /// Ids of the exports that will serve this volume as soon as there is one of that name.
+    pub fn ids_waiting_for(&self, volume: &VolumeId) -> Vec<String> {
+        let (full, short) = (volume.to_string(), volume.short());
+        self.ids_where(|spec| spec.volume == full || spec.volume == short)
+    }
+
     fn ids_where(&self, matches: impl Fn(&ExportSpec) -> bool) -> Vec<String> {
         let table = self.table.lock();
         table.entries.values().filter(|entry| matches(&entry.record.spec)).map(|entry| entry.record.id.clone()).collect()
@@ -303,7 +324,7 @@ impl Exports {
     }
 
     fn info(&self, entry: &Entry) -> ExportInfo {
-        let ExportRecord { id, declared, name, spec } = entry.record.clone();
+        let ExportRecord { id, declared, name, spec, .. } = entry.record.clone();
         let running = entry.running.as_ref();
         ExportInfo {
             id,
@@ -323,6 +344,7 @@ impl Exports {
             tls_allow: spec.tls_allow,
             ready: running.is_some(),
             error: entry.error.clone(),
+            problem: None,
             clients: running.map(|running| running.front_end.clients()).unwrap_or_default(),
         }
     }
@@ -334,12 +356,21 @@ impl Entry {
         Ok(VolumeId { pool: volume.pool.unwrap_or_default(), name: volume.name, snapshot: volume.snapshot })
     }
 
+    fn open_volume(&self) -> Option<Arc<Volume>> {
+        self.running.as_ref().map(|running| running.lease.volume().clone())
+    }
+
     fn stop(self) {
         if let Some(mut running) = self.running {
             running.front_end.stop();
             tracing::info!("export {}: {} is no longer served", self.record.id, self.record.spec.volume);
         }
     }
+}
+
+/// Asks the volume, which may take a while: the table is not held meanwhile.
+fn with_problem((export, volume): (ExportInfo, Option<Arc<Volume>>)) -> ExportInfo {
+    ExportInfo { problem: volume.and_then(|volume| volume.health()), ..export }
 }
 
 fn find<'a>(table: &'a Table, id: &str) -> Result<&'a Entry> {

@@ -24,9 +24,29 @@ use crate::units::unix_seconds;
 pub struct NbdFrontEnd {
     server: Server,
     tls: Option<TlsSettings>,
+    asks: Asks,
     runtime: Handle,
     listeners: Arc<Listeners>,
     shared: Mutex<Vec<SharedListener>>,
+}
+
+/// What clients on TCP need.
+#[derive(Clone, Copy)]
+enum Asks {
+    Nothing,
+    Tls,
+    /// TLS, with a certificate of theirs.
+    Certificate,
+}
+
+impl Asks {
+    fn of(config: &Config) -> Asks {
+        match &config.tls {
+            None => Asks::Nothing,
+            Some(tls) if tls.client_ca.is_none() => Asks::Tls,
+            Some(_) => Asks::Certificate,
+        }
+    }
 }
 
 struct SharedListener {
@@ -40,6 +60,7 @@ impl NbdFrontEnd {
         Ok(NbdFrontEnd {
             server: Server::new(reactors, ServerOptions::default()),
             tls: load_tls(config)?,
+            asks: Asks::of(config),
             runtime: Handle::current(),
             listeners,
             shared: Mutex::default(),
@@ -92,8 +113,8 @@ impl NbdFrontEnd {
     pub fn uris(&self, spec: &ExportSpec, name: Option<&str>) -> Vec<String> {
         let name = name.unwrap_or_else(|| short_name(&spec.volume));
         match spec.parsed_address() {
-            Some(address) => vec![uri(&address, name, self.tls.is_some())],
-            None => self.shared.lock().iter().map(|listener| uri(&listener.address, name, self.tls.is_some())).collect(),
+            Some(address) => vec![uri(&address, name, self.asks)],
+            None => self.shared.lock().iter().map(|listener| uri(&listener.address, name, self.asks)).collect(),
         }
     }
 
@@ -222,13 +243,14 @@ fn absolute(address: Address) -> Address {
     }
 }
 
-fn uri(address: &Address, name: &str, has_tls: bool) -> String {
-    match address {
-        Address::Unix(path) => format!("nbd+unix:///{name}?socket={}", path.display()),
-        Address::Tcp { .. } => {
-            let scheme = if has_tls { "nbds" } else { "nbd" };
-            format!("{scheme}://{}/{name}", address.host_port().unwrap_or_default())
-        }
+/// `DIR` stands for the folder with the client's `client-cert.pem`, `client-key.pem` and `ca-cert.pem`.
+fn uri(address: &Address, name: &str, asks: Asks) -> String {
+    let server = || address.for_clients().host_port().unwrap_or_default();
+    match (address, asks) {
+        (Address::Unix(path), _) => format!("nbd+unix:///{name}?socket={}", path.display()),
+        (Address::Tcp { .. }, Asks::Nothing) => format!("nbd://{}/{name}", server()),
+        (Address::Tcp { .. }, Asks::Tls) => format!("nbds://{}/{name}", server()),
+        (Address::Tcp { .. }, Asks::Certificate) => format!("nbds://{}/{name}?tls-certificates=DIR", server()),
     }
 }
 
@@ -239,4 +261,19 @@ fn load_tls(config: &Config) -> Result<Option<TlsSettings>> {
     let key = tls_key(tls).map_err(Error::invalid)?;
     let settings = TlsSettings::from_pem(&read(&tls.cert)?, key.as_bytes(), client_ca.as_deref());
     settings.map(Some).map_err(|error| Error::invalid(format!("[tls]: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uris_are_for_clients() {
+        let told = |address: &str, asks| uri(&address.parse().unwrap(), "v", asks);
+        assert_eq!(told("unix:/a.sock", Asks::Certificate), "nbd+unix:///v?socket=/a.sock");
+        assert_eq!(told("tcp:127.0.0.1:7", Asks::Nothing), "nbd://127.0.0.1:7/v");
+        assert_eq!(told("tcp:[::1]:7", Asks::Tls), "nbds://[::1]:7/v");
+        let wildcard = told("tcp:0.0.0.0:7", Asks::Certificate);
+        assert!(!wildcard.contains("0.0.0.0") && wildcard.ends_with(":7/v?tls-certificates=DIR"), "{wildcard}");
+    }
 }

@@ -39,7 +39,7 @@ impl Exports {
             changes.push(format!("export of {} added", spec.volume));
             let id = table.next.to_string();
             table.next += 1;
-            let record = ExportRecord { id: id.clone(), declared: true, name: None, spec };
+            let record = ExportRecord { id: id.clone(), declared: true, name: None, volume_uuid: None, spec };
             table.entries.insert(id, Entry { record, running: None, error: None });
         }
         let saved = if changes.is_empty() { Ok(()) } else { self.save(&table) };
@@ -123,9 +123,12 @@ impl Exports {
         }
         let mut record = record.clone();
         record.spec.volume = volume.to_string();
-        if record.name.is_none() {
+        let uuid = daemon.record(&volume)?.uuid;
+        record.ensure_same_volume(uuid)?;
+        if record.name.is_none() || record.volume_uuid.is_none() {
             let mut table = self.table.lock();
-            record.name = Some(table.choose_name(&volume));
+            record.name.get_or_insert_with(|| table.choose_name(&volume));
+            record.volume_uuid = Some(uuid);
             if let Some(entry) = table.entries.get_mut(&record.id) {
                 entry.record = record.clone();
             }
@@ -227,7 +230,7 @@ mod tests {
             group: None,
             tls_allow: Vec::new(),
         };
-        let record = ExportRecord { id: "1".to_owned(), declared: true, name: None, spec };
+        let record = ExportRecord { id: "1".to_owned(), declared: true, name: None, volume_uuid: None, spec };
         let stopped = Arc::new(AtomicBool::new(false));
         let running = Running { front_end: Box::new(Served(stopped.clone())), lease };
         exports.table.lock().entries.insert("1".to_owned(), Entry { record, running: Some(running), error: None });

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::api::types::{ExportCreate, Protocol};
 use crate::config::address::{Address, check_socket_path};
@@ -39,8 +40,27 @@ pub struct ExportRecord {
     /// What NBD clients ask for. Chosen once, so that a name never comes to mean another volume.
     #[serde(default)]
     pub name: Option<String>,
+    /// Of the volume it was made for; none until it is served, and from versions that did not note it.
+    #[serde(default)]
+    pub volume_uuid: Option<Uuid>,
     #[serde(flatten)]
     pub spec: ExportSpec,
+}
+
+impl ExportRecord {
+    /// Refuses another volume than the one it was made for: a name may have come to mean a new one meanwhile.
+    pub fn ensure_same_volume(&self, now: Uuid) -> Result<()> {
+        let Some(own) = self.volume_uuid.filter(|own| *own != now) else { return Ok(()) };
+        let (id, volume) = (&self.id, &self.spec.volume);
+        let way_out = if self.declared {
+            format!("take the [[export]] of {volume} out of the configuration, `novastor config reload`, and put it back")
+        } else {
+            format!("`novastor export remove {id}`")
+        };
+        Err(Error::not_found(format!(
+            "export {id} was of another volume that was called {volume} (UUID {own}); {way_out}, or rename that volume back"
+        )))
+    }
 }
 
 /// The file of exports.
@@ -187,8 +207,14 @@ mod tests {
         assert_eq!(spec.queues, Some(QUEUES_DEFAULT));
         let spec = ExportSpec::from_request(request(Protocol::Nbd, Some("unix:a.sock")), false).unwrap();
         assert!(spec.socket_path().unwrap().is_absolute());
-        let text =
-            serde_json::to_string(&ExportRecord { id: "1".to_owned(), declared: true, name: None, spec: spec.clone() }).unwrap();
+        let text = serde_json::to_string(&ExportRecord {
+            id: "1".to_owned(),
+            declared: true,
+            name: None,
+            volume_uuid: None,
+            spec: spec.clone(),
+        })
+        .unwrap();
         assert_eq!(serde_json::from_str::<ExportRecord>(&text).unwrap().spec, spec);
     }
 
