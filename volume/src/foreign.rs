@@ -42,11 +42,11 @@ impl Reader {
             return Err(if is_replaced { VolumeError::Fenced } else { missing() });
         }
         let told = self.who_moved(source.group, &lost).await?;
-        if told.is_empty() {
-            return Err(missing());
-        }
         // Somebody may have found out meanwhile, copied the blocks, or forgotten the object.
         let still_lost = self.lost(handle);
+        if told.is_empty() && still_lost == lost {
+            return Err(missing());
+        }
         for told in told.iter().filter(|told| still_lost.contains(&told.from)) {
             self.note_moved(told).ok_or_else(missing)?;
         }
