@@ -42,10 +42,10 @@ impl Core {
             let mut from = 0;
             while from < blocks && findings.len() < FINDINGS_MAX {
                 let looking = self.reader.looking();
+                let checkpoint = self.keeper.root().checkpoint;
                 let (Some(head), Some(tree_now)) = (head(), tree()) else { break };
                 let ranges = match head.diff(&tree_now, &self.reader, from, RANGES_MAX).await {
-                    // A checkpoint has replaced pages meanwhile.
-                    Err(VolumeError::Moved) => continue,
+                    Err(VolumeError::Moved) if checkpoint != self.keeper.root().checkpoint => continue,
                     ranges => ranges?,
                 };
                 drop(looking);

@@ -129,19 +129,6 @@ impl Home {
         Ok(self.begin(work).recv().map_err(|_| stopped())??)
     }
 
-    /// The same, but not for longer than `limit`: `None` if it goes on after that.
-    pub(super) fn run_for<T: Send + 'static>(
-        &self,
-        limit: Duration,
-        work: impl FnOnce(Rc<MappedGroup>) -> LocalFuture<'static, Result<T, VolumeError>> + Send + 'static,
-    ) -> Result<Option<T>, OpenError> {
-        match self.begin(work).recv_timeout(limit) {
-            Ok(answer) => Ok(Some(answer?)),
-            Err(mpsc::RecvTimeoutError::Timeout) => Ok(None),
-            Err(mpsc::RecvTimeoutError::Disconnected) => Err(stopped().into()),
-        }
-    }
-
     /// The same for long work, of whose progress `tell` hears now and then: bytes done, and in all.
     pub(super) fn run_telling<T: Send + 'static>(
         &self,

@@ -64,14 +64,12 @@ impl GroupDevice {
 
     /// See [`MappedGroup::add`]. Where the pool takes nothing, it fails after a while.
     pub fn add(&self, id: Uuid, beginning: Beginning) -> Result<(), OpenError> {
-        let added =
-            self.home.run_for(PATIENCE, move |group| Box::pin(async move { group.add(id.into_bytes(), beginning).await }))?;
-        added.ok_or_else(|| self.takes_nothing())
+        self.run_unless_stuck(PATIENCE, move |group| Box::pin(async move { group.add(id.into_bytes(), beginning).await }))
     }
 
     /// See [`MappedGroup::remove`]; nothing is done if there is no such volume. Where the pool takes nothing, it fails after a while, and goes on.
     pub fn remove(&self, id: Uuid) -> Result<(), OpenError> {
-        self.home.run_for(PATIENCE, move |group| Box::pin(remove(group, id)))?.ok_or_else(|| self.takes_nothing())
+        self.run_unless_stuck(PATIENCE, move |group| Box::pin(remove(group, id)))
     }
 
     /// The same for those who do not wait for it.
