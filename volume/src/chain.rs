@@ -212,13 +212,16 @@ impl Chain {
         let owner = random_id(&*self.environment);
         let claimed = Root { epoch: before.epoch + 1, owner, log_id, is_local, ..before };
         let mut pause = PAUSE_FIRST;
+        // Whoever was refused did not do it, even if its twin did, who draws the same random numbers.
+        let mut may_be_ours = false;
         loop {
             match self.store.swap(&name, Some(&tag), claimed.encode()).await {
                 Ok(tag) => return Ok((claimed, tag)),
-                Err(StoreError::Changed(_) | StoreError::Unknown(_)) => {
+                Err(error @ (StoreError::Changed(_) | StoreError::Unknown(_))) => {
+                    may_be_ours |= matches!(error, StoreError::Unknown(_));
                     let (now, now_tag) = self.root(&name).await?.ok_or(VolumeError::NoVolume)?;
                     match () {
-                        () if now.owner == owner => return Ok((claimed, now_tag)),
+                        () if may_be_ours && now.owner == owner => return Ok((claimed, now_tag)),
                         () if now_tag != tag => return Err(VolumeError::Raced),
                         () => self.pause(&mut pause).await,
                     }

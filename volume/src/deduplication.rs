@@ -66,6 +66,11 @@ impl Deduplication {
     /// The object of this handle takes no hits from now on.
     pub(crate) fn retire(&self, handle: u32) {
         self.retiring.borrow_mut().insert(handle);
+        self.unhook(handle);
+    }
+
+    /// What an object's header tells is forgotten.
+    pub(crate) fn unhook(&self, handle: u32) {
         if let (Some(index), Some(segment)) = (&self.index, SegmentHandle::new(handle)) {
             index.borrow_mut().unhook(segment);
         }
@@ -130,7 +135,8 @@ impl Core {
         let may_be_hit = entry.state == State::Live
             && entry.owner == 0
             && entry.content == Content::Data
-            && !self.deduplication.retiring.borrow().contains(&handle);
+            && !self.deduplication.retiring.borrow().contains(&handle)
+            && !self.reader.distrusts(handle);
         let source = table.source(handle).filter(|_| may_be_hit)?;
         Some(Target { source })
     }

@@ -15,6 +15,10 @@ pub enum VolumeError {
     LogDamaged { position: u64, proof: u64 },
     #[error("{object} is damaged: {why}; nothing was changed. Restore it from a copy of the pool")]
     ObjectDamaged { object: String, why: &'static str },
+    #[error(
+        "{0} is of a format version that this novastor does not know; nothing was changed. Use the release that wrote it, or a newer one"
+    )]
+    FormatVersion(String),
     #[error("another host has taken over this volume; this one must not go on serving it")]
     Fenced,
     #[error("another host is opening this volume at the same time; try again if it should be served here")]

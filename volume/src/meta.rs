@@ -198,7 +198,10 @@ impl Meta {
             bytes.extend_from_slice(reader.read(opener, unit, stored).map_err(|_| damaged("a frame of it is damaged"))?);
         }
         let said = usize::try_from(len).ok().and_then(|len| bytes.get(..len)).ok_or(damaged("it is too short"))?;
-        Meta::decode(said, source.group).ok_or(damaged("it contradicts itself, or a later version of novastor wrote it"))
+        if said.first_chunk().is_some_and(|version| u32::from_le_bytes(*version) != VERSION) {
+            return Err(VolumeError::FormatVersion(source.path()));
+        }
+        Meta::decode(said, source.group).ok_or(damaged("it contradicts itself"))
     }
 }
 

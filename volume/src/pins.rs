@@ -48,7 +48,7 @@ fn decode(bytes: &[u8], name: &str) -> Result<Vec<Pin>, VolumeError> {
         return Err(damaged("its checksum is wrong"));
     }
     if u32_at(bytes, 12) != VERSION {
-        return Err(damaged("it is of another format version; use the release of novastor that wrote it"));
+        return Err(VolumeError::FormatVersion(name.to_owned()));
     }
     let pin = |bytes: &[u8]| Pin { snapshot: array_at(bytes, 0), clone: array_at(bytes, 16) };
     Ok(bytes[HEADER_LEN..].chunks_exact(PIN_LEN).map(pin).collect())

@@ -19,6 +19,7 @@ use std::time::Duration;
 use backends::segments::StoreError;
 use bytes::Bytes;
 use dedup::body::FrameReader;
+use dedup::hash::BlockHash;
 use dedup::location::{Location, SegmentHandle, Spot, UNIT_LEN};
 use lru::LruCache;
 
@@ -63,7 +64,7 @@ pub(crate) type Moves = BTreeMap<Source, Vec<(u32, u32)>>;
 pub(crate) struct Reader {
     pub(crate) table: RefCell<Table>,
     pub(crate) chain: Chain,
-    domain: Group,
+    pub(crate) domain: Group,
     /// Whoever reads, if it owns the volume.
     pub(crate) owner: [u8; 16],
     opened: RefCell<HashMap<u32, Arc<Opened>>>,
@@ -75,6 +76,8 @@ pub(crate) struct Reader {
     fresh: RefCell<BTreeMap<Pointer, Rc<Page>>>,
     /// Handles of ancestors' objects that were found to have moved, and of where to, since somebody cleared it.
     pub(crate) foreign_moves: RefCell<HashSet<u32>>,
+    /// Blocks that a check found to be other than what was written, by handle.
+    wrong: RefCell<HashMap<u32, HashSet<u32>>>,
     /// Cloned by whoever follows pointers; replaced when handles are forgotten.
     looking: RefCell<Rc<()>>,
     pub(crate) tally: Rc<Tally>,
@@ -93,6 +96,7 @@ impl Reader {
             cache: RefCell::new(NonZeroUsize::new(pages_max).map(LruCache::new)),
             fresh: RefCell::default(),
             foreign_moves: RefCell::default(),
+            wrong: RefCell::default(),
             looking: RefCell::default(),
             tally: Rc::default(),
         }
@@ -155,6 +159,7 @@ impl Reader {
     pub(crate) fn forget(&self, handle: u32) {
         self.opened.borrow_mut().remove(&handle);
         self.moves.borrow_mut().remove(&handle);
+        self.wrong.borrow_mut().remove(&handle);
         let is_of = |pointer: &Pointer| pointer.location().is_some_and(|location| location.segment.get() == handle);
         let mut cache = self.cache.borrow_mut();
         let Some(cache) = &mut *cache else { return };
@@ -203,6 +208,35 @@ impl Reader {
         self.header(handle, &source).await.map_err(|failure| self.error(failure))
     }
 
+    /// The hashes of the blocks that a handle's object holds, by where they are in it.
+    pub(crate) async fn hashes_of(&self, handle: u32) -> Result<HashMap<u32, BlockHash>, VolumeError> {
+        let step = self.step_of(handle).await?;
+        Ok(step.stored.iter().map(|(hash, spot)| (spot_bits(*spot), *hash)).collect())
+    }
+
+    /// The block there is not what was written, and is not handed out from now on. What reading it comes to.
+    pub(crate) fn distrust(&self, location: Location) -> VolumeError {
+        let mut wrong = self.wrong.borrow_mut();
+        wrong.entry(location.segment.get()).or_default().insert(spot_bits(location.spot));
+        self.wrong_block(location)
+    }
+
+    /// Whether some block of a handle's object is not what was written.
+    pub(crate) fn distrusts(&self, handle: u32) -> bool {
+        self.wrong.borrow().contains_key(&handle)
+    }
+
+    fn wrong_block(&self, location: Location) -> VolumeError {
+        match self.source(location.segment.get()) {
+            Ok(source) => VolumeError::ObjectDamaged { object: source.path(), why: "a block of it is not what was written" },
+            Err(error) => error,
+        }
+    }
+
+    fn is_wrong(&self, location: &Location) -> bool {
+        self.wrong.borrow().get(&location.segment.get()).is_some_and(|spots| spots.contains(&spot_bits(location.spot)))
+    }
+
     fn source(&self, handle: u32) -> Result<Source, VolumeError> {
         self.table.borrow().source(handle).ok_or(VolumeError::Moved)
     }
@@ -227,7 +261,11 @@ impl Reader {
                 return Err(VolumeError::Moved.into());
             }
             if let Some(location) = pointer.location() {
-                found.push((*index, self.follow(location).await?));
+                let location = self.follow(location).await?;
+                if self.is_wrong(&location) {
+                    return Err(self.wrong_block(location).into());
+                }
+                found.push((*index, location));
             }
         }
         let fetches = found.chunk_by(|(_, before), (_, next)| read_together(before, next));

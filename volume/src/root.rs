@@ -99,7 +99,7 @@ impl Root {
             return Err(damaged("its checksum is wrong"));
         }
         if u32_at(bytes, 12) != VERSION || bytes.len() != LEN {
-            return Err(damaged("it is of another format version; use the release of novastor that wrote it"));
+            return Err(VolumeError::FormatVersion(name.to_owned()));
         }
         let tail = Tail { position: u64_at(bytes, 136), number: u64_at(bytes, 144), chain: u64_at(bytes, 152) };
         let checkpoint = Checkpoint {

@@ -4,21 +4,30 @@
 //!   the header of every object        the volume: every run of its tree        a snapshot: the ranges in which it differs from the volume
 //! ```
 //!
-//! Each frame that is read is checked by its seal. Nothing is changed.
+//! Each frame that is read is checked by its seal, and each block by its hash: memory may have changed it between the two. What is not what was
+//! written cannot be read any more, until the volume is opened again, and is no duplicate of anything. Nothing is changed in the pool.
 
+use std::collections::HashMap;
 use std::ops::Range;
+
+use dedup::hash::BlockHash;
+use dedup::location::Location;
 
 use crate::core::Core;
 use crate::error::VolumeError;
-use crate::map::{Pointer, Tree};
+use crate::map::{Pointer, Tree, spot_bits};
 use crate::meta::Snapshot;
 use crate::names::Slot;
 use crate::progress::Progress;
 use crate::segment::BLOCK;
+use crate::signal::give_way;
 
-/// Blocks looked at in one go, and read in one go.
-const SPAN_BLOCKS: u64 = 16_384;
+/// Blocks looked at in one go: so many that of each object some are among them. Its header is read for them, and may be longer than they are.
+const SPAN_BLOCKS: u64 = 262_144;
+/// Blocks read in one go.
 const READ_BLOCKS: usize = 256;
+/// Blocks hashed in one go: more would keep requests waiting.
+const HASHED_BLOCKS: usize = 32;
 const RANGES_MAX: usize = 4_096;
 /// What is told of one volume.
 const FINDINGS_MAX: usize = 100;
@@ -115,34 +124,85 @@ impl Core {
             Ok(runs) => runs,
             Err(error) => return note(findings, what, &span, &error),
         };
-        let stored: Vec<(Range<u64>, Pointer)> = runs.into_iter().filter(|(_, pointer)| !pointer.is_nothing()).collect();
         let mut is_whole = true;
-        for part in stored.chunks(READ_BLOCKS) {
-            is_whole &= self.scrub_blocks(what, part, findings).await?;
+        let mut stored = Vec::new();
+        for (blocks, pointer) in runs.into_iter().filter(|(_, pointer)| !pointer.is_nothing()) {
+            match self.whereabouts(pointer).await {
+                Ok(pointer) => stored.push((pointer, blocks)),
+                Err(error) => is_whole &= note(findings, what, &blocks, &error)?,
+            }
+        }
+        stored.sort_unstable_by_key(|(pointer, _)| pointer.bits());
+        for of_object in stored.chunk_by(|(before, _), (next, _)| handle_of(before) == handle_of(next)) {
+            let hashes = self.hashes_for(&of_object[0].0).await?;
+            for part in of_object.chunks(READ_BLOCKS) {
+                is_whole &= self.scrub_blocks(what, part, &hashes, findings).await?;
+            }
         }
         Ok(is_whole)
     }
 
-    /// Reads some blocks together, and one by one if that fails.
+    /// The block itself, if it was moved.
+    async fn whereabouts(&self, pointer: Pointer) -> Result<Pointer, VolumeError> {
+        match pointer.location() {
+            Some(location) => Ok(Pointer::to(self.reader.resolve(location).await?)),
+            None => Ok(pointer),
+        }
+    }
+
+    /// Of the blocks of the object that a pointer leads to. Of one whose header cannot be read there are none, which is told of elsewhere.
+    async fn hashes_for(&self, pointer: &Pointer) -> Result<HashMap<u32, BlockHash>, VolumeError> {
+        let Some(handle) = handle_of(pointer) else { return Ok(HashMap::new()) };
+        match self.reader.hashes_of(handle).await {
+            Err(VolumeError::Moved | VolumeError::ObjectDamaged { .. }) => Ok(HashMap::new()),
+            hashes => hashes,
+        }
+    }
+
+    /// Reads some blocks of one object together, and one by one if that fails.
     async fn scrub_blocks(
         &self,
         what: &str,
-        part: &[(Range<u64>, Pointer)],
+        part: &[(Pointer, Range<u64>)],
+        hashes: &HashMap<u32, BlockHash>,
         findings: &mut Vec<String>,
     ) -> Result<bool, VolumeError> {
-        let wanted: Vec<(usize, Pointer)> = part.iter().map(|(_, pointer)| *pointer).enumerate().collect();
+        let wanted: Vec<(usize, Pointer)> = part.iter().map(|(pointer, _)| *pointer).enumerate().collect();
         let mut bytes = vec![0; part.len() * BLOCK];
-        if self.reader.read(&wanted, &mut bytes).await.is_ok() {
-            return Ok(true);
-        }
         let mut is_whole = true;
-        for (blocks, pointer) in part {
+        if self.reader.read(&wanted, &mut bytes).await.is_ok() {
+            let hasher = self.chain.secrets.hasher(self.reader.domain);
+            let blocks = bytes.as_chunks::<BLOCK>().0;
+            for (part, blocks) in part.chunks(HASHED_BLOCKS).zip(blocks.chunks(HASHED_BLOCKS)) {
+                let wrong = part.iter().zip(blocks).filter_map(|((pointer, range), block)| {
+                    let location = pointer.location()?;
+                    let expected = hashes.get(&spot_bits(location.spot))?;
+                    (hasher.hash(block) != *expected).then_some((location, range))
+                });
+                for (location, range) in wrong {
+                    is_whole &= note(findings, what, range, &self.distrust(location))?;
+                }
+                give_way().await;
+            }
+            return Ok(is_whole);
+        }
+        for (pointer, blocks) in part {
             if let Err(error) = self.reader.read(&[(0, *pointer)], &mut bytes).await {
                 is_whole &= note(findings, what, blocks, &error)?;
             }
         }
         Ok(is_whole)
     }
+
+    /// A block is not what was written there. What reading it comes to from now on.
+    fn distrust(&self, location: Location) -> VolumeError {
+        self.deduplication.unhook(location.segment.get());
+        self.reader.distrust(location)
+    }
+}
+
+fn handle_of(pointer: &Pointer) -> Option<u32> {
+    pointer.location().map(|location| location.segment.get())
 }
 
 /// Notes damage; false if the blocks were freed meanwhile. A store that does not answer, or another owner, ends the search.

@@ -285,20 +285,39 @@ mod tests {
         probe(Faults { loses_first_replies: true, ..Faults::default() }).unwrap();
     }
 
-    #[test]
-    fn every_broken_promise_is_found() {
+    /// What each is told by.
+    fn broken_promises() -> [(&'static str, Faults); 6] {
         let none = Faults::default();
-        let cases = [
+        [
             ("more than one was told it won", Faults { create_overwrites: true, ..none }),
             ("more than one was told it won", Faults { create_looks_first: true, ..none }),
             ("more than one was told it won", Faults { swap_overwrites: true, ..none }),
             ("more than one was told it won", Faults { swap_looks_first: true, ..none }),
             ("cannot be read", Faults { refuses_every_swap: true, ..none }),
             ("another's content stands", Faults { says_exists_and_overwrites: true, ..none }),
-        ];
-        for (words, faults) in cases {
+        ]
+    }
+
+    #[test]
+    fn every_broken_promise_is_found() {
+        for (words, faults) in broken_promises() {
             let error = probe(faults).expect_err(words);
             assert!(matches!(&error, StoreError::Refused(text) if text.contains(words)), "{words}: {error}");
+        }
+    }
+
+    #[test]
+    fn case_33_a_store_breaks_its_promises_after_the_pool_was_made() {
+        for (words, faults) in broken_promises() {
+            let mut store = Careless::default();
+            block_on(prove(&store, Uuid::from_u128(1))).expect("the pool is made");
+            let opening = |number| OpenOptions { expected: None, read_only: false, probe: Some(Uuid::from_u128(number)) };
+            prove_opening(&store, opening(2)).expect("it opens");
+            store.faults = faults;
+            let error = prove_opening(&store, opening(3)).expect_err(words);
+            assert!(matches!(&error, StoreError::Refused(text) if text.contains(words)), "{words}: {error}");
+            store.faults = Faults::default();
+            prove_opening(&store, opening(4)).expect("it opens again");
         }
     }
 }

@@ -35,6 +35,9 @@ const ROWS: [Row; 7] = [
     ("trim", trim),
 ];
 
+/// Takes most of an hour, and only if asked for.
+const LARGE: Row = ("snapshots-large", dead_space_of_100_gib);
+
 fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     if let [row, dataset] = &wanted[..]
@@ -44,7 +47,7 @@ fn main() {
         return images::measure(Path::new(dataset));
     }
     if let [only] = &wanted[..] {
-        let (_, measure) = ROWS.iter().find(|(name, _)| name == only).expect("a row of this name");
+        let (_, measure) = ROWS.iter().chain([&LARGE]).find(|(name, _)| name == only).expect("a row of this name");
         print_head();
         return measure();
     }
@@ -136,21 +139,37 @@ fn amplification() {
 }
 
 fn dead_space_beside_snapshots() {
-    let size = 2 * GIB;
     let rig = Rig::in_memory(Settings::default());
+    measure_dead_space(&rig, 2 * GIB, &|random, len| random.bytes(len as usize));
+}
+
+/// The size that the target speaks of, in a directory. Blocks are zeroes but for 64 bytes each, so that it takes 10 GiB of disk, and 2 GiB of `/dev/shm` for the log.
+fn dead_space_of_100_gib() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let log = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+    let rig = in_directory(folder.path(), &log.path().join("log"), 2 * GIB, false);
+    measure_dead_space(&rig, 100 * GIB, &|random, len| {
+        let mut content = vec![0; len as usize];
+        content.chunks_mut(BLOCK as usize).for_each(|block| block[..64].copy_from_slice(&random.bytes(64)));
+        content
+    });
+}
+
+fn measure_dead_space(rig: &Rig, size: u64, content: &dyn Fn(&mut Random, u64) -> Vec<u8>) {
     rig.create(size);
     let open = rig.open();
     let (mut random, mut place) = (Random(5), Random(6));
-    open.write_all(sequential(size, MIB), &mut random);
-    let blocks = size / BLOCK;
-    let some = |place: &mut Random, among: u64| -> Vec<(u64, u64)> {
-        (0..blocks / 100).map(|_| (place.below(among) * BLOCK, BLOCK)).collect()
+    let mut write = |places: &mut dyn Iterator<Item = (u64, u64)>| {
+        open.load(places.map(|(offset, len)| (Op::Write { fua: false }, offset, len, content(&mut random, len))));
     };
+    write(&mut sequential(size, MIB));
+    let blocks = size / BLOCK;
+    let mut some = |among: u64| -> Vec<(u64, u64)> { (0..blocks / 100).map(|_| (place.below(among) * BLOCK, BLOCK)).collect() };
     for number in 0..100 {
-        open.write_all(some(&mut place, blocks).into_iter(), &mut random);
+        write(&mut some(blocks).into_iter());
         // Half of it is overwritten again before anybody keeps it.
         for _ in 0..2 {
-            open.write_all(some(&mut place, blocks / 50).into_iter(), &mut random);
+            write(&mut some(blocks / 50).into_iter());
             open.device.settle().expect("it settles");
         }
         open.device.snapshot(&format!("s{number}"), 0).expect("a snapshot");
@@ -167,15 +186,34 @@ fn dead_space_beside_snapshots() {
         }
     };
     tell(
-        "dead space reclaimed with 100 snapshots held, 2 GiB volume, 1 % divergence each",
+        &format!("dead space reclaimed with 100 snapshots held, {} GiB volume, 1 % divergence each", size / GIB),
         format!(
-            "{:.0} % of {} MiB after {:.0} s",
+            "{:.0} % of {} MiB after {:.0} s; the process takes {} MiB now, and took {} MiB at most",
             (1.0 - after as f64 / before as f64) * 100.0,
             before / MIB,
-            began.elapsed().as_secs_f64()
+            began.elapsed().as_secs_f64(),
+            memory("VmRSS:"),
+            memory("VmHWM:"),
         ),
         "≥ 90 % in 600 s",
     );
+}
+
+/// MiB, as the system counts them.
+fn memory(what: &str) -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("the status of this process");
+    let line = status.lines().find_map(|line| line.strip_prefix(what)).expect("a line of the status");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") >> 10
+}
+
+fn in_directory(folder: &Path, log: &Path, log_len: u64, direct: bool) -> Rig {
+    let pool = folder.join("pool");
+    DirectoryStore::make(&pool, Uuid::from_u128(2)).expect("a pool");
+    let probe = Some(Uuid::new_v4());
+    let store = DirectoryStore::open(&pool, OpenOptions { expected: None, read_only: false, probe }).expect("the pool opens");
+    File::create(log).and_then(|file| file.set_len(log_len)).expect("a log");
+    let log = Arc::new(FileDevice::open(log, FileOptions { read_only: false, direct }).expect("the log opens"));
+    Rig::new(Counting::new(Arc::new(store)), log, Settings::default())
 }
 
 fn opening() {
@@ -186,14 +224,7 @@ fn opening() {
 /// With so many bytes in the log, and so many segments in the pool that no checkpoint has.
 fn opening_with(in_log: u64, segments: u64, target: &str) {
     let folder = tempfile::tempdir().expect("a folder");
-    let pool = folder.path().join("pool");
-    DirectoryStore::make(&pool, Uuid::from_u128(2)).expect("a pool");
-    let probe = Some(Uuid::new_v4());
-    let store = DirectoryStore::open(&pool, OpenOptions { expected: None, read_only: false, probe }).expect("the pool opens");
-    let path = folder.path().join("log");
-    File::create(&path).and_then(|file| file.set_len(4 * in_log)).expect("a log");
-    let log = Arc::new(FileDevice::open(&path, FileOptions { read_only: false, direct: true }).expect("the log opens"));
-    let rig = Rig::new(Counting::new(Arc::new(store)), log, Settings::default());
+    let rig = in_directory(folder.path(), &folder.path().join("log"), 4 * in_log, true);
     rig.create(64 * GIB);
     let mut random = Random(7);
     let open = rig.open();

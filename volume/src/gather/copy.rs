@@ -13,7 +13,7 @@ use crate::checkpoint::pack;
 use crate::core::Core;
 use crate::environment::offload;
 use crate::error::VolumeError;
-use crate::map::{Pointer, spot_bits, spot_of};
+use crate::map::{Pointer, spot_of};
 use crate::names::{Family, Source};
 use crate::object::{Kind, Opened};
 use crate::reader::Moves;
@@ -94,7 +94,10 @@ impl<'a> Gathering<'a> {
             parts.push(self.core.patiently(async || reader.fetch(&wanted).await).await?);
         }
         // After the blocks: reading those finds out where an ancestor has moved them.
-        let hashes = self.core.patiently(async || self.hashes_of(handle).await).await?;
+        let hashes = match self.content {
+            Content::Data => self.core.patiently(async || reader.hashes_of(handle).await).await?,
+            Content::Pages => HashMap::new(),
+        };
         let moves = self.core.patiently(async || reader.moves_into(handle).await).await?;
         let packing = match self.content {
             Content::Data => choose(self.core.settings.compression, self.core.log.fill() as f32, None),
@@ -117,14 +120,6 @@ impl<'a> Gathering<'a> {
         }
         self.note(handle, spots, (&places, &hashes, &moves));
         Ok(())
-    }
-
-    async fn hashes_of(&self, handle: u32) -> Result<HashMap<u32, BlockHash>, VolumeError> {
-        if self.content == Content::Pages {
-            return Ok(HashMap::new());
-        }
-        let step = self.core.reader.step_of(handle).await?;
-        Ok(step.stored.iter().map(|(hash, spot)| (spot_bits(*spot), *hash)).collect())
     }
 
     /// Notes in the header what came from where: from the victim, and from those that were forwarded to it.

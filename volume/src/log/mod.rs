@@ -180,8 +180,17 @@ pub(crate) struct Log {
     /// The end of the last batch that has no records and says that all before it is durable.
     marked: Cell<u64>,
     syncing: Cell<bool>,
-    failed: Cell<Option<Errno>>,
+    failed: Cell<Option<Failure>>,
     changed: Signal,
+}
+
+/// Why nothing is acknowledged any more.
+#[derive(Clone, Copy)]
+pub(crate) struct Failure {
+    pub(crate) operation: &'static str,
+    /// Of the disk, in bytes.
+    pub(crate) offset: u64,
+    pub(crate) errno: Errno,
 }
 
 impl Log {
@@ -224,7 +233,7 @@ impl Log {
 
     /// The same for `asked`.
     pub(crate) fn append_for(&self, asked: Asked<Result<(), Errno>>, kind: RecordKind, offset: u64, len: u64, payload: Bytes) {
-        if let Some(errno) = self.failed.get() {
+        if let Some(Failure { errno, .. }) = self.failed.get() {
             return asked.give(Err(errno));
         }
         let crc = if payload.is_empty() || self.encryption.is_some() { 0 } else { crc32c(&payload) };
@@ -237,7 +246,7 @@ impl Log {
     pub(crate) async fn sync(self: &Rc<Self>) -> Result<(), Errno> {
         let wanted = self.acknowledged.get().position;
         let settled = || match self.failed.get() {
-            Some(errno) => Some(Err(errno)),
+            Some(Failure { errno, .. }) => Some(Err(errno)),
             None if self.durable.get() >= wanted => Some(Ok(())),
             None => {
                 self.begin_sync();
@@ -290,10 +299,15 @@ impl Log {
 
     /// Nothing is acknowledged from now on.
     pub(crate) fn fail(&self, errno: Errno) {
+        self.fail_with(Failure { operation: "write", offset: 0, errno });
+    }
+
+    fn fail_with(&self, failure: Failure) {
+        let errno = failure.errno;
         if self.failed.get().is_some() {
             return;
         }
-        self.failed.set(Some(errno));
+        self.failed.set(Some(failure));
         let queued = std::mem::take(&mut *self.queue.borrow_mut());
         let in_flight = std::mem::take(&mut *self.in_flight.borrow_mut());
         let waiting = in_flight.into_iter().flat_map(|batch| batch.asked).chain(queued.into_iter().map(|queued| queued.asked));
@@ -301,7 +315,7 @@ impl Log {
         self.changed.notify();
     }
 
-    pub(crate) fn failed(&self) -> Option<Errno> {
+    pub(crate) fn failed(&self) -> Option<Failure> {
         self.failed.get()
     }
 
@@ -315,7 +329,7 @@ impl Log {
             let log = self.clone();
             self.environment.spawn(Box::pin(async move {
                 let written = log.disk.write(offset, parts).await;
-                log.written(number, written);
+                log.written(number, offset, written);
             }));
         }
     }
@@ -398,9 +412,9 @@ impl Log {
         sealed.into()
     }
 
-    fn written(&self, number: u64, result: Result<(), Errno>) {
+    fn written(&self, number: u64, offset: u64, result: Result<(), Errno>) {
         if let Err(errno) = result {
-            return self.fail(errno);
+            return self.fail_with(Failure { operation: "write", offset, errno });
         }
         if let Some(batch) = self.in_flight.borrow_mut().iter_mut().find(|batch| batch.header.number == number) {
             batch.written = true;
@@ -430,7 +444,7 @@ impl Log {
         let (offset, parts, number) = self.begin(BatchHeader { position, ..header }, Vec::new());
         self.marked.set(self.next.get().position);
         let written = self.disk.write(offset, parts).await;
-        self.written(number, written);
+        self.written(number, offset, written);
         self.begin_sync();
     }
 
@@ -450,7 +464,7 @@ impl Log {
                         log.environment.spawn(Box::pin(log.clone().mark_durable(upto)));
                     }
                 }
-                Err(errno) => log.fail(errno),
+                Err(errno) => log.fail_with(Failure { operation: "sync", offset: 0, errno }),
             }
             log.changed.notify();
         }));

@@ -47,9 +47,11 @@ impl Superblock {
         if bytes.iter().all(|byte| *byte == 0) {
             return Ok(None);
         }
-        let valid = bytes[..8] == MAGIC && crc32c(&bytes[12..USED]) == u32_at(&bytes, 8) && u32_at(&bytes, 12) == VERSION;
-        if !valid {
+        if bytes[..8] != MAGIC || crc32c(&bytes[12..USED]) != u32_at(&bytes, 8) {
             return Err(VolumeError::NotALog);
+        }
+        if u32_at(&bytes, 12) != VERSION {
+            return Err(VolumeError::FormatVersion("the local log".into()));
         }
         let ring = Ring { len: u64_at(&bytes, 48), sector: u32_at(&bytes, 56) as usize };
         ring.check(disk)?;

@@ -212,6 +212,7 @@ fn is_of_the_log(error: &VolumeError) -> bool {
         | VolumeError::LogDoesNotFit
         | VolumeError::LogMissing => true,
         VolumeError::ObjectDamaged { .. }
+        | VolumeError::FormatVersion(_)
         | VolumeError::Fenced
         | VolumeError::Raced
         | VolumeError::NoVolume

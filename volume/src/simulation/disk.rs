@@ -6,7 +6,7 @@
 //!
 //! It also watches what an encrypted log writes: two different batches under one key and batch number would give the key stream away.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
@@ -47,6 +47,19 @@ pub struct HostDisk {
     state: Rc<RefCell<State>>,
     /// Failures out of a thousand writes or syncs.
     pub failures: u64,
+    /// What syncs come to, besides failures by chance.
+    pub syncs: Rc<Cell<Syncs>>,
+}
+
+/// What a sync comes to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Syncs {
+    #[default]
+    Work,
+    /// They fail, and what they should have kept is forgotten.
+    Fail,
+    /// They succeed, and keep nothing.
+    Lie,
 }
 
 impl HostDisk {
@@ -59,7 +72,7 @@ impl HostDisk {
             next_version: 0,
             sealed: BTreeMap::new(),
         };
-        HostDisk { world: world.clone(), state: Rc::new(RefCell::new(state)), failures: 0 }
+        HostDisk { world: world.clone(), state: Rc::new(RefCell::new(state)), failures: 0, syncs: Rc::default() }
     }
 
     /// Everything that was not synced is decided by chance.
@@ -199,7 +212,7 @@ impl LogDisk for SimulatedDisk {
 
     fn write(&self, offset: u64, parts: Vec<Bytes>) -> LocalFuture<'_, Result<(), Errno>> {
         let bytes = parts.concat();
-        let HostDisk { world, state, failures } = self.host.clone();
+        let HostDisk { world, state, failures, .. } = self.host.clone();
         let sector = state.borrow().sector;
         assert!(offset.is_multiple_of(sector as u64) && bytes.len().is_multiple_of(sector), "a misaligned write");
         state.borrow_mut().watch_seals(&bytes);
@@ -218,14 +231,17 @@ impl LogDisk for SimulatedDisk {
     }
 
     fn sync(&self) -> LocalFuture<'_, Result<(), Errno>> {
-        let HostDisk { world, state, failures } = self.host.clone();
+        let HostDisk { world, state, failures, syncs } = self.host.clone();
         let before = state.borrow().next_version;
         let waiting = self.host.world.clone();
         let sync = move |fate| {
             if fate == Fate::ProcessDied {
                 return None;
             }
-            let fails = world.random.per_mille(failures);
+            if syncs.get() == Syncs::Lie {
+                return Some(Ok(()));
+            }
+            let fails = world.random.per_mille(failures) || syncs.get() == Syncs::Fail;
             state.borrow_mut().settle(before, !fails);
             Some(if fails { Err(Errno::EIO) } else { Ok(()) })
         };

@@ -145,6 +145,27 @@ impl SharedStore {
         self.state.borrow().object(name).map_or(0, Bytes::len)
     }
 
+    /// What stands under a name.
+    #[cfg(test)]
+    pub fn content(&self, name: &str) -> Option<Bytes> {
+        self.state.borrow().object(name).cloned()
+    }
+
+    /// The root of a volume.
+    #[cfg(test)]
+    pub fn root(&self, name: &str) -> Option<Bytes> {
+        self.state.borrow().root(name).cloned()
+    }
+
+    /// Somebody else puts a root there.
+    #[cfg(test)]
+    pub fn set_root(&self, name: &str, content: Bytes) {
+        let mut state = self.state.borrow_mut();
+        state.next_tag += 1;
+        let tag = state.next_tag;
+        state.roots.insert(name.to_owned(), (content, tag));
+    }
+
     /// Why an object may not be deleted.
     #[cfg(test)]
     pub fn may_delete(&self, name: &str) -> Result<(), String> {

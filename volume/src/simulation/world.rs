@@ -196,6 +196,13 @@ impl World {
         Err(format!("a task does not come to an end in {PATIENCE} steps"))
     }
 
+    /// Nothing happens for so long, as when a machine was asleep.
+    #[cfg(test)]
+    pub fn jump(&self, time: Duration) {
+        self.now.set(self.now.get() + time);
+        self.fire_timers();
+    }
+
     /// Whatever is under way happens. Nobody may be left who would begin more.
     pub fn settle(&self) {
         while let Some(operation) = self.take_operation() {

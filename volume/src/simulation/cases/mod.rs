@@ -3,6 +3,8 @@
 
 mod bench;
 mod clones;
+mod hosts;
+mod objects;
 mod owners;
 mod reclaim;
 mod reduction;
