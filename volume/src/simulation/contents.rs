@@ -70,7 +70,7 @@ impl Contents {
 }
 
 /// Contents that have an entry in the index of the simulated volumes.
-fn indexed() -> &'static [Version] {
+pub fn indexed() -> &'static [Version] {
     static FOUND: OnceLock<Vec<Version>> = OnceLock::new();
     FOUND.get_or_init(|| {
         let hasher = Secrets { pool_key: [1; 32], data_key: None }.hasher(VOLUME);
