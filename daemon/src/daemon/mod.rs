@@ -17,6 +17,7 @@ mod encryption;
 #[cfg(feature = "fault-injection")]
 pub mod faults;
 pub mod jobs;
+mod joint_snapshots;
 mod keys;
 pub mod listeners;
 mod locks;
@@ -64,6 +65,7 @@ pub struct Daemon {
     open: Arc<OpenVolumes>,
     locks: NameLocks,
     jobs: Jobs,
+    joint_snapshots: joint_snapshots::JointSnapshots,
     exports: Exports,
     listeners: Arc<Listeners>,
     transfers: transfers::Transfers,

@@ -14,6 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::data_dir::DataDir;
 use super::jobs::Jobs;
+use super::joint_snapshots::JointSnapshots;
 use super::listeners::Listeners;
 use super::log::LogControl;
 use super::mapped::Host;
@@ -101,10 +102,12 @@ fn build(config: Config, config_file: Option<PathBuf>, log: LogControl, listener
     }
     let nbd = NbdFrontEnd::new(&config, plane.handles(), listeners.clone())?;
     let jobs = Jobs::restore(data_dir.clone())?;
+    let joint_snapshots = JointSnapshots::load(data_dir.clone())?;
     let exports = Exports::load(data_dir.clone(), nbd)?;
     Ok(Arc::new_cyclic(|this| Daemon {
         this: this.clone(),
         jobs,
+        joint_snapshots,
         exports,
         config: live,
         config_file,
@@ -130,6 +133,7 @@ async fn run(daemon: Arc<Daemon>, announce: impl FnOnce(&Arc<Daemon>) -> anyhow:
     let restored = tokio::task::spawn_blocking(move || {
         restoring.exports.declare(&restoring.config())?;
         restoring.listeners.keep_only(&restoring.listening_addresses());
+        restoring.take_back_cut_off(START_PATIENCE);
         let deadline = blockdev::clock::monotonic() + START_PATIENCE;
         Exports::start_missing(&restoring, START_PATIENCE);
         restoring.pools.wait_settled(deadline.saturating_duration_since(blockdev::clock::monotonic()));

@@ -25,13 +25,14 @@ impl Daemon {
         }
         let volumes: Vec<VolumeId> = targets.iter().map(VolumeId::volume).collect();
         let _held = self.hold(&volumes);
+        self.take_back_earlier(&targets)?;
         for target in &targets {
             let snapshot = target.snapshot.as_deref().unwrap_or_default();
             if self.record(target)?.snapshots.contains_key(snapshot) {
                 return Err(Error::exists(format!("snapshot {target} exists already: choose another name")));
             }
         }
-        self.with_writes_held(&volumes, || self.take_snapshots(&targets))?;
+        self.all_or_none(&targets, || self.with_writes_held(&volumes, || self.take_snapshots(&targets)))?;
         targets.iter().map(|target| self.snapshot_info(target)).collect()
     }
 

@@ -1,4 +1,5 @@
-//! A small NBD client with extended headers, for requests that no tool at hand can make: longer than 4 GiB.
+//! A small NBD client with extended headers, for what no tool at hand can do: requests longer than 4 GiB, and one connection that is told of each
+//! error and goes on.
 
 use anyhow::{Context, Result, ensure};
 use std::io::{Read, Write};
@@ -16,9 +17,14 @@ const OPTION_GO: u32 = 7;
 const OPTION_EXTENDED_HEADERS: u32 = 11;
 const REPLY_ACK: u32 = 1;
 const REPLY_INFO: u32 = 3;
+const COMMAND_WRITE: u16 = 1;
+const COMMAND_FLUSH: u16 = 3;
 const COMMAND_TRIM: u16 = 4;
+/// The length of a request is that of its payload.
+const FLAG_PAYLOAD_LENGTH: u16 = 1 << 5;
 const CHUNK_DONE: u16 = 1;
 const CHUNK_NONE: u16 = 0;
+const CHUNK_ERROR: u16 = (1 << 15) + 1;
 
 #[derive(Debug)]
 pub struct NbdClient {
@@ -63,17 +69,40 @@ impl NbdClient {
         }
     }
 
-    /// Discards a range in one request, and waits for the answer.
-    pub fn trim(&mut self, offset: u64, length: u64) -> Result<()> {
+    /// Makes a request without an answer of its own, and waits until it is done; the NBD error number, 0 for success.
+    fn request(&mut self, (flags, command): (u16, u16), offset: u64, length: u64, payload: &[u8]) -> Result<u32> {
         let cookie = 1u64;
         let words = [cookie, offset, length].map(u64::to_be_bytes).concat();
-        let head = [&REQUEST_MAGIC.to_be_bytes()[..], &[0, 0], &COMMAND_TRIM.to_be_bytes()].concat();
-        self.stream.write_all(&[head, words].concat()).context("sending a trim")?;
+        let head = [&REQUEST_MAGIC.to_be_bytes()[..], &flags.to_be_bytes(), &command.to_be_bytes()].concat();
+        self.stream.write_all(&[&head, &words, payload].concat()).with_context(|| format!("sending command {command}"))?;
         let magic = u32::from_be_bytes(self.receive()?);
         let [flags, kind] = [self.receive()?, self.receive()?].map(u16::from_be_bytes);
-        let [answered, _, payload] = [self.receive()?, self.receive()?, self.receive()?].map(u64::from_be_bytes);
-        let good = (magic, flags, kind, answered, payload) == (REPLY_MAGIC, CHUNK_DONE, CHUNK_NONE, cookie, 0);
-        ensure!(good, "the trim was answered with {magic:#x}, flags {flags}, type {kind:#x}, {payload} bytes");
+        let [answered, _, length] = [self.receive()?, self.receive()?, self.receive()?].map(u64::from_be_bytes);
+        let good = (magic, flags, answered) == (REPLY_MAGIC, CHUNK_DONE, cookie) && length < 8192;
+        ensure!(good, "command {command} was answered with {magic:#x}, flags {flags}, type {kind:#x}, {length} bytes");
+        let mut answer = vec![0; usize::try_from(length)?];
+        self.stream.read_exact(&mut answer)?;
+        match (kind, answer.first_chunk()) {
+            (CHUNK_NONE, None) => Ok(0),
+            (CHUNK_ERROR, Some(error)) if *error != [0; 4] => Ok(u32::from_be_bytes(*error)),
+            _ => anyhow::bail!("command {command} was answered with type {kind:#x}: {answer:?}"),
+        }
+    }
+
+    /// Discards a range in one request, and waits for the answer.
+    pub fn trim(&mut self, offset: u64, length: u64) -> Result<()> {
+        let error = self.request((0, COMMAND_TRIM), offset, length, &[])?;
+        ensure!(error == 0, "the trim was answered with error {error}");
         Ok(())
+    }
+
+    /// Writes, and waits for the answer: the NBD error number, 0 for success.
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<u32> {
+        self.request((FLAG_PAYLOAD_LENGTH, COMMAND_WRITE), offset, u64::try_from(data.len())?, data)
+    }
+
+    /// Flushes, and waits for the answer: the NBD error number, 0 for success.
+    pub fn flush(&mut self) -> Result<u32> {
+        self.request((0, COMMAND_FLUSH), 0, 0, &[])
     }
 }
