@@ -9,11 +9,13 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::slice::from_ref;
 
 use dedup::hash::BlockHash;
 use dedup::location::Location;
 
 use crate::core::Core;
+use crate::environment::offload;
 use crate::error::VolumeError;
 use crate::map::{Pointer, Tree, spot_bits};
 use crate::meta::Snapshot;
@@ -24,11 +26,14 @@ use crate::signal::give_way;
 
 /// Blocks looked at in one go: so many that of each object some are among them. Its header is read for them, and may be longer than they are.
 const SPAN_BLOCKS: u64 = 262_144;
+/// Blocks whose runs are looked up in one go, and runs followed in one go: more would keep requests waiting.
+const FOLLOWED_BLOCKS: u64 = 16_384;
+const RESOLVED_BLOCKS: usize = 1024;
 /// Blocks read in one go.
 const READ_BLOCKS: usize = 256;
-/// Blocks hashed in one go: more would keep requests waiting.
+/// Blocks hashed in one go, for the same reason.
 const HASHED_BLOCKS: usize = 32;
-const RANGES_MAX: usize = 4_096;
+const RANGES_MAX: usize = 65_536;
 /// What is told of one volume.
 const FINDINGS_MAX: usize = 100;
 
@@ -42,7 +47,8 @@ impl Core {
         self.scrub_headers(&mut findings).await?;
         progress.begin(held.size);
         let head = || self.held(slot).map(|held| held.tree);
-        self.scrub_range(("the volume", &head), 0..held.blocks(), &mut findings, progress).await?;
+        let everything = 0..held.blocks();
+        self.scrub_ranges(("the volume", &head), from_ref(&everything), &mut findings, progress).await?;
         for Snapshot { name, size, .. } in self.committed_snapshots(|of| of == slot) {
             let name = (slot, name);
             let tree = || self.snapshot_now(&name).ok().map(|snapshot| snapshot.tree);
@@ -61,9 +67,7 @@ impl Core {
                 from = if ranges.len() < RANGES_MAX { blocks } else { ranges.last().map_or(blocks, |range| range.end) };
                 let ranges: Vec<Range<u64>> = ranges.into_iter().map(|range| range.start..range.end.min(blocks)).collect();
                 progress.expect(ranges.iter().map(|range| (range.end - range.start) * BLOCK as u64).sum());
-                for range in ranges {
-                    self.scrub_range((&what, &tree), range, &mut findings, progress).await?;
-                }
+                self.scrub_ranges((&what, &tree), &ranges, &mut findings, progress).await?;
             }
         }
         Ok(findings)
@@ -86,20 +90,19 @@ impl Core {
     }
 
     /// `of`: what it is, and its tree as long as it is there.
-    async fn scrub_range(
+    async fn scrub_ranges(
         &self,
         of: (&str, &dyn Fn() -> Option<Tree>),
-        range: Range<u64>,
+        ranges: &[Range<u64>],
         findings: &mut Vec<String>,
         progress: &Progress,
     ) -> Result<(), VolumeError> {
-        for start in range.clone().step_by(SPAN_BLOCKS as usize) {
-            let span = start..(start + SPAN_BLOCKS).min(range.end);
-            progress.advance((span.end - span.start) * BLOCK as u64);
+        for span in spans(ranges) {
+            progress.advance(span.iter().map(|range| (range.end - range.start) * BLOCK as u64).sum());
             for last in [false, false, true] {
                 let checkpoint = self.keeper.root().checkpoint;
                 let mut found = Vec::new();
-                let is_whole = self.scrub_span(of, span.clone(), &mut found).await?;
+                let is_whole = self.scrub_span(of, &span, &mut found).await?;
                 // What a checkpoint has replaced meanwhile is no damage, and what took its place was not looked at.
                 let is_fresh = checkpoint == self.keeper.root().checkpoint;
                 if last || is_fresh || (is_whole && found.is_empty()) {
@@ -115,24 +118,38 @@ impl Core {
     async fn scrub_span(
         &self,
         (what, tree): (&str, &dyn Fn() -> Option<Tree>),
-        span: Range<u64>,
+        span: &[Range<u64>],
         findings: &mut Vec<String>,
     ) -> Result<bool, VolumeError> {
         let _looking = self.reader.looking();
         let Some(tree) = tree() else { return Ok(true) };
-        let runs = match tree.runs(&self.reader, span.clone(), usize::MAX).await {
-            Ok(runs) => runs,
-            Err(error) => return note(findings, what, &span, &error),
-        };
         let mut is_whole = true;
-        let mut stored = Vec::new();
-        for (blocks, pointer) in runs.into_iter().filter(|(_, pointer)| !pointer.is_nothing()) {
-            match self.whereabouts(pointer).await {
-                Ok(pointer) => stored.push((pointer, blocks)),
-                Err(error) => is_whole &= note(findings, what, &blocks, &error)?,
+        let mut stored: Vec<(Pointer, Range<u64>)> = Vec::new();
+        let mut followed = 0;
+        for part in span.iter().flat_map(|range| parts(range.clone(), FOLLOWED_BLOCKS)) {
+            let runs = match tree.runs(&self.reader, part.clone(), usize::MAX).await {
+                Ok(runs) => runs,
+                Err(error) => {
+                    is_whole &= note(findings, what, &part, &error)?;
+                    continue;
+                }
+            };
+            for (blocks, pointer) in runs.into_iter().filter(|(_, pointer)| !pointer.is_nothing()) {
+                match self.whereabouts(pointer).await {
+                    Ok(pointer) => stored.push((pointer, blocks)),
+                    Err(error) => is_whole &= note(findings, what, &blocks, &error)?,
+                }
+                followed += 1;
+                if followed % RESOLVED_BLOCKS == 0 {
+                    give_way().await;
+                }
             }
         }
-        stored.sort_unstable_by_key(|(pointer, _)| pointer.bits());
+        let in_order = move || {
+            stored.sort_unstable_by_key(|(pointer, _)| pointer.bits());
+            stored
+        };
+        let stored = offload(&*self.chain.environment, in_order).await.ok_or(VolumeError::Panicked)?;
         for of_object in stored.chunk_by(|(before, _), (next, _)| handle_of(before) == handle_of(next)) {
             let hashes = self.hashes_for(&of_object[0].0).await?;
             for part in of_object.chunks(READ_BLOCKS) {
@@ -201,6 +218,30 @@ impl Core {
     }
 }
 
+/// What lies in some ranges, as much in one go as is looked at in one go.
+fn spans(ranges: &[Range<u64>]) -> impl Iterator<Item = Vec<Range<u64>>> {
+    let mut ranges = ranges.iter().cloned();
+    let mut rest = 0..0;
+    std::iter::from_fn(move || {
+        let (mut span, mut room) = (Vec::new(), SPAN_BLOCKS);
+        while room > 0 {
+            if rest.is_empty() {
+                let Some(next) = ranges.next() else { break };
+                rest = next;
+            }
+            let end = rest.end.min(rest.start + room);
+            span.push(rest.start..end);
+            room -= end - rest.start;
+            rest.start = end;
+        }
+        (!span.is_empty()).then_some(span)
+    })
+}
+
+fn parts(range: Range<u64>, len: u64) -> impl Iterator<Item = Range<u64>> {
+    range.clone().step_by(len as usize).map(move |start| start..(start + len).min(range.end))
+}
+
 fn handle_of(pointer: &Pointer) -> Option<u32> {
     pointer.location().map(|location| location.segment.get())
 }
@@ -221,5 +262,24 @@ fn note(findings: &mut Vec<String>, what: &str, blocks: &Range<u64>, error: &Vol
 fn tell(findings: &mut Vec<String>, finding: String) {
     if findings.len() < FINDINGS_MAX {
         findings.push(finding);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_have_all_of_the_ranges_and_no_more_than_is_looked_at_in_one_go() {
+        let all = |ranges: &[(u64, u64)]| -> Vec<Vec<(u64, u64)>> {
+            let ranges: Vec<Range<u64>> = ranges.iter().map(|(start, end)| *start..*end).collect();
+            spans(&ranges).map(|span| span.iter().map(|range| (range.start, range.end)).collect()).collect()
+        };
+        let n = SPAN_BLOCKS;
+        assert!(all(&[]).is_empty());
+        assert_eq!(all(&[(3, 3), (5, 7)]), [[(3, 3), (5, 7)]]);
+        assert_eq!(all(&[(0, 2 * n)]), [[(0, n)], [(n, 2 * n)]]);
+        assert_eq!(all(&[(0, 1), (2, n + 4)]), [vec![(0, 1), (2, n + 1)], vec![(n + 1, n + 4)]]);
+        assert_eq!(parts(1..6, 2).collect::<Vec<_>>(), [1..3, 3..5, 5..6]);
     }
 }
