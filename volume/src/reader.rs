@@ -136,8 +136,18 @@ impl Reader {
                 let why = "it is never where it is said to be";
                 return Err(VolumeError::ObjectDamaged { object: "a block of the volume".into(), why });
             }
-            self.moved_away(handle).await?;
+            let found = self.moved_away(handle).await;
+            // Somebody may have found out before it was asked for: then nothing that is wanted is there any more.
+            if wanted.iter().filter_map(|(_, pointer)| pointer.location()).any(|location| self.leads_to(location, handle)) {
+                found?;
+            }
         }
+    }
+
+    /// Whether the block of a location is in the object of this handle, as far as the table knows.
+    fn leads_to(&self, location: Location, handle: u32) -> bool {
+        let named = location.segment.get();
+        self.forward_of(named).unwrap_or(named) == handle
     }
 
     /// While the answer lives, no handle that a tree refers to now comes to stand for something else.
@@ -182,7 +192,12 @@ impl Reader {
     pub(crate) async fn resolve(&self, location: Location) -> Result<Location, VolumeError> {
         for _ in 0..MOVES_MAX {
             match self.follow(location).await {
-                Err(Failure::Gone(handle)) => self.moved_away(handle).await?,
+                Err(Failure::Gone(handle)) => {
+                    let found = self.moved_away(handle).await;
+                    if self.leads_to(location, handle) {
+                        found?;
+                    }
+                }
                 followed => return followed.map_err(|failure| self.error(failure)),
             }
         }

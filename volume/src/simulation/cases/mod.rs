@@ -80,6 +80,12 @@ fn a_clone_that_may_have_been_made_keeps_its_pin() {
     schedules(1_795_966_626_704_852..1_795_966_626_704_853);
 }
 
+/// A clone's reader met an object that its ancestor had moved and forgotten; another reader had found out where the blocks are just before.
+#[test]
+fn what_another_reader_has_found_is_not_missing() {
+    schedules(1_796_103_066_632_273..1_796_103_066_632_274);
+}
+
 #[test]
 fn case_49_handles_stand_for_other_objects_later() {
     let seen = schedules(4_900..4_940);
