@@ -35,7 +35,7 @@ const ROWS: [Row; 7] = [
     ("trim", trim),
 ];
 
-/// Takes most of an hour, and only if asked for.
+/// Takes an hour or more, so it is measured only if asked for.
 const LARGE: Row = ("snapshots-large", dead_space_of_100_gib);
 
 fn main() {
@@ -143,7 +143,8 @@ fn dead_space_beside_snapshots() {
     measure_dead_space(&rig, 2 * GIB, &|random, len| random.bytes(len as usize));
 }
 
-/// The size that the target speaks of, in a directory. Blocks are zeroes but for 64 bytes each, so that it takes 10 GiB of disk, and 2 GiB of `/dev/shm` for the log.
+/// The size that the target speaks of, in a directory. Blocks are zeroes but for 64 bytes each, so that it takes
+/// some 20 GiB of disk (14 with 65 of the snapshots), and 2 GiB of `/dev/shm` for the log.
 fn dead_space_of_100_gib() {
     let folder = tempfile::tempdir().expect("a folder");
     let log = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
