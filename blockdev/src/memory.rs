@@ -2,8 +2,12 @@
 //!
 //! It may be guest memory that its owner changes at any time, so no reference to the bytes is ever made: they are moved with raw
 //! copies, or by the kernel. Whoever needs stable bytes (to hash or compare them) copies them first.
+//!
+//! Zeroes of a pooled buffer are written only when somebody wants to see them: a front end that can tell or send zeroes in another way
+//! never does.
 
 use std::any::Any;
+use std::cell::Cell;
 use std::ptr;
 use std::rc::Rc;
 
@@ -16,6 +20,8 @@ pub struct Memory {
     segments: SmallVec<[libc::iovec; 2]>,
     len: usize,
     owner: Owner,
+    /// All of it counts as zero, and is written as such before anybody gets at the bytes.
+    zeroes_due: Cell<bool>,
 }
 
 enum Owner {
@@ -28,7 +34,7 @@ impl Memory {
     pub fn from_buffer(buffer: Buffer, len: usize) -> Memory {
         assert!(len <= buffer.capacity());
         let segment = libc::iovec { iov_base: buffer.as_ptr().cast(), iov_len: len };
-        Memory { segments: SmallVec::from_slice(&[segment]), len, owner: Owner::Buffer(buffer) }
+        Memory { segments: SmallVec::from_slice(&[segment]), len, owner: Owner::Buffer(buffer), zeroes_due: Cell::new(false) }
     }
 
     /// Memory of somebody else, such as a guest's.
@@ -37,7 +43,7 @@ impl Memory {
     /// Each segment must stay mapped, readable and writable as long as `owner` lives.
     pub unsafe fn from_segments(segments: SmallVec<[libc::iovec; 2]>, owner: Rc<dyn Any>) -> Memory {
         let len = segments.iter().map(|segment| segment.iov_len).sum();
-        Memory { segments, len, owner: Owner::Shared(owner) }
+        Memory { segments, len, owner: Owner::Shared(owner), zeroes_due: Cell::new(false) }
     }
 
     /// Total length in bytes.
@@ -51,11 +57,13 @@ impl Memory {
 
     /// The segments, in order. They stay valid as long as this value lives.
     pub fn segments(&self) -> &[libc::iovec] {
+        self.settle();
         &self.segments
     }
 
     /// The pooled buffer behind this memory, where there is one.
     pub fn into_buffer(self) -> Option<Buffer> {
+        self.settle();
         match self.owner {
             Owner::Buffer(buffer) => Some(buffer),
             Owner::Shared(_) => None,
@@ -70,15 +78,31 @@ impl Memory {
 
     /// True if every byte is zero. It looks no further than the first that is not.
     pub fn is_zero(&self) -> bool {
-        self.segments.iter().filter(|segment| segment.iov_len > 0).all(|segment| {
-            let start = segment.iov_base.cast::<u8>();
-            // SAFETY: the segment is mapped and readable as long as `self` lives; comparing it with itself, one byte on, stays in it.
-            unsafe { start.read_volatile() == 0 && libc::memcmp(start.cast(), start.add(1).cast(), segment.iov_len - 1) == 0 }
-        })
+        self.zeroes_due.get()
+            || self.segments.iter().filter(|segment| segment.iov_len > 0).all(|segment| {
+                let start = segment.iov_base.cast::<u8>();
+                // SAFETY: the segment is mapped and readable as long as `self` lives; comparing it with itself, one byte on, stays in it.
+                unsafe { start.read_volatile() == 0 && libc::memcmp(start.cast(), start.add(1).cast(), segment.iov_len - 1) == 0 }
+            })
     }
 
     /// Fills all of it with `byte`.
     pub fn fill(&mut self, byte: u8) {
+        let may_wait = byte == 0 && matches!(self.owner, Owner::Buffer(_));
+        self.zeroes_due.set(may_wait);
+        if !may_wait {
+            self.write_all(byte);
+        }
+    }
+
+    /// Writes the zeroes that are due.
+    fn settle(&self) {
+        if self.zeroes_due.replace(false) {
+            self.write_all(0);
+        }
+    }
+
+    fn write_all(&self, byte: u8) {
         for segment in &self.segments {
             // SAFETY: the segment is mapped and writable as long as `self` lives.
             unsafe { ptr::write_bytes(segment.iov_base.cast::<u8>(), byte, segment.iov_len) };
@@ -153,6 +177,7 @@ impl Memory {
 
     fn walk(&self, mut offset: usize, mut len: usize, mut visit: impl FnMut(*mut u8, usize)) {
         assert!(offset.checked_add(len).is_some_and(|end| end <= self.len), "range beyond this memory");
+        self.settle();
         for segment in &self.segments {
             if len == 0 {
                 return;
@@ -216,6 +241,47 @@ mod tests {
             memory.copy_from(at, &[0]);
         }
         assert!(memory.is_zero());
+    }
+
+    #[test]
+    fn zeroes_are_there_however_one_gets_at_them() {
+        let pool = BufferPool::new(1 << 16, 0);
+        let zeroed = || {
+            let mut memory = Memory::from_buffer(pool.try_get(512).unwrap(), 512);
+            memory.fill(7);
+            memory.fill(0);
+            assert!(memory.is_zero());
+            memory
+        };
+        assert_eq!(zeroed().to_vec(), [0; 512]);
+        let mut out = [9; 8];
+        zeroed().copy_to(504, &mut out);
+        assert_eq!(out, [0; 8]);
+        let read = |address: *const u8| {
+            // SAFETY: the address is the first of a buffer that lives.
+            unsafe { address.read() }
+        };
+        let memory = zeroed();
+        assert_eq!(read(memory.segments()[0].iov_base.cast()), 0);
+        assert_eq!(read(zeroed().slice(0, 1)[0].iov_base.cast()), 0);
+        let buffer = zeroed().into_buffer().unwrap();
+        assert_eq!(read(buffer.as_ptr()), 0);
+        let (mut partly, mut whole) = (zeroed(), zeroed());
+        partly.copy_from(3, &[5]);
+        assert_eq!(partly.to_vec()[..5], [0, 0, 0, 5, 0]);
+        assert!(!partly.is_zero());
+        partly.copy_memory(0, &zeroed(), 0, 4);
+        assert!(partly.is_zero());
+        whole.fill(4);
+        assert!(!whole.is_zero());
+    }
+
+    #[test]
+    fn guest_memory_is_filled_at_once() {
+        let (mut memory, bytes) = scattered();
+        memory.fill(0);
+        // SAFETY: the vector is alive and nobody else refers to the byte.
+        assert_eq!(unsafe { bytes[21].get().read() }, 0);
     }
 
     #[test]

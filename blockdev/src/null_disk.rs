@@ -1,4 +1,4 @@
-//! A device that stores nothing: reads give zeroes (memory is really filled), writes vanish. For benchmarks.
+//! A device that stores nothing: reads give zeroes (a guest's memory is really filled), writes vanish. For benchmarks.
 
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use crate::protocol::{Headers, MARKED};
 
 /// The most extents of one context in a reply.
-const EXTENTS_MAX: usize = 1 << 16;
+const EXTENTS_MAX: usize = 1 << 12;
 
 /// Where an export's own contexts come from. Called on threads that may block.
 pub trait Contexts: Send + Sync {

@@ -7,19 +7,19 @@
 //!                                              Clients, and whoever waits for them to leave
 //! ```
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blockdev::{ReactorHandle, clock};
 use parking_lot::Mutex;
 use thiserror::Error;
-use tokio::sync::{Notify, Semaphore};
-use tokio::task::JoinHandle;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::task::{AbortHandle, JoinHandle};
 
 use crate::client::{Client, ClientInfo};
 use crate::contexts::Context;
@@ -35,7 +35,7 @@ use crate::transmission::{Gone, Negotiated, Worker};
 pub struct ServerOptions {
     /// How long a client may take to choose an export.
     pub handshake_time_max: Duration,
-    /// How many clients of one listener may be choosing at once; others wait to be accepted.
+    /// How many clients of one listener may be choosing at once; the oldest has to go for another after a second.
     pub handshakes_max: usize,
     /// How many clients may be attached at once; others are closed at once.
     pub clients_max: usize,
@@ -251,21 +251,60 @@ enum Accept {
     Tcp(tokio::net::TcpListener),
 }
 
+/// Those of a listener's clients that are still choosing. Who does nothing cannot keep others out.
+struct Handshakes {
+    room: Arc<Semaphore>,
+    begun: VecDeque<(Instant, AbortHandle)>,
+}
+
+impl Handshakes {
+    /// One that is younger is not ended for another.
+    const AGE_MIN: Duration = Duration::from_secs(1);
+
+    fn new(most: usize) -> Handshakes {
+        Handshakes { room: Arc::new(Semaphore::new(most)), begun: VecDeque::new() }
+    }
+
+    /// Waits until there is room for one more, and makes it by ending the oldest.
+    async fn room(&mut self) -> Option<OwnedSemaphorePermit> {
+        loop {
+            self.begun.retain(|(_, handshake)| !handshake.is_finished());
+            let age =
+                self.begun.front().map_or(Duration::ZERO, |(begun, _)| clock::monotonic().saturating_duration_since(*begun));
+            match tokio::time::timeout(Self::AGE_MIN.saturating_sub(age), self.room.clone().acquire_owned()).await {
+                Ok(permit) => return permit.ok(),
+                Err(_) => {
+                    if let Some((_, oldest)) = self.begun.pop_front() {
+                        tracing::info!("ending the oldest NBD handshake, as others wait for theirs");
+                        oldest.abort();
+                    }
+                }
+            }
+        }
+    }
+
+    async fn begin(&mut self, handshake: impl Future<Output = ()> + Send + 'static) {
+        let permit = self.room().await;
+        let task = tokio::spawn(async move {
+            handshake.await;
+            drop(permit);
+        });
+        self.begun.push_back((clock::monotonic(), task.abort_handle()));
+    }
+}
+
 /// The task of one listener.
 async fn accept(shared: Arc<Shared>, serves: Serves, tls: Option<TlsSettings>, listener: Accept) {
     const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(100);
-    let handshakes = Arc::new(Semaphore::new(shared.options.handshakes_max.max(1)));
+    let mut handshakes = Handshakes::new(shared.options.handshakes_max.max(1));
     loop {
-        let Ok(permit) = handshakes.clone().acquire_owned().await else { return };
         let (shared, serves, tls) = (shared.clone(), serves.clone(), tls.clone());
         let failed = match &listener {
             Accept::Unix(listener) => match listener.accept().await {
                 Ok((stream, _)) => {
                     let peer = unix_peer(&stream);
-                    tokio::spawn(async move {
-                        shared.welcome(stream, peer, &serves, tls.as_ref()).await;
-                        drop(permit);
-                    });
+                    let welcome = async move { shared.welcome(stream, peer, &serves, tls.as_ref()).await };
+                    handshakes.begin(welcome).await;
                     continue;
                 }
                 Err(error) => error,
@@ -273,10 +312,9 @@ async fn accept(shared: Arc<Shared>, serves: Serves, tls: Option<TlsSettings>, l
             Accept::Tcp(listener) => match listener.accept().await {
                 Ok((stream, address)) => {
                     let _ = stream.set_nodelay(true);
-                    tokio::spawn(async move {
-                        shared.welcome(stream, address.to_string(), &serves, tls.as_ref()).await;
-                        drop(permit);
-                    });
+                    let peer = address.to_string();
+                    let welcome = async move { shared.welcome(stream, peer, &serves, tls.as_ref()).await };
+                    handshakes.begin(welcome).await;
                     continue;
                 }
                 Err(error) => error,

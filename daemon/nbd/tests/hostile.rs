@@ -84,6 +84,15 @@ fn a_handshake_that_takes_too_long_is_ended_and_makes_room() {
 }
 
 #[test]
+fn who_never_chooses_an_export_has_to_go_for_others() {
+    let options = ServerOptions { handshake_time_max: Duration::from_secs(3600), handshakes_max: 2, ..Default::default() };
+    let rig = Rig::with(memory(1 << 20), 1, options, |export| export);
+    let mut idlers: Vec<Wire> = (0..2).map(|_| Wire::connect(&rig.socket)).collect();
+    still_serves(&rig);
+    assert!(idlers[0].is_closed(), "the oldest went");
+}
+
+#[test]
 fn more_clients_than_allowed_are_closed() {
     let options = ServerOptions { clients_max: 2, ..Default::default() };
     let rig = Rig::with(memory(1 << 20), 1, options, |export| export);

@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use blockdev::stats::OpClass;
-use blockdev::{BlockDevice, Capabilities, DeviceError, Errno, Geometry, IoQueue, Op, Reactor, Request};
+use blockdev::{
+    BlockDevice, Capabilities, DeviceError, Errno, Extent, ExtentKind, Geometry, IoQueue, Op, Payload, Reactor, Request,
+};
 use common::{Answer, Rig, memory, slow};
 use nbd::ServerOptions;
 use nbd::protocol::{Headers, PAYLOAD_MAX, allocation, command, command_flag, error};
@@ -338,6 +340,10 @@ fn many_requests_in_flight_are_all_answered_once() {
 /// Clients that ask for much and read nothing, and one that behaves.
 fn beside_hogs(hogs: usize, requests: usize, len: u64) {
     let rig = Rig::with(memory(64 * MIB), 1, ServerOptions::default(), |export| export);
+    let mut filler = rig.attach(Headers::Simple);
+    assert_eq!(filler.write_all(0, &vec![6; PAYLOAD_MAX as usize]), Answer::Done);
+    filler.disconnect();
+    rig.wait_for_clients(0);
     let mut hogs: Vec<_> = (0..hogs).map(|_| rig.attach(Headers::Simple)).collect();
     for hog in &mut hogs {
         let bytes: Vec<u8> = (0..requests).flat_map(|_| hog.header(command::READ, 0, 0, len).1).collect();
@@ -370,6 +376,69 @@ fn clients_that_do_not_read_hinder_nobody() {
 #[test]
 fn clients_that_do_not_read_one_large_reply_each_hinder_nobody() {
     beside_hogs(40, 1, PAYLOAD_MAX);
+}
+
+#[test]
+fn clients_that_do_not_send_the_payload_they_announced_hinder_nobody_for_long() {
+    let rig = Rig::with(memory(64 * MIB), 1, ServerOptions::default(), |export| export);
+    let mut other = rig.attach(Headers::Simple);
+    let lengths = (14..=25).rev().flat_map(|power| [1 << power; 8]);
+    let hogs: Vec<_> = lengths
+        .map(|len| {
+            let mut hog = rig.attach(Headers::Simple);
+            hog.request(command::WRITE, 0, 0, len);
+            hog
+        })
+        .collect();
+    for n in 0..20 {
+        assert_eq!(other.write_all(n * 4096, &[7; 128 << 10]), Answer::Done);
+        assert_eq!(other.read(n * 4096, 128 << 10), Answer::Data(vec![7; 128 << 10]));
+    }
+    assert!(rig.server.clients().len() < 1 + hogs.len(), "they had all the memory, so some had to go");
+}
+
+/// A device of which every second part is a hole.
+struct Striped(Arc<dyn BlockDevice>);
+
+struct StripedQueue(Box<dyn IoQueue>);
+
+impl BlockDevice for Striped {
+    fn geometry(&self) -> Geometry {
+        self.0.geometry()
+    }
+    fn capabilities(&self) -> Capabilities {
+        self.0.capabilities()
+    }
+    fn open_queue(&self, reactor: &Rc<Reactor>) -> Result<Box<dyn IoQueue>, DeviceError> {
+        Ok(Box::new(StripedQueue(self.0.open_queue(reactor)?)))
+    }
+    fn resize(&self, size: u64) -> Result<(), DeviceError> {
+        self.0.resize(size)
+    }
+}
+
+impl IoQueue for StripedQueue {
+    fn submit(&self, request: Request) {
+        if request.op != Op::BlockStatus {
+            return self.0.submit(request);
+        }
+        let part = |n| Extent { len: request.len / 4096, kind: if n % 2 == 0 { ExtentKind::Data } else { ExtentKind::Hole } };
+        let extents = (0..4096).map(part).collect();
+        request.complete_with(Ok(()), Payload::Extents(extents));
+    }
+}
+
+#[test]
+fn answers_about_extents_that_nobody_takes_are_few() {
+    let rig = Rig::with(Arc::new(Striped(memory(64 * MIB))), 1, ServerOptions::default(), |export| export);
+    let mut wire = rig.attach(Headers::Extended);
+    let cookies: Vec<u64> = (0..128).map(|_| wire.request(command::BLOCK_STATUS, 0, 0, 64 * MIB)).collect();
+    std::thread::sleep(Duration::from_millis(300));
+    let started = rig.export.stats().class(OpClass::BlockStatus).started;
+    assert!(started < 64, "{started} answers wait for a client that takes none");
+    for _ in cookies {
+        assert!(matches!(wire.answer().1, Answer::Extents(extents) if extents.len() == 4096));
+    }
 }
 
 #[test]

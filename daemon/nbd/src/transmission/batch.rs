@@ -1,4 +1,5 @@
-//! Replies on their way to the socket: gathered as iovecs, sent by one `sendmsg`, without copying the data read.
+//! Replies on their way to the socket: gathered as iovecs, sent by one `sendmsg`, without copying the data read. A run of zeroes that
+//! is not in memory at all has an iovec without an address, and ends what one `sendmsg` takes.
 //!
 //! ```text
 //!  headers  [ reply ][ reply ][ reply ] …                one fixed block
@@ -35,7 +36,13 @@ pub(super) struct Batch {
     next: usize,
     replies: usize,
     held_len: usize,
+    told_len: usize,
     unsent: usize,
+    zero_runs: usize,
+}
+
+fn is_zeroes(part: &libc::iovec) -> bool {
+    part.iov_base.is_null()
 }
 
 impl Batch {
@@ -50,7 +57,9 @@ impl Batch {
             next: 0,
             replies: 0,
             held_len: 0,
+            told_len: 0,
             unsent: 0,
+            zero_runs: 0,
         })
     }
 
@@ -61,6 +70,11 @@ impl Batch {
     /// Bytes of request memory that this batch keeps.
     pub(super) fn held_len(&self) -> usize {
         self.held_len
+    }
+
+    /// Bytes given with [`Batch::push_bytes`].
+    pub(super) fn told_len(&self) -> usize {
+        self.told_len
     }
 
     pub(super) fn unsent(&self) -> usize {
@@ -95,19 +109,44 @@ impl Batch {
     /// Appends bytes to the reply just pushed.
     pub(super) fn push_bytes(&mut self, mut bytes: Vec<u8>) {
         self.unsent += bytes.len();
+        self.told_len += bytes.len();
         self.iovecs.push(libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() });
         self.held.push(Held::Bytes(bytes));
     }
 
-    /// What is still to be sent.
-    pub(super) fn pending(&self) -> &[libc::iovec] {
-        &self.iovecs[self.next..]
+    /// Appends `len` zeroes, as the data of the reply just pushed.
+    pub(super) fn push_zeroes(&mut self, len: usize) {
+        self.unsent += len;
+        self.zero_runs += 1;
+        self.iovecs.push(libc::iovec { iov_base: std::ptr::null_mut(), iov_len: len });
     }
 
-    /// A message header for what is still to be sent; valid until the batch is changed.
+    /// True if anything in it has to be sent as [`Batch::zeroes_due`] tells.
+    pub(super) fn has_zeroes(&self) -> bool {
+        self.zero_runs > 0
+    }
+
+    /// How many zeroes are to be sent before anything else of the batch; 0 if bytes are.
+    pub(super) fn zeroes_due(&self) -> usize {
+        self.iovecs.get(self.next).filter(|first| is_zeroes(first)).map_or(0, |first| first.iov_len)
+    }
+
+    /// What is to be sent before the next run of zeroes.
+    pub(super) fn pending(&self) -> &[libc::iovec] {
+        let rest = &self.iovecs[self.next..];
+        let len = if self.has_zeroes() { rest.iter().position(is_zeroes).unwrap_or(rest.len()) } else { rest.len() };
+        &rest[..len]
+    }
+
+    /// True if something follows [`Batch::pending`].
+    pub(super) fn is_more(&self) -> bool {
+        self.next + self.pending().len() < self.iovecs.len()
+    }
+
+    /// A message header for [`Batch::pending`]; valid until the batch is changed.
     pub(super) fn message(&mut self) -> *const libc::msghdr {
+        self.message.msg_iovlen = self.pending().len();
         self.message.msg_iov = self.iovecs.as_mut_ptr().wrapping_add(self.next);
-        self.message.msg_iovlen = self.iovecs.len() - self.next;
         &raw const self.message
     }
 
@@ -116,7 +155,9 @@ impl Batch {
         self.unsent = self.unsent.saturating_sub(len);
         while let Some(first) = self.iovecs.get_mut(self.next) {
             if len < first.iov_len {
-                first.iov_base = first.iov_base.cast::<u8>().wrapping_add(len).cast();
+                if !is_zeroes(first) {
+                    first.iov_base = first.iov_base.cast::<u8>().wrapping_add(len).cast();
+                }
                 first.iov_len -= len;
                 return false;
             }
@@ -134,7 +175,9 @@ impl Batch {
         self.next = 0;
         self.replies = 0;
         self.held_len = 0;
+        self.told_len = 0;
         self.unsent = 0;
+        self.zero_runs = 0;
     }
 }
 
@@ -201,6 +244,25 @@ mod tests {
         }
         batch.clear();
         assert_eq!(pool.used_bytes(), 0);
+    }
+
+    #[test]
+    fn a_run_of_zeroes_stands_between_bytes() {
+        let mut batch = Batch::new();
+        batch.push(Reply::Data(1000), Headers::Simple, 1, 0);
+        batch.push_zeroes(1000);
+        batch.push(Reply::Done, Headers::Simple, 2, 0);
+        assert_eq!((batch.unsent(), batch.pending().len(), batch.zeroes_due()), (16 + 1000 + 16, 1, 0));
+        assert!(batch.is_more());
+        assert!(!batch.advance(16));
+        assert_eq!((batch.pending().len(), batch.zeroes_due()), (0, 1000));
+        assert!(!batch.advance(999));
+        assert_eq!((batch.pending().len(), batch.zeroes_due()), (0, 1));
+        assert!(!batch.advance(1));
+        assert_eq!((batch.pending()[0].iov_len, batch.zeroes_due(), batch.is_more()), (16, 0, false));
+        assert!(batch.advance(16) && batch.has_zeroes());
+        batch.clear();
+        assert!(!batch.has_zeroes());
     }
 
     #[test]

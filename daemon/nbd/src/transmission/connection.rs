@@ -22,10 +22,12 @@ use super::batch::Batch;
 use super::session::{Blocked, Ended, Session};
 use super::transport::{RECEIVE_LARGE, RECEIVE_SMALL, ReceiveBuffer, Transport};
 use super::worker::Worker;
+use super::zeroes::{self, Sent};
 use crate::client::Client;
 
 const RECEIVE: u32 = 0;
 const SEND: u32 = 1;
+const WRITABLE: u32 = libc::POLLOUT as u32;
 const DRAIN_TIMER: u32 = 0;
 const SHRINK_TIMER: u32 = 1;
 const PREFETCH_TIMER: u32 = 2;
@@ -60,6 +62,8 @@ struct State {
     wants_large: bool,
     after_direct: bool,
     sending: bool,
+    /// What is with the kernel sends nothing; it completes when the socket is writable.
+    awaiting_writable: bool,
     batch: Option<Box<Batch>>,
     sending_since: Instant,
     shut_down: bool,
@@ -118,6 +122,7 @@ impl Connection {
                 wants_large: false,
                 after_direct: false,
                 sending: false,
+                awaiting_writable: false,
                 batch: None,
                 sending_since: now,
                 shut_down: false,
@@ -158,10 +163,13 @@ impl Connection {
         self.step();
     }
 
-    /// How long the client has not taken what is sent to it, and how many bytes of buffers that keeps busy.
+    /// How long the client has kept its buffers busy by not taking what is sent to it, or by not sending what it has begun; and how
+    /// many bytes these are.
     pub(super) fn stalled(&self, now: Instant) -> Option<(Duration, usize)> {
         let state = self.state.borrow();
-        state.sending.then(|| (now.saturating_duration_since(state.sending_since), state.session.held_len()))
+        let sending = state.sending.then(|| now.saturating_duration_since(state.sending_since));
+        let since = sending.max(state.session.payload_overdue(now))?;
+        Some((since, state.session.held_len()))
     }
 
     /// Closes without regard to what was not sent yet.
@@ -299,15 +307,39 @@ impl Connection {
             state.batch = state.session.take_replies();
         }
         let fd = types::Fd(self.socket.as_raw_fd());
-        let Some(entry) = state.transport.send_entry(fd, state.batch.as_deref_mut()) else { return };
+        let entry = match state.batch.as_deref_mut() {
+            Some(batch) if batch.has_zeroes() => self.send_now(state).then(|| opcode::PollAdd::new(fd, WRITABLE).build()),
+            batch => state.transport.send_entry(fd, batch),
+        };
+        let Some(entry) = entry else { return };
         state.sending = true;
         state.sending_since = self.reactor.now();
         // SAFETY: the entry points into the batch or the transport's buffer, both in `state` and unchanged until it has completed.
         unsafe { self.reactor.submit(self.id, SEND, entry) };
     }
 
+    /// Sends what the socket takes of a batch with runs of zeroes; true if the rest waits until it takes more.
+    fn send_now(&self, state: &mut State) -> bool {
+        let Some(batch) = state.batch.as_deref_mut() else { return false };
+        match zeroes::send(&self.socket, batch) {
+            Ok(Sent::Partly) => state.awaiting_writable = true,
+            Ok(Sent::Whole) => {
+                self.give_back(state);
+                self.reactor.wake(self.id);
+            }
+            Err(error) => {
+                self.give_back(state);
+                self.fail(state, &format!("sending: {error}"));
+            }
+        }
+        state.awaiting_writable
+    }
+
     fn sent(&self, state: &mut State, result: i32) {
         state.sending = false;
+        if std::mem::take(&mut state.awaiting_writable) && result >= 0 {
+            return;
+        }
         match result {
             0.. if state.phase != Phase::Closing => {
                 if state.transport.sent(state.batch.as_deref_mut(), result as usize) {

@@ -13,5 +13,6 @@ mod request;
 mod session;
 mod transport;
 mod worker;
+mod zeroes;
 
 pub(crate) use worker::{Gone, Negotiated, Worker};

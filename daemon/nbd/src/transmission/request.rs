@@ -5,7 +5,7 @@ use blockdev::{Errno, Extent, ExtentKind, Op};
 use crate::protocol::{Headers, PAYLOAD_MAX, RequestHeader, allocation, command, command_flag, error, error_number};
 
 /// The most extents in one reply.
-const EXTENTS_MAX: usize = 1 << 16;
+const EXTENTS_MAX: usize = 1 << 12;
 
 /// What was agreed with a client, as far as it decides which requests are valid.
 #[derive(Clone, Copy, Debug)]

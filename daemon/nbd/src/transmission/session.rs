@@ -7,11 +7,11 @@
 //! ```
 //!
 //! Invariants: at most [`REPLIES_MAX`] requests are admitted and not yet answered *on the wire*; they keep at most [`HELD_MAX`]
-//! bytes of buffers, or one request's. Beyond that `feed` takes no more, so that the socket fills up and the client waits.
+//! bytes of buffers, or one request's, and [`TOLD_MAX`] of answers about extents, or one answer. Beyond that `feed` takes no more, so that the socket fills up and the client waits.
 
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use blockdev::stats::{OpClass, OpStats, Stage};
 use blockdev::{Buffer, Completion, CompletionQueue, Errno, Extent, Memory, Op, Payload, Reactor, Request, VolumeQueue};
@@ -20,6 +20,7 @@ use slab::Slab;
 use super::batch::{Batch, BatchPool, REPLIES_MAX};
 use super::prefetch::Prefetch;
 use super::request::{Action, Rules, check, encode_extents, reply_number};
+use super::zeroes;
 use crate::client::Client;
 use crate::contexts::Context;
 use crate::protocol::{
@@ -33,6 +34,12 @@ const HELD_MAX: usize = 32 << 20;
 const FREE_SHARE: usize = 4;
 /// But it may hold this much if there is as much.
 const HELD_MIN: usize = 256 << 10;
+/// Who sends a payload more slowly, in bytes a second, keeps others from its buffer.
+const PAYLOAD_RATE_MIN: u64 = 1 << 20;
+/// The most bytes that a connection's answers about extents take up, those to come included.
+const TOLD_MAX: usize = 1 << 20;
+/// What an answer to come is counted as.
+const TOLD_EACH: usize = 64 << 10;
 /// Payload at least this long is received straight into its buffer.
 const DIRECT_MIN: usize = 16 << 10;
 
@@ -72,6 +79,7 @@ struct Incoming {
     op: Op,
     buffer: Buffer,
     filled: usize,
+    begun: Instant,
 }
 
 impl Incoming {
@@ -96,6 +104,8 @@ struct Slot {
 /// What a session works with.
 pub(super) struct SessionSetup {
     pub(super) rules: Rules,
+    /// The transport sends runs of zeroes that are in no memory.
+    pub(super) sends_zeroes: bool,
     /// Of the export's own, those that were selected.
     pub(super) contexts: Vec<Context>,
     pub(super) client: Arc<Client>,
@@ -118,6 +128,7 @@ pub(super) struct Session {
     replies: Option<Box<Batch>>,
     replies_in_flight: usize,
     held_len: usize,
+    told_len: usize,
     ended: Option<Ended>,
 }
 
@@ -133,6 +144,7 @@ impl Session {
             replies: None,
             replies_in_flight: 0,
             held_len: 0,
+            told_len: 0,
             ended: None,
         }
     }
@@ -149,6 +161,13 @@ impl Session {
     /// Bytes of buffers held by requests and by replies not yet sent.
     pub(super) fn held_len(&self) -> usize {
         self.held_len
+    }
+
+    /// How much longer the payload being received has taken than one of its length may at [`PAYLOAD_RATE_MIN`].
+    pub(super) fn payload_overdue(&self, now: Instant) -> Option<Duration> {
+        let Expect::Payload(Incoming { header, begun, .. }) = &self.expect else { return None };
+        let allowed = Duration::from_millis(header.len * 1000 / PAYLOAD_RATE_MIN);
+        Some(now.saturating_duration_since(*begun).saturating_sub(allowed))
     }
 
     /// Takes input until it ends or no more can be taken. Returns how much was taken, and why not all of it.
@@ -266,13 +285,16 @@ impl Session {
                 self.expect = Expect::Header;
                 self.admit_prefetch(&header, batches);
             }
+            Ok(Action::OwnContexts | Action::Submit(Op::BlockStatus)) if self.told_len > TOLD_MAX - TOLD_EACH => {
+                return Err(Blocked::Replies);
+            }
             Ok(Action::OwnContexts) => {
                 self.expect = Expect::Header;
                 self.tell_own_contexts(&header, batches);
             }
             Ok(Action::Submit(op @ Op::Write { .. })) if header.len > 0 => {
                 let buffer = self.buffer(header.len as usize)?;
-                self.expect = Expect::Payload(Incoming { header, op, buffer, filled: 0 });
+                self.expect = Expect::Payload(Incoming { header, op, buffer, filled: 0, begun: self.setup.reactor.now() });
             }
             Ok(Action::Submit(op @ (Op::Read | Op::Write { .. }))) => {
                 let buffer = self.buffer(header.len as usize)?;
@@ -281,6 +303,7 @@ impl Session {
                 self.submit(&header, op, Payload::Memory(Memory::from_buffer(buffer, header.len as usize)), held_len);
             }
             Ok(Action::Submit(op)) => {
+                self.told_len += if op == Op::BlockStatus { TOLD_EACH } else { 0 };
                 self.expect = Expect::Header;
                 self.submit(&header, op, Payload::None, 0);
             }
@@ -329,6 +352,7 @@ impl Session {
             data.extend_from_slice(&head[..len]);
             data.extend(bytes);
         }
+        self.told_len += data.len();
         self.reply(header, first, batches).push_bytes(data);
     }
 
@@ -436,6 +460,7 @@ impl Session {
             return setup.queue.submit(Request::new(Op::Flush, 0, 0, Payload::None, now, &setup.completions, token));
         }
         let Slot { header, class, arrived, held_len, .. } = self.slots.remove(slot);
+        self.told_len -= if class == OpClass::BlockStatus { TOLD_EACH } else { 0 };
         let ok = completion.result.is_ok();
         let moved = if matches!(class, OpClass::Flush | OpClass::BlockStatus) { 0 } else { header.len };
         let setup = &self.setup;
@@ -452,8 +477,12 @@ impl Session {
                 self.refuse(&header, reply_number(&header, errno), batches);
             }
             (Ok(()), Payload::Memory(memory)) if class == OpClass::Read && !self.is_hole(&memory) => {
+                let is_run = self.is_run(&memory);
+                if is_run {
+                    self.held_len -= held_len;
+                }
                 let batch = self.reply(&header, Reply::Data(header.len), batches);
-                batch.push_memory(memory, held_len);
+                if is_run { batch.push_zeroes(memory.len()) } else { batch.push_memory(memory, held_len) }
             }
             (Ok(()), Payload::Extents(extents)) => self.tell_extents(&header, Some(&extents), batches),
             (Ok(()), payload) => {
@@ -468,6 +497,11 @@ impl Session {
     /// Zeroes are told, not sent, to a client that understands it.
     fn is_hole(&self, read: &Memory) -> bool {
         self.setup.rules.headers != Headers::Simple && !read.is_empty() && read.is_zero()
+    }
+
+    /// Long runs of zeroes are sent without being in memory to a client that does not.
+    fn is_run(&self, read: &Memory) -> bool {
+        self.setup.sends_zeroes && self.setup.rules.headers == Headers::Simple && read.len() >= zeroes::RUN_MIN && read.is_zero()
     }
 
     fn refuse(&mut self, header: &RequestHeader, number: u32, batches: &BatchPool) {
@@ -491,5 +525,6 @@ impl Session {
     pub(super) fn replies_done(&mut self, batch: &Batch) {
         self.replies_in_flight = 0;
         self.held_len -= batch.held_len();
+        self.told_len -= batch.told_len();
     }
 }

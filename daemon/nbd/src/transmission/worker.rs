@@ -20,13 +20,14 @@ use super::connection::{Connection, Parts};
 use super::request::Rules;
 use super::session::{Session, SessionSetup};
 use super::transport::{ReceiveBuffer, Tls, Transport};
+use super::zeroes;
 use crate::client::Client;
 use crate::contexts::Context;
 use crate::protocol::Headers;
 
 const COMPLETIONS: usize = 1024;
 const STALL_CHECK: Duration = Duration::from_secs(1);
-/// While others wait for memory, a client that takes nothing for this long loses its connection.
+/// While others wait for memory, a client that takes nothing, or does not send what it has begun, for this long loses its connection.
 const STALL_MAX: Duration = Duration::from_secs(15);
 const SEND_BUFFER: libc::c_int = 1 << 20;
 
@@ -125,6 +126,7 @@ impl Worker {
             let index = entry.key();
             let session = Session::new(SessionSetup {
                 rules,
+                sends_zeroes: tls.is_none() && zeroes::can_be_sent(),
                 contexts,
                 client: client.clone(),
                 stats: client.export.thread_stats(),
@@ -245,7 +247,7 @@ impl Handler for Worker {
             return;
         }
         if let Some(connection) = self.worst_stalled() {
-            connection.abort("the client takes no replies while others wait for memory");
+            connection.abort("the client takes no replies, or sends no payload, while others wait for memory");
         }
         if !self.watching_stalls.replace(true) {
             self.reactor.set_timer(self.id, self.reactor.now() + STALL_CHECK, 0);
@@ -256,11 +258,7 @@ impl Handler for Worker {
 /// io_uring waits for a blocking socket by itself; large replies should fit into the socket at once; and a peer that vanished
 /// without a word is noticed within two minutes.
 fn prepare_socket(socket: &OwnedFd) -> io::Result<()> {
-    let mut nonblocking: libc::c_int = 0;
-    // SAFETY: FIONBIO reads one integer, which is live.
-    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONBIO, &raw mut nonblocking) } == -1 {
-        return Err(io::Error::last_os_error());
-    }
+    zeroes::set_nonblocking(socket, false)?;
     // A kernel that grants less than wished for, or a unix socket that knows no keep-alive, is no error.
     let _ = set_option(socket, libc::SOL_SOCKET, libc::SO_SNDBUF, SEND_BUFFER);
     let keep_alive = [
