@@ -5,9 +5,11 @@
 
 use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use crate::frontend::*;
 use crate::{DISK, eventually};
@@ -91,9 +93,14 @@ impl Log {
 }
 
 fn offer(queue: &Queue, memory: &SharedMemory, number: u16, round: u8) {
+    offer_at(3 * number, queue, memory, number, round);
+}
+
+/// The same, with the chain that begins at this descriptor, and so with a buffer of its own.
+fn offer_at(head: u16, queue: &Queue, memory: &SharedMemory, number: u16, round: u8) {
     let bytes = vec![round * 40 + number as u8 + 1; SECTORS as usize * 512];
-    queue.write_request(memory, 3 * number, T_OUT, u64::from(number) * SECTORS, Data::Out(&bytes));
-    queue.offer(memory, 3 * number);
+    queue.write_request(memory, head, T_OUT, u64::from(number) * SECTORS, Data::Out(&bytes));
+    queue.offer(memory, head);
 }
 
 /// Which of two indices the front end sends as its base.
@@ -145,6 +152,112 @@ fn survives(base: Base, rounds: u8) {
         let sector = u64::from(number) * SECTORS;
         assert_eq!(queue.run(&frontend.memory, T_IN, sector, Data::In(512)), 0);
         assert_eq!(queue.read_data(&frontend.memory, 0, 512), [(rounds - 1) * 40 + number as u8 + 1; 512]);
+    }
+    drop(server);
+}
+
+/// A loop device that the kernel lets one process write to slowly: what it has taken outlives the process.
+struct SlowDisk {
+    device: PathBuf,
+    group: PathBuf,
+    _file: tempfile::NamedTempFile,
+}
+
+impl SlowDisk {
+    const BYTES_PER_SECOND: u64 = 32 << 10;
+
+    fn new() -> SlowDisk {
+        let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        file.as_file().set_len(DISK).unwrap();
+        let losetup = Command::new("losetup").args(["--find", "--show"]).arg(file.path()).output().unwrap();
+        assert!(losetup.status.success(), "{}", String::from_utf8_lossy(&losetup.stderr));
+        let device = PathBuf::from(String::from_utf8(losetup.stdout).unwrap().trim());
+        let number = std::fs::metadata(&device).unwrap().rdev();
+        let number = format!("{}:{}", libc::major(number), libc::minor(number));
+        let name = format!("novastor-test-{}", std::process::id());
+        let rate = Self::BYTES_PER_SECOND;
+        let group = match Path::new("/sys/fs/cgroup/blkio") {
+            old if old.exists() => limited(old.join(name), "blkio.throttle.write_bps_device", &format!("{number} {rate}")),
+            _ => {
+                std::fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+io").unwrap();
+                limited(Path::new("/sys/fs/cgroup").join(name), "io.max", &format!("{number} wbps={rate}"))
+            }
+        };
+        SlowDisk { device, group, _file: file }
+    }
+
+    fn slow_down(&self, process: &Process) {
+        std::fs::write(self.group.join("cgroup.procs"), process.0.id().to_string()).unwrap();
+    }
+}
+
+fn limited(group: PathBuf, limit: &str, value: &str) -> PathBuf {
+    std::fs::create_dir(&group).unwrap();
+    std::fs::write(group.join(limit), value).unwrap();
+    group
+}
+
+impl Drop for SlowDisk {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir(&self.group);
+        let _ = Command::new("losetup").arg("--detach").arg(&self.device).status();
+    }
+}
+
+/// The kernel has more than a second of the dead server's writes when the next one starts, which is not slowed down. The newer writes
+/// have buffers of their own: a late one takes what stands in its buffer by then.
+#[test]
+fn no_late_write_of_the_dead_server_overtakes_a_newer_one() {
+    const DEPTH: u16 = super::restart::DEPTH / 2;
+    let slow = SlowDisk::new();
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("s");
+    let mut server = Process::start(&socket, &slow.device, 0);
+    let mut memory = SharedMemory::new(MEMORY);
+    let mut frontend = Frontend::connect_with(&socket, memory, u64::MAX);
+    let log = Log::get(&frontend);
+    log.set(&frontend);
+    let mut queue = Queue::new(0, RING);
+    frontend.start(&queue, 0);
+    for round in 0..3u8 {
+        slow.slow_down(&server);
+        let base = queue.used_index(&frontend.memory);
+        for number in 0..DEPTH {
+            offer(&queue, &frontend.memory, number, 2 * round);
+        }
+        queue.kick();
+        eventually("some are answered", || queue.used_index(&frontend.memory).wrapping_sub(base) >= 4);
+        drop(server);
+        let used = queue.used_index(&frontend.memory);
+        assert!(used.wrapping_sub(base) < DEPTH, "the disk was not slow");
+        Frontend { memory, .. } = frontend;
+        server = Process::start(&socket, &slow.device, 0);
+        frontend = Frontend::connect_with(&socket, memory, u64::MAX);
+        log.set(&frontend);
+        frontend.start(&queue, used);
+        let settle = |queue: &mut Queue, frontend: &Frontend| {
+            for _ in 0..DEPTH {
+                let (head, _) = queue.wait_used(&frontend.memory);
+                assert_eq!(queue.status(&frontend.memory, head), 0);
+            }
+        };
+        settle(&mut queue, &frontend);
+        for number in 0..DEPTH {
+            offer_at(3 * (DEPTH + number), &queue, &frontend.memory, number, 2 * round + 1);
+        }
+        queue.kick();
+        settle(&mut queue, &frontend);
+        std::thread::sleep(Duration::from_secs(u64::from(DEPTH) * SECTORS * 512 / SlowDisk::BYTES_PER_SECOND + 1));
+        for number in 0..DEPTH {
+            let sector = u64::from(number) * SECTORS;
+            let head = 6 * DEPTH;
+            queue.write_request(&frontend.memory, head, T_IN, sector, Data::In(512));
+            queue.offer(&frontend.memory, head);
+            queue.kick();
+            queue.wait_used(&frontend.memory);
+            let expected = (2 * round + 1) * 40 + number as u8 + 1;
+            assert_eq!(queue.read_data(&frontend.memory, head, 4), [expected; 4], "round {round}, request {number}");
+        }
     }
     drop(server);
 }
