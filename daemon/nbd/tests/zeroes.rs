@@ -72,6 +72,24 @@ fn zeroes_and_data_reach_a_client_that_takes_its_time_in_one_piece() {
 }
 
 #[test]
+fn a_client_that_goes_on_reading_gets_its_last_replies() {
+    const REQUESTS: usize = 12;
+    let rig = Rig::new(Arc::new(NullDisk::new(SIZE)));
+    let mut wire = rig.attach(Headers::Simple);
+    for _ in 0..REQUESTS {
+        wire.request(command::READ, 0, 0, PAYLOAD_MAX);
+    }
+    assert_eq!(wire.bytes(1 << 20).len(), 1 << 20);
+    assert!(rig.server.disconnect(rig.server.clients()[0].id));
+    let rest = REQUESTS * (PAYLOAD_MAX as usize + 16) - (1 << 20);
+    for part in 0..rest.div_ceil(1 << 20) {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        wire.bytes((rest - (part << 20)).min(1 << 20));
+    }
+    assert!(wire.is_closed());
+}
+
+#[test]
 fn zeroes_that_nobody_takes_keep_no_buffers_and_no_connection() {
     let rig = Rig::new(Arc::new(NullDisk::new(SIZE)));
     let mut idle = rig.attach(Headers::Simple);

@@ -31,8 +31,10 @@ const WRITABLE: u32 = libc::POLLOUT as u32;
 const DRAIN_TIMER: u32 = 0;
 const SHRINK_TIMER: u32 = 1;
 const PREFETCH_TIMER: u32 = 2;
-/// How long a connection that is being closed may take to accept its last replies.
-const DRAIN_MAX: Duration = Duration::from_secs(5);
+/// A connection that is being closed may take its last replies as long as it takes some of them in this time...
+const DRAIN_STEP: Duration = Duration::from_secs(5);
+/// ... and is not at it for longer than this.
+const DRAIN_MAX: Duration = Duration::from_secs(60);
 /// After this long without work a large receive buffer is given back.
 const SHRINK_AFTER: Duration = Duration::from_secs(2);
 
@@ -66,6 +68,9 @@ struct State {
     awaiting_writable: bool,
     batch: Option<Box<Batch>>,
     sending_since: Instant,
+    /// The client has taken something since this was looked at.
+    takes: bool,
+    drain_until: Option<Instant>,
     shut_down: bool,
     worked: bool,
     /// A timer is set that goes on with CACHE requests.
@@ -125,6 +130,8 @@ impl Connection {
                 awaiting_writable: false,
                 batch: None,
                 sending_since: now,
+                takes: false,
+                drain_until: None,
                 shut_down: false,
                 worked: false,
                 prefetch_due: false,
@@ -181,7 +188,9 @@ impl Connection {
     fn begin_drain(&self, state: &mut State) {
         if state.phase == Phase::Open {
             state.phase = Phase::Draining;
-            self.reactor.set_timer(self.id, self.reactor.now() + DRAIN_MAX, DRAIN_TIMER);
+            let now = self.reactor.now();
+            state.drain_until = Some(now + DRAIN_MAX);
+            self.reactor.set_timer(self.id, now + DRAIN_STEP, DRAIN_TIMER);
             if state.receiving != Receiving::No {
                 self.reactor.cancel(self.id, RECEIVE);
             }
@@ -337,6 +346,7 @@ impl Connection {
 
     fn sent(&self, state: &mut State, result: i32) {
         state.sending = false;
+        state.takes |= result > 0;
         if std::mem::take(&mut state.awaiting_writable) && result >= 0 {
             return;
         }
@@ -420,11 +430,13 @@ impl Handler for Connection {
                 }
             }
             DRAIN_TIMER if state.phase == Phase::Draining => {
-                if state.session.is_idle() {
+                let now = self.reactor.now();
+                let takes = std::mem::take(&mut state.takes) && state.drain_until.is_some_and(|until| now < until);
+                if state.session.is_idle() && !takes {
                     self.fail(state, "the client does not take its last replies");
                     self.close(state);
                 } else {
-                    self.reactor.set_timer(self.id, self.reactor.now() + DRAIN_MAX, DRAIN_TIMER);
+                    self.reactor.set_timer(self.id, now + DRAIN_STEP, DRAIN_TIMER);
                 }
             }
             SHRINK_TIMER if state.phase == Phase::Open && state.input.is_large() => {
