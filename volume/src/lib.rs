@@ -22,6 +22,7 @@ mod disk;
 mod environment;
 mod error;
 mod extent_map;
+mod findings;
 mod foreign;
 mod gather;
 mod group;
