@@ -151,6 +151,12 @@ impl MappedVolume {
         self.core.chain.troubles.worst(self.now()).filter(|_| goes_on)
     }
 
+    /// The same of the pool alone.
+    pub(crate) fn pool_trouble(&self) -> Option<Trouble> {
+        let goes_on = self.core.failure().is_none();
+        self.core.chain.troubles.worst_of_pool(self.now()).filter(|_| goes_on)
+    }
+
     /// By the clock that [`Trouble`] is told by.
     pub fn now(&self) -> Duration {
         self.core.chain.environment.now()

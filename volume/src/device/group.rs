@@ -1,5 +1,6 @@
 //! A group of volumes that is open on its home thread.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -23,14 +24,16 @@ use crate::troubles::{Cause, Trouble};
 
 /// How long something is waited for that the pool has to take.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+/// Beginnings of troubles that are remembered.
+const BEGINNINGS_MAX: usize = 16;
 /// How often it is looked whether the pool takes anything.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// The group. It is closed when it and the devices of its volumes are dropped; what was acknowledged and is not yet in the pool stays in the log.
 pub struct GroupDevice {
     pub(super) home: Home,
-    /// When the pool, or the disk of the log, began to take nothing, by the engine's clock and by the calendar.
-    trouble_since: Mutex<Option<(Duration, SystemTime)>>,
+    /// When the pool, or the disk of the log, began to take nothing: by the engine's clock, and by the calendar. The latest times.
+    troubles_since: Mutex<BTreeMap<Duration, SystemTime>>,
     log_path: PathBuf,
     when_full: WhenFull,
 }
@@ -48,7 +51,7 @@ impl GroupDevice {
         };
         let (home, ()) = Home::start(options, &log, open)?;
         let (log_path, when_full) = (options.log_path.clone(), settings.when_full);
-        Ok(GroupDevice { home, trouble_since: Mutex::default(), log_path, when_full })
+        Ok(GroupDevice { home, troubles_since: Mutex::default(), log_path, when_full })
     }
 
     /// The UUIDs of its volumes.
@@ -146,25 +149,22 @@ impl GroupDevice {
         !matches!(self.home.run(|group| Box::pin(async move { Ok(group.failed()) })), Ok(None))
     }
 
-    /// What the pool does not take, or the disk of the log, in words that stay the same as long as it lasts.
-    pub(super) fn told_trouble(&self, found: Option<(Trouble, Duration)>) -> Option<String> {
-        let mut known = self.trouble_since.lock();
-        let Some((Trouble { since, cause }, now)) = found else {
-            *known = None;
-            return None;
-        };
+    /// What the pool does not take, or the disk of the log, in words that stay the same as long as it lasts. `now`: by the clock of the trouble.
+    pub(super) fn told_trouble(&self, Trouble { since, cause }: Trouble, now: Duration) -> String {
+        let mut known = self.troubles_since.lock();
         // Told by one clock and meant by another, the beginning would seem to move.
-        let wall =
-            known.filter(|(of, _)| *of == since).map_or_else(|| clock::wall() - now.saturating_sub(since), |(_, wall)| wall);
-        *known = Some((since, wall));
+        let wall = *known.entry(since).or_insert_with(|| clock::wall() - now.saturating_sub(since));
+        if known.len() > BEGINNINGS_MAX {
+            known.pop_first();
+        }
         let seconds = wall.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let since = clock::format_utc(seconds);
-        Some(match cause {
+        match cause {
             Cause::Pool(error) => format!("the pool takes nothing since {since}: {error}"),
             Cause::LogDisk(errno) => {
                 format!("the disk of the local log {} is full since {since}: {errno}", self.log_path.display())
             }
-        })
+        }
     }
 
     /// What becomes of writes meanwhile.

@@ -178,10 +178,10 @@ impl MappedDevice {
         self.run(|volume| Box::pin(async move { volume.shares().await }))
     }
 
-    /// What the pool does not take of this volume, or the disk of its log, in words that stay the same as long as it lasts. Blocks for a moment; never call it from a data-plane thread.
+    /// What the pool does not take of this volume, in words that stay the same as long as it lasts. Blocks for a moment; never call it from a data-plane thread.
     pub fn trouble(&self) -> Option<String> {
-        let found = self.ask(|volume| volume.trouble().map(|trouble| (trouble, volume.now()))).flatten();
-        self.group.told_trouble(found)
+        let found = self.ask(|volume| volume.pool_trouble().map(|trouble| (trouble, volume.now()))).flatten();
+        found.map(|(trouble, now)| self.group.told_trouble(trouble, now))
     }
 
     /// See [`MappedVolume::gather`].
@@ -267,9 +267,11 @@ impl BlockDevice for MappedDevice {
         if let Some(error) = failed {
             return Some(format!("{error}; no I/O succeeds until it is opened anew: `novastor export reopen` does that"));
         }
-        let outlook = trouble.as_ref().map(|(trouble, _)| self.group.told_outlook(&trouble.cause)).unwrap_or_default();
-        match self.group.told_trouble(trouble) {
-            Some(trouble) => Some(format!("{trouble}; {outlook}")),
+        match trouble {
+            Some((trouble, now)) => {
+                let outlook = self.group.told_outlook(&trouble.cause);
+                Some(format!("{}; {outlook}", self.group.told_trouble(trouble, now)))
+            }
             None => unread.map(|error| format!("a read failed: {error}")),
         }
     }
