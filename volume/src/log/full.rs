@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   wait:    no space ─▶ the same bytes once more, and once more ─▶ written, acknowledged in order
-//!   error:   no space ─▶ nothing is under way any more ─▶ taken back, refused ─▶ an empty batch finds space ─▶ goes on
+//!   error:   no space ─▶ nothing is under way any more ─▶ taken back, refused ─▶ there is space where it was to be ─▶ goes on
 //! ```
 //!
 //! Invariants: what was acknowledged stays, can be read and is made durable as ever. What was refused is never found later, by a reader or by a recovery:
@@ -60,22 +60,34 @@ impl Log {
 
     async fn refuse_until_there_is_space(self: Rc<Self>) {
         let attempt = self.troubles.attempt();
+        attempt.failed(self.environment.now(), Cause::LogDisk(Errno::ENOSPC));
+        self.changed.wait_for(|| (!self.is_under_way()).then_some(())).await;
+        let first = self.in_flight.borrow().front().map(|batch| batch.header.clone());
+        // The log has failed otherwise.
+        let Some(first) = first else { return };
+        let (offset, len) = (self.ring.offset(first.position), first.total_len(self.ring.sector));
         let mut pause = PAUSE_FIRST;
-        while self.failed.get().is_none() {
-            attempt.failed(self.environment.now(), Cause::LogDisk(Errno::ENOSPC));
-            self.changed.wait_for(|| (!self.is_under_way()).then_some(())).await;
-            let is_taken_back = match self.take_back().await {
-                Ok(()) => true,
+        while let Err(failure) = self.take_back().await {
+            match failure {
                 // Some file systems need space to write over what is there. Nobody was told of anything yet.
-                Err(Failure::Io { operation: "write", errno, .. }) if errno.is_no_space() => false,
-                Err(failure) => return self.fail_with(failure),
-            };
-            self.pause(&mut pause).await;
-            if is_taken_back && self.failed.get().is_none() && self.has_space().await {
-                self.refuses.set(false);
-                return self.changed.notify();
+                Failure::Io { operation: "write", errno, .. } if errno.is_no_space() => self.pause(&mut pause).await,
+                failure => return self.fail_with(failure),
             }
         }
+        loop {
+            self.pause(&mut pause).await;
+            if self.failed.get().is_some() {
+                return;
+            }
+            // Where the first of them was to be, zeroes are as good as anything.
+            match self.disk.write(offset, vec![vec![0; len].into()]).await {
+                Ok(()) => break,
+                Err(errno) if errno.is_no_space() => {}
+                Err(errno) => return self.fail_with(Failure::io("write", offset, errno)),
+            }
+        }
+        self.refuses.set(false);
+        self.changed.notify();
     }
 
     fn is_under_way(&self) -> bool {
@@ -114,20 +126,6 @@ impl Log {
             let anew = encrypt_from(cipher.clone(), self.epoch, self.next.get().number, &*self.environment);
             *encryption = Some(anew);
         }
-    }
-
-    /// Whether an empty batch finds space. Where the ring has no room for one, that is why nothing goes on.
-    async fn has_space(&self) -> bool {
-        let Some(ToWrite { number, offset, parts }) = self.mark() else { return true };
-        match self.disk.write(offset, parts).await {
-            Ok(()) => {
-                self.written(number);
-                return true;
-            }
-            Err(errno) if errno.is_no_space() => self.set_state(number, BatchState::Refused),
-            Err(errno) => self.fail_with(Failure::io("write", offset, errno)),
-        }
-        false
     }
 
     /// Refuses what waits for room in the ring while the pool has no space, to the end of the log.

@@ -506,17 +506,12 @@ impl Log {
         if !idle || self.refuses.get() {
             return;
         }
-        let Some(mark) = self.mark() else { return };
+        let header = self.header(upto, upto.position, Vec::new());
+        let Some(position) = self.place_for(&header) else { return };
+        let mark = self.begin(BatchHeader { position, ..header }, Vec::new());
         self.marked.set(self.next.get().position);
         self.clone().write_batch(mark).await;
         self.begin_sync();
-    }
-
-    /// A batch without records, if there is room for it. It says what is durable.
-    fn mark(&self) -> Option<ToWrite> {
-        let header = self.header(self.next.get(), self.durable.get(), Vec::new());
-        let position = self.place_for(&header)?;
-        Some(self.begin(BatchHeader { position, ..header }, Vec::new()))
     }
 
     fn begin_sync(self: &Rc<Self>) {
