@@ -27,6 +27,11 @@ impl Errno {
         error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
     }
 
+    /// True if there is no space: nothing is broken, and what was refused may succeed when some is freed.
+    pub fn is_no_space(self) -> bool {
+        [libc::ENOSPC, libc::EDQUOT].contains(&self.0)
+    }
+
     /// Of a write that was to be durable: true if writes acknowledged before may be lost with it. Refusals of this one write alone
     /// are told apart, such as that of a client's memory that has gone; whatever else there is counts as loss.
     pub fn may_lose_earlier_writes(self) -> bool {

@@ -12,7 +12,7 @@ use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{Read, Write};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
@@ -271,6 +271,98 @@ fn a_full_disk_stalls_writers_of_a_mapped_volume_until_there_is_space() -> Resul
         daemon.cli(["volume", "check", "small/thin"])?;
         Ok(())
     })
+}
+
+/// A daemon whose logs have a small disk of their own, with hardly any room left, and the file to delete for more.
+fn with_a_small_disk_for_logs(small: &LoopMount, extra: &str) -> Result<(Daemon, PathBuf)> {
+    let ballast = small.path().join("ballast");
+    fs::write(&ballast, noise(1, 96 << 20))?;
+    let mut daemon = Daemon::new(extra)?;
+    daemon.set_env("NOVASTOR_DAEMON__DATA_DIR", &small.path().join("data").display().to_string());
+    daemon.set_env("NOVASTOR_DAEMON__LOG_SIZE", "64MiB");
+    daemon.start()?;
+    Ok((daemon, ballast))
+}
+
+#[test]
+fn a_full_disk_under_the_log_stalls_writers_until_there_is_space() -> Result<()> {
+    let small = LoopMount::ext4(128)?;
+    let (daemon, ballast) = with_a_small_disk_for_logs(&small, "")?;
+    beside_a_healthy_volume(daemon, |daemon| {
+        daemon.create_mapped_volume("local/thin", "1G")?;
+        let uri = daemon.export_nbd("thin")?;
+        let kept = qemu_io(&uri, "write -P 3 0 4M")?;
+        ensure!(kept.contains("wrote 4194304/4194304"), "{kept}");
+        let part = ["--offset=64M", "--size=48M", "--rw=write", "--bs=64k", "--iodepth=8", "--refill_buffers=1"];
+        let verified = ["--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--verify_state_save=0", "--end_fsync=1"];
+        let mut writer = Fio::nbd(&uri).with(part).with(verified).start()?;
+        let info = shown(daemon, "local/thin", |info| !info["problem"].is_null())?;
+        let problem = info["problem"].as_str().unwrap_or_default().to_owned();
+        println!("full: {problem}");
+        let path = small.path().join("data/log/local").display().to_string();
+        for part in ["the disk of the local log", &path, "is full since 20", "No space left", "writes wait"] {
+            ensure!(problem.contains(part), "{part}: {problem}");
+        }
+        let read = qemu_io(&uri, "read -P 3 0 4M")?;
+        ensure!(read.contains("read 4194304/4194304") && !read.contains("verification failed"), "{read}");
+        ensure!(qemu_io(&uri, "flush")?.trim().is_empty());
+        ensure!(writer.has_ended()?.is_none(), "a writer was told that there is no space, and may not try again");
+        fs::remove_file(&ballast)?;
+        ensure!(writer.wait(LIMIT)?.success(), "what was written while the disk was full is not there");
+        shown(daemon, "local/thin", |info| info["problem"].is_null())?;
+        daemon.cli(["volume", "check", "local/thin"])?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_full_disk_under_the_log_refuses_writes_if_the_policy_says_so() -> Result<()> {
+    let small = LoopMount::ext4(128)?;
+    let (daemon, ballast) = with_a_small_disk_for_logs(&small, "[policy.strict]\nwhen_full = \"error\"")?;
+    beside_a_healthy_volume(daemon, |daemon| {
+        daemon.cli(["volume", "create", "local/thin", "--size", "1G", "--policy", "strict"])?;
+        let uri = daemon.export_nbd("thin")?;
+        let kept = qemu_io(&uri, "write -P 3 0 4M")?;
+        ensure!(kept.contains("wrote 4194304/4194304"), "{kept}");
+        let full = qemu_io(&uri, "write -P 4 64M 48M")?;
+        ensure!(full.contains("No space left"), "{full}");
+        let info = shown(daemon, "local/thin", |info| !info["problem"].is_null())?;
+        ensure!(info["problem"].as_str().is_some_and(|problem| problem.contains("writes get ENOSPC")), "{info}");
+        let read = qemu_io(&uri, "read -P 3 0 4M")?;
+        ensure!(read.contains("read 4194304/4194304") && !read.contains("verification failed"), "{read}");
+        ensure!(qemu_io(&uri, "flush")?.trim().is_empty());
+        fs::remove_file(&ballast)?;
+        shown(daemon, "local/thin", |info| info["problem"].is_null())?;
+        let written = qemu_io(&uri, "write -P 5 64M 16M")?;
+        ensure!(written.contains("wrote 16777216/16777216"), "{written}");
+        daemon.cli(["volume", "check", "local/thin"])?;
+        Ok(())
+    })
+}
+
+#[test]
+fn deleting_a_volume_makes_room_in_a_full_pool() -> Result<()> {
+    let small = LoopMount::tmpfs(64)?;
+    let mut daemon = Daemon::new(&format!("[pool.small]\ndriver = \"file\"\npath = \"{}\"", small.path().display()))?;
+    daemon.start()?;
+    daemon.create_mapped_volume("small/old", "1G")?;
+    let fill = ["--rw=write", "--bs=64k", "--iodepth=8", "--refill_buffers=1", "--end_fsync=1", "--size=40M"];
+    ensure!(Fio::nbd(&daemon.export_nbd("old")?).with(fill).start()?.wait(LIMIT)?.success());
+    let deadline = Deadline::after(LIMIT);
+    while daemon.json(["volume", "usage", "small/old"])?["log"].as_u64().is_some_and(|log| log > 1 << 20) {
+        ensure!(deadline.pause(), "the pool does not get what is in the log");
+    }
+    daemon.remove_exports()?;
+    // Not a byte more.
+    let ballast = small.path().join("ballast");
+    let filled = File::create(&ballast)?.write_all(&noise(2, 64 << 20));
+    ensure!(filled.is_err() && free(small.path())? == 0, "{} bytes are free", free(small.path())?);
+    daemon.cli(["volume", "delete", "small/old", "--yes"])?;
+    ensure!(free(small.path())? > 32 << 20, "{} bytes are free", free(small.path())?);
+    daemon.create_mapped_volume("small/new", "1G")?;
+    let written = qemu_io(&daemon.export_nbd("new")?, "write -P 5 0 16M")?;
+    ensure!(written.contains("wrote 16777216/16777216"), "{written}");
+    daemon.stop()
 }
 
 #[test]

@@ -24,7 +24,7 @@ use crate::object::{self, Object};
 use crate::reduce::Secrets;
 use crate::root::Root;
 use crate::segment::{self, Link, Place, Segment};
-use crate::troubles::Troubles;
+use crate::troubles::{Cause, Troubles};
 
 /// Places read at once.
 const AHEAD: u64 = 8;
@@ -194,7 +194,7 @@ impl Chain {
                 Err(error) => error,
             };
             let may_have_changed = matches!(error, StoreError::Changed(_) | StoreError::Unknown(_));
-            attempt.failed(self.environment.now(), error);
+            attempt.failed(self.environment.now(), Cause::Pool(error));
             if may_have_changed {
                 let (now, now_tag) = self.read_root().await?;
                 match () {
@@ -243,7 +243,7 @@ impl Chain {
         let mut pause = PAUSE_FIRST;
         match self.store.create(&source.path(), vec![seal]).await {
             Ok(()) | Err(StoreError::Exists(_)) => Ok(()),
-            Err(StoreError::Unknown(_) | StoreError::NoSpace(_)) => {
+            Err(StoreError::Unknown(_)) => {
                 self.pause(&mut pause).await;
                 Ok(())
             }
@@ -331,7 +331,7 @@ impl Chain {
             if ends(&error) {
                 return Err(error.into());
             }
-            attempt.failed(self.environment.now(), error);
+            attempt.failed(self.environment.now(), Cause::Pool(error));
             self.pause(&mut pause).await;
         }
     }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use backends::segments::{StoreError, Tag};
 use dedup::BLOCK_LEN;
@@ -26,6 +27,8 @@ use crate::segment::BLOCK;
 const VIEW_PAGES: usize = 1024;
 /// Runs of a view's map looked at for one answer about extents.
 const RUNS_MAX: usize = 32_768;
+/// How long a store is asked again that does not answer.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// How often flattening looks again for what moved away while it was copied.
 const FLATTEN_TRIES: u32 = 4;
 
@@ -160,10 +163,11 @@ impl Chain {
     }
 
     /// Says in the root that the volume is no more, even if it says so already: whoever marked it before can take nothing back from now on. `None`: there
-    /// never was one.
+    /// never was one. A store that takes nothing is an error: what a root refers to has to stay.
     async fn mark_deleted(&self) -> Result<Option<Deletion>, VolumeError> {
         let name = root_path(&self.group);
         let owner = random_id(&*self.environment);
+        let until = self.environment.now() + PATIENCE;
         let mut is_first = false;
         loop {
             let Some((bytes, tag)) = self.read_until_known(&name).await? else { return Ok(None) };
@@ -174,8 +178,11 @@ impl Chain {
             is_first = !root.is_deleted;
             // A new epoch, so that its owner is fenced.
             let marked = Root { is_deleted: true, owner, epoch: root.epoch + 1, ..root };
-            if self.store.swap(&name, Some(&tag), marked.encode()).await.is_err() {
-                self.rest().await;
+            match self.store.swap(&name, Some(&tag), marked.encode()).await {
+                Ok(_) => {}
+                Err(error @ (StoreError::NoSpace(_) | StoreError::Refused(_))) => return Err(error.into()),
+                Err(error) if self.environment.now() >= until => return Err(error.into()),
+                Err(_) => self.rest().await,
             }
         }
     }
@@ -184,9 +191,13 @@ impl Chain {
     async fn unmark_deleted(&self, root: Root, tag: &Tag) -> Result<(), VolumeError> {
         let name = root_path(&self.group);
         let root = Root { is_deleted: false, owner: random_id(&*self.environment), epoch: root.epoch + 1, ..root };
+        let until = self.environment.now() + PATIENCE;
         loop {
             match self.store.swap(&name, Some(tag), root.encode()).await {
                 Ok(_) => return Ok(()),
+                Err(error @ (StoreError::Unknown(_) | StoreError::NoSpace(_))) if self.environment.now() >= until => {
+                    return Err(error.into());
+                }
                 Err(StoreError::Changed(_) | StoreError::Unknown(_) | StoreError::NoSpace(_)) => {}
                 Err(error) => return Err(error.into()),
             }

@@ -21,7 +21,7 @@ use crate::error::VolumeError;
 use crate::extent_map::ExtentMap;
 use crate::gather::Which;
 use crate::keeper::Keeper;
-use crate::log::{Failure, Log, Tail};
+use crate::log::{Log, Tail};
 use crate::map::Pointer;
 use crate::mapped::Settings;
 use crate::meta::{Held, Parent, Snapshot, SnapshotId, Volumes};
@@ -166,16 +166,21 @@ impl Core {
     }
 
     pub(crate) fn failed_errno(&self) -> Option<Errno> {
-        self.log.failed().map(|failure| failure.errno).or_else(|| self.failed.borrow().as_ref().map(|_| Errno::EIO))
+        self.log.failed().map(|failure| failure.errno()).or_else(|| self.failed.borrow().as_ref().map(|_| Errno::EIO))
     }
 
     /// Why the volume does not go on, if it does not.
     pub(crate) fn failure(&self) -> Option<VolumeError> {
-        let log_failed = || {
-            let Failure { operation, offset, errno } = self.log.failed()?;
-            Some(VolumeError::log_io(operation, offset, errno))
-        };
-        self.failed.borrow().clone().or_else(log_failed)
+        self.failed.borrow().clone().or_else(|| self.log.failed().map(VolumeError::from))
+    }
+
+    /// Why a change was not made, or not brought into the pool.
+    pub(crate) fn not_done(&self, errno: Errno) -> VolumeError {
+        match self.failure() {
+            Some(failure) => failure,
+            None if errno == Errno::ENOSPC => VolumeError::LogFull,
+            None => VolumeError::Fenced,
+        }
     }
 
     pub(crate) fn note_changed(&self, blocks: u64) {

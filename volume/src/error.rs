@@ -6,8 +6,19 @@ use blockdev::Errno;
 /// Why a mapped volume could not be opened, or does not go on.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum VolumeError {
-    #[error("the local log cannot be used: {operation} at byte {offset}: {errno}; check the device it lies on")]
-    LogIo { operation: &'static str, offset: u64, errno: Errno },
+    #[error("the local log cannot be used: {operation}{}: {errno}; {}", at(*offset), advice(*errno))]
+    LogIo {
+        operation: &'static str,
+        /// Of the disk, in bytes, if it is of a part of it.
+        offset: Option<u64>,
+        errno: Errno,
+    },
+    #[error("there is no room for it in the local log; free space in the pool, or where the log lies, and try again")]
+    LogFull,
+    #[error("the volume was closed")]
+    Closed,
+    #[error("it was given up, and nothing was changed")]
+    GivenUp,
     #[error(
         "the local log is damaged at position {position}: a later entry (position {proof}) shows that what stood there had been \
          acknowledged; nothing was changed. Restore the log from a copy, or open without it and lose what was not yet in the pool"
@@ -81,6 +92,18 @@ pub enum VolumeError {
 
 impl VolumeError {
     pub(crate) fn log_io(operation: &'static str, offset: u64, errno: Errno) -> VolumeError {
-        VolumeError::LogIo { operation, offset, errno }
+        VolumeError::LogIo { operation, offset: Some(offset), errno }
     }
+
+    pub(crate) fn log_sync(errno: Errno) -> VolumeError {
+        VolumeError::LogIo { operation: "sync", offset: None, errno }
+    }
+}
+
+fn at(offset: Option<u64>) -> String {
+    offset.map_or_else(String::new, |offset| format!(" at byte {offset}"))
+}
+
+fn advice(errno: Errno) -> &'static str {
+    if errno.is_no_space() { "free space where it lies, and open the volume again" } else { "check the device it lies on" }
 }

@@ -88,7 +88,8 @@ impl MappedGroup {
             log::follow(&*backlog, &batch.header, batch.end, ring.sector(), &[]);
         }
         let changed = backlog.end();
-        let start = LogStart { log_id, ring, epoch: claimed.root.epoch, trimmed: from.position, tail, cipher };
+        let (epoch, when_full, troubles) = (claimed.root.epoch, settings.when_full, chain.troubles.clone());
+        let start = LogStart { log_id, ring, epoch, trimmed: from.position, tail, cipher, when_full, troubles };
         let log = Log::resume(parts.disk.clone(), parts.environment.clone(), start, backlog.clone());
         let core = new_core(chain, log, backlog, settings, claimed, from).await?;
         for place in core.backlog.markers() {
@@ -127,12 +128,12 @@ impl MappedGroup {
         MappedVolume { core: self.core.clone(), slot }
     }
 
-    /// What the pool does not take now, if that is so and it goes on.
+    /// What the pool does not take now, or the disk of the log, if that is so and it goes on.
     pub fn trouble(&self) -> Option<Trouble> {
         self.at(0).trouble()
     }
 
-    /// How long the pool has taken nothing.
+    /// How long that has been so.
     pub(crate) fn trouble_lasts(&self) -> Option<Duration> {
         Some(self.core.chain.environment.now().saturating_sub(self.trouble()?.since))
     }

@@ -24,7 +24,7 @@ use crate::disk::LogDisk;
 use crate::environment::Environment;
 use crate::error::VolumeError;
 use crate::group::MappedGroup;
-use crate::log::{LogId, RecordKind};
+use crate::log::{LogId, RecordKind, WhenFull};
 use crate::meta::Meta;
 use crate::names::{Family, Group, Slot, Source, VolumeId};
 use crate::progress::Progress;
@@ -70,6 +70,7 @@ pub struct Settings {
     /// Pointers that a collection keeps in memory, 16 bytes each. With more, only how many lead to the fullest objects is remembered, and these are not
     /// rewritten by it.
     pub marked_max: usize,
+    pub when_full: WhenFull,
 }
 
 impl Default for Settings {
@@ -86,6 +87,7 @@ impl Default for Settings {
             gathers: true,
             slice: 128,
             marked_max: 1 << 20,
+            when_full: WhenFull::Wait,
         }
     }
 }
@@ -143,10 +145,16 @@ impl MappedVolume {
         self.core.last_unread.borrow().clone()
     }
 
-    /// What the pool does not take now of a volume that goes on, if that is so.
+    /// What the pool does not take now of a volume that goes on, or the disk of its log, if that is so.
     pub fn trouble(&self) -> Option<Trouble> {
         let goes_on = self.core.failure().is_none();
         self.core.chain.troubles.worst(self.now()).filter(|_| goes_on)
+    }
+
+    /// The same of the pool alone.
+    pub(crate) fn pool_trouble(&self) -> Option<Trouble> {
+        let goes_on = self.core.failure().is_none();
+        self.core.chain.troubles.worst_of_pool(self.now()).filter(|_| goes_on)
     }
 
     /// By the clock that [`Trouble`] is told by.
@@ -260,7 +268,11 @@ impl MappedVolume {
 
     /// The volume's content and size become the snapshot's. The caller lets nobody write meanwhile.
     pub async fn roll_back(&self, name: &str) -> Result<(), VolumeError> {
-        self.core.roll_back(&self.name(name)).await
+        self.roll_back_if_wanted(name, &Progress::default()).await
+    }
+
+    pub(crate) async fn roll_back_if_wanted(&self, name: &str, asked: &Progress) -> Result<(), VolumeError> {
+        self.core.roll_back(&self.name(name), asked).await
     }
 
     /// The ranges, in bytes, in which two snapshots may differ, or a snapshot and the volume as it is in the pool (`to`: `None`). In order and
@@ -277,7 +289,11 @@ impl MappedVolume {
 
     /// Gives the volume another size, a multiple of 4096 bytes. What lies past a smaller one is gone; the caller lets nobody write meanwhile.
     pub async fn resize(&self, size: u64) -> Result<(), VolumeError> {
-        self.core.resize(self.slot, size).await
+        self.resize_if_wanted(size, &Progress::default()).await
+    }
+
+    pub(crate) async fn resize_if_wanted(&self, size: u64, asked: &Progress) -> Result<(), VolumeError> {
+        self.core.resize(self.slot, size, asked).await
     }
 
     /// Reads everything that the volume and its snapshots hold in the pool: what cannot be read, one sentence each. `progress` is told bytes.

@@ -7,6 +7,7 @@ use crate::core::Core;
 use crate::environment::LocalFuture;
 use crate::error::VolumeError;
 use crate::map::{Page, Pages, Pointer};
+use crate::troubles::Cause;
 
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -17,7 +18,7 @@ impl Core {
         loop {
             match read().await {
                 Err(VolumeError::Store(error)) if self.failed_errno().is_none() => {
-                    attempt.failed(self.chain.environment.now(), error);
+                    attempt.failed(self.chain.environment.now(), Cause::Pool(error));
                     self.chain.environment.sleep(PAUSE).await;
                 }
                 done => return done,

@@ -17,6 +17,7 @@ use dedup::location::Location;
 use crate::core::Core;
 use crate::environment::offload;
 use crate::error::VolumeError;
+use crate::findings::{Findings, Look, look_until_whole};
 use crate::map::{Pointer, Tree, spot_bits};
 use crate::meta::Snapshot;
 use crate::names::Slot;
@@ -34,16 +35,15 @@ const READ_BLOCKS: usize = 256;
 /// Blocks hashed in one go, for the same reason.
 const HASHED_BLOCKS: usize = 32;
 const RANGES_MAX: usize = 65_536;
-/// What is told of one volume.
-const FINDINGS_MAX: usize = 100;
 
 impl Core {
-    /// What cannot be read of what is in the pool, one sentence each.
+    /// What cannot be read of what is in the pool, or never stood still to be compared, one sentence each, by address.
     pub(crate) async fn scrub(&self, slot: Slot, progress: &Progress) -> Result<Vec<String>, VolumeError> {
         self.publish_all().await.map_err(|_| self.failure().unwrap_or(VolumeError::Fenced))?;
         self.checkpoint().await?;
+        progress.check_wanted()?;
         let held = self.held(slot).ok_or(VolumeError::NoVolume)?;
-        let mut findings = Vec::new();
+        let mut findings = Findings::default();
         self.scrub_headers(&mut findings).await?;
         progress.begin(held.size);
         let head = || self.held(slot).map(|held| held.tree);
@@ -55,7 +55,7 @@ impl Core {
             let what = format!("snapshot {}", name.1);
             let blocks = size / BLOCK as u64;
             let mut from = 0;
-            while from < blocks && findings.len() < FINDINGS_MAX {
+            while from < blocks {
                 let looking = self.reader.looking();
                 let checkpoint = self.keeper.root().checkpoint;
                 let (Some(head), Some(tree_now)) = (head(), tree()) else { break };
@@ -70,11 +70,11 @@ impl Core {
                 self.scrub_ranges((&what, &tree), &ranges, &mut findings, progress).await?;
             }
         }
-        Ok(findings)
+        Ok(findings.told())
     }
 
     /// Reads what objects say of what is in them: garbage collection needs it, and reading what it has moved.
-    async fn scrub_headers(&self, findings: &mut Vec<String>) -> Result<(), VolumeError> {
+    async fn scrub_headers(&self, findings: &mut Findings) -> Result<(), VolumeError> {
         // No handle comes to stand for an object that is only being written.
         let _looking = self.reader.looking();
         let handles: Vec<u32> = self.reader.table.borrow().live().collect();
@@ -82,62 +82,57 @@ impl Core {
             match self.reader.step_of(handle).await {
                 Ok(_) | Err(VolumeError::Moved) => {}
                 Err(VolumeError::ObjectDamaged { .. }) if !self.reader.table.borrow().is_live(handle) => {}
-                Err(VolumeError::ObjectDamaged { object, why }) => tell(findings, format!("{object} is damaged: {why}")),
+                Err(VolumeError::ObjectDamaged { object, why }) => findings.tell(|| format!("{object} is damaged: {why}")),
                 Err(error) => return Err(error),
             }
         }
         Ok(())
     }
 
-    /// `of`: what it is, and its tree as long as it is there.
+    /// `what` it is, and its tree as long as it is there.
     async fn scrub_ranges(
         &self,
-        of: (&str, &dyn Fn() -> Option<Tree>),
+        (what, tree): (&str, &dyn Fn() -> Option<Tree>),
         ranges: &[Range<u64>],
-        findings: &mut Vec<String>,
+        findings: &mut Findings,
         progress: &Progress,
     ) -> Result<(), VolumeError> {
         for span in spans(ranges) {
             progress.advance(span.iter().map(|range| (range.end - range.start) * BLOCK as u64).sum());
-            for last in [false, false, true] {
-                let checkpoint = self.keeper.root().checkpoint;
-                let mut found = Vec::new();
-                let is_whole = self.scrub_span(of, &span, &mut found).await?;
-                // What a checkpoint has replaced meanwhile is no damage, and what took its place was not looked at.
-                let is_fresh = checkpoint == self.keeper.root().checkpoint;
-                if last || is_fresh || (is_whole && found.is_empty()) {
-                    found.into_iter().for_each(|finding| tell(findings, finding));
-                    break;
+            let mut looks = 0;
+            let look = async |ranges: &[Range<u64>]| {
+                if looks > 0 {
+                    self.chain.rest().await;
                 }
-            }
+                looks += 1;
+                let checkpoint = self.keeper.root().checkpoint;
+                let seen = self.scrub_span(tree, ranges).await?;
+                Ok(Look { is_outdated: checkpoint != self.keeper.root().checkpoint, ..seen })
+            };
+            findings.tell_all(what, look_until_whole(span, look).await?);
+            progress.check_wanted()?;
         }
         Ok(())
     }
 
-    /// False if not all of it could be looked at.
-    async fn scrub_span(
-        &self,
-        (what, tree): (&str, &dyn Fn() -> Option<Tree>),
-        span: &[Range<u64>],
-        findings: &mut Vec<String>,
-    ) -> Result<bool, VolumeError> {
+    async fn scrub_span(&self, tree: &dyn Fn() -> Option<Tree>, span: &[Range<u64>]) -> Result<Look, VolumeError> {
         let _looking = self.reader.looking();
-        let Some(tree) = tree() else { return Ok(true) };
-        let mut is_whole = true;
+        let mut look = Look::default();
+        let Some(tree) = tree() else { return Ok(look) };
         let mut stored: Vec<(Pointer, Range<u64>)> = Vec::new();
         let mut followed = 0;
         for part in span.iter().flat_map(|range| parts(range.clone(), FOLLOWED_BLOCKS)) {
             let runs = match tree.runs(&self.reader, part.clone(), usize::MAX).await {
                 Ok(runs) => runs,
                 Err(error) => {
-                    is_whole &= note(findings, what, &part, &error)?;
+                    look.note(&part, error)?;
                     continue;
                 }
             };
             for (blocks, pointer) in runs.into_iter().filter(|(_, pointer)| !pointer.is_nothing()) {
                 match self.whereabouts(pointer).await {
                     Ok(pointer) => stored.push((pointer, blocks)),
-                    Err(error) => is_whole &= note(findings, what, &blocks, &error)?,
+                    Err(error) => look.note(&blocks, error)?,
                 }
                 followed += 1;
                 if followed % RESOLVED_BLOCKS == 0 {
@@ -153,10 +148,10 @@ impl Core {
         for of_object in stored.chunk_by(|(before, _), (next, _)| handle_of(before) == handle_of(next)) {
             let hashes = self.hashes_for(&of_object[0].0).await?;
             for part in of_object.chunks(READ_BLOCKS) {
-                is_whole &= self.scrub_blocks(what, part, &hashes, findings).await?;
+                self.scrub_blocks(part, &hashes, &mut look).await?;
             }
         }
-        Ok(is_whole)
+        Ok(look)
     }
 
     /// The block itself, if it was moved.
@@ -179,36 +174,34 @@ impl Core {
     /// Reads some blocks of one object together, and one by one if that fails.
     async fn scrub_blocks(
         &self,
-        what: &str,
         part: &[(Pointer, Range<u64>)],
         hashes: &HashMap<u32, BlockHash>,
-        findings: &mut Vec<String>,
-    ) -> Result<bool, VolumeError> {
+        look: &mut Look,
+    ) -> Result<(), VolumeError> {
         let wanted: Vec<(usize, Pointer)> = part.iter().map(|(pointer, _)| *pointer).enumerate().collect();
         let mut bytes = vec![0; part.len() * BLOCK];
-        let mut is_whole = true;
-        if self.reader.read(&wanted, &mut bytes).await.is_ok() {
-            let hasher = self.chain.secrets.hasher(self.reader.domain);
-            let blocks = bytes.as_chunks::<BLOCK>().0;
-            for (part, blocks) in part.chunks(HASHED_BLOCKS).zip(blocks.chunks(HASHED_BLOCKS)) {
-                let wrong = part.iter().zip(blocks).filter_map(|((pointer, range), block)| {
-                    let location = pointer.location()?;
-                    let expected = hashes.get(&spot_bits(location.spot))?;
-                    (hasher.hash(block) != *expected).then_some((location, range))
-                });
-                for (location, range) in wrong {
-                    is_whole &= note(findings, what, range, &self.distrust(location))?;
+        if self.reader.read(&wanted, &mut bytes).await.is_err() {
+            for (pointer, blocks) in part {
+                if let Err(error) = self.reader.read(&[(0, *pointer)], &mut bytes).await {
+                    look.note(blocks, error)?;
                 }
-                give_way().await;
             }
-            return Ok(is_whole);
+            return Ok(());
         }
-        for (pointer, blocks) in part {
-            if let Err(error) = self.reader.read(&[(0, *pointer)], &mut bytes).await {
-                is_whole &= note(findings, what, blocks, &error)?;
+        let hasher = self.chain.secrets.hasher(self.reader.domain);
+        let blocks = bytes.as_chunks::<BLOCK>().0;
+        for (part, blocks) in part.chunks(HASHED_BLOCKS).zip(blocks.chunks(HASHED_BLOCKS)) {
+            let wrong = part.iter().zip(blocks).filter_map(|((pointer, range), block)| {
+                let location = pointer.location()?;
+                let expected = hashes.get(&spot_bits(location.spot))?;
+                (hasher.hash(block) != *expected).then_some((location, range))
+            });
+            for (location, range) in wrong {
+                look.note(range, self.distrust(location))?;
             }
+            give_way().await;
         }
-        Ok(is_whole)
+        Ok(())
     }
 
     /// A block is not what was written there. What reading it comes to from now on.
@@ -244,25 +237,6 @@ fn parts(range: Range<u64>, len: u64) -> impl Iterator<Item = Range<u64>> {
 
 fn handle_of(pointer: &Pointer) -> Option<u32> {
     pointer.location().map(|location| location.segment.get())
-}
-
-/// Notes damage; false if the blocks were freed meanwhile. A store that does not answer, or another owner, ends the search.
-fn note(findings: &mut Vec<String>, what: &str, blocks: &Range<u64>, error: &VolumeError) -> Result<bool, VolumeError> {
-    match error {
-        VolumeError::Moved => Ok(false),
-        VolumeError::ObjectDamaged { object, why } => {
-            let (from, to) = (blocks.start * BLOCK as u64, blocks.end * BLOCK as u64);
-            tell(findings, format!("{what}: bytes {from} to {to} cannot be read: {object} is damaged: {why}"));
-            Ok(true)
-        }
-        error => Err(error.clone()),
-    }
-}
-
-fn tell(findings: &mut Vec<String>, finding: String) {
-    if findings.len() < FINDINGS_MAX {
-        findings.push(finding);
-    }
 }
 
 #[cfg(test)]

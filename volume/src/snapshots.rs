@@ -18,6 +18,7 @@ use crate::log::RecordKind;
 use crate::mapped::Durability;
 use crate::meta::{Held, Snapshot};
 use crate::names::{SLOT_BLOCKS, Slot, first_block, group_path};
+use crate::progress::Progress;
 use crate::segment::BLOCK;
 use crate::step_header::{MARKER_NAME_MAX, Marker};
 
@@ -57,7 +58,13 @@ impl Core {
             (Ok(()), Durability::Local) => self.log.sync().await,
             (Ok(()), Durability::Remote) => self.publish_all().await,
         };
-        durable.map_err(|_| self.failure().unwrap_or(VolumeError::Fenced))?;
+        if let Err(errno) = durable {
+            let error = self.not_done(errno);
+            if error == VolumeError::LogFull {
+                self.snapshots.borrow_mut().remove(&key);
+            }
+            return Err(error);
+        }
         // By now it may be in the pool, or even be deleted again.
         if matches!(self.snapshots.borrow().get(&key), Some(SnapshotState::Reserved)) {
             self.note_marker(marker);
@@ -168,11 +175,12 @@ impl Core {
         Ok(())
     }
 
-    /// The volume's content and size become the snapshot's. The caller lets nobody write meanwhile.
-    pub(crate) async fn roll_back(&self, name: &SnapshotName) -> Result<(), VolumeError> {
+    /// The volume's content and size become the snapshot's. The caller lets nobody write meanwhile, and gives it up before anybody may.
+    pub(crate) async fn roll_back(&self, name: &SnapshotName, asked: &Progress) -> Result<(), VolumeError> {
         self.committed_snapshot(name).await?;
         self.publish_all().await.map_err(|_| self.failure().unwrap_or(VolumeError::Fenced))?;
         let _alone = self.house.hold().await;
+        asked.check_wanted()?;
         let snapshot = self.snapshot_now(name)?;
         let slot = name.0;
         let held = self.held(slot).ok_or(VolumeError::NoVolume)?;
@@ -205,10 +213,11 @@ impl Core {
         Ok(ranges.into_iter().map(|range| range.start * block..range.end * block).collect())
     }
 
-    /// Gives the volume another size. What lies past a smaller one is gone; the caller lets nobody write there meanwhile.
-    pub(crate) async fn resize(&self, slot: Slot, size: u64) -> Result<(), VolumeError> {
+    /// Gives the volume another size. What lies past a smaller one is gone; the caller lets nobody write there meanwhile, and gives it up before anybody
+    /// may.
+    pub(crate) async fn resize(&self, slot: Slot, size: u64, asked: &Progress) -> Result<(), VolumeError> {
         check_size(size)?;
-        let lost = |_| self.failure().unwrap_or(VolumeError::Fenced);
+        let lost = |errno| self.not_done(errno);
         let now = self.size(slot);
         if size < now {
             let from = first_block(slot) * BLOCK as u64 + size;
@@ -218,6 +227,7 @@ impl Core {
         // Or the loss of the log would undo what was acknowledged before, and not this.
         self.publish_all().await.map_err(lost)?;
         let _alone = self.house.hold().await;
+        asked.check_wanted()?;
         self.checkpoint_with(Change::Size(slot, size)).await
     }
 }

@@ -54,7 +54,7 @@ impl Core {
                 freed: tally.bytes_freed.get(),
                 is_running: self.collecting.get(),
             },
-            waits: self.chain.troubles.worst(now).map_or(Duration::ZERO, |trouble| now.saturating_sub(trouble.since)),
+            waits: self.chain.troubles.worst_of_pool(now).map_or(Duration::ZERO, |trouble| now.saturating_sub(trouble.since)),
         }
     }
 

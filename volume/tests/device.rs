@@ -34,6 +34,7 @@ fn options(plane: &DataPlane, store: Store, durability: Durability) -> MappedOpt
         settings,
         secrets: Secrets { pool_key: [3; 32], data_key: None },
         home: plane.handles()[0].clone(),
+        log_path: "log".into(),
     }
 }
 

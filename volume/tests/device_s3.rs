@@ -55,6 +55,7 @@ impl Rig {
             settings: Settings { durability: Durability::Remote, segment_bytes: MIB, ..Settings::default() },
             secrets: Secrets { pool_key: [3; 32], data_key: Some([4; 32]) },
             home: self.plane.handles()[0].clone(),
+            log_path: "log".into(),
         }
     }
 

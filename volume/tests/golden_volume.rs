@@ -39,6 +39,7 @@ fn options(plane: &DataPlane, store: &Arc<MemoryStore>, group: Uuid) -> MappedOp
         settings: Settings::default(),
         secrets: Secrets { pool_key: [3; 32], data_key: Some([4; 32]) },
         home: plane.handles()[0].clone(),
+        log_path: "log".into(),
     }
 }
 

@@ -17,6 +17,7 @@ const POLICY_LATER: [&str; 4] = ["iops", "bandwidth", "burst_iops", "burst_secon
 const DURABILITIES: [&str; 2] = ["local", "remote"];
 const COMPRESSIONS: [&str; 5] = ["auto", "cold", "none", "lz4", "zstd"];
 const DEDUPS: [&str; 3] = ["none", "volume", "tenant"];
+const WHEN_FULL: [&str; 2] = ["wait", "error"];
 const LOG_SIZE_MIN: u64 = 1 << 20;
 const LOG_SIZE_UNIT: u64 = 4096;
 
@@ -41,7 +42,7 @@ pub(super) fn not_yet(table: &DeTable<'_>, file: &str, text: &str) -> Vec<Proble
     for (name, entries) in named_tables(table, "policy") {
         for (key, _) in entries.iter().filter(|(key, _)| POLICY_LATER.contains(&key.get_ref().as_ref())) {
             let message = format!(
-                "policy {name}: `{}` is not in this version and would not be honoured: remove it; `durability`, `compression`, `dedup` and `encryption` work",
+                "policy {name}: `{}` is not in this version and would not be honoured: remove it; `durability`, `compression`, `dedup`, `when_full` and `encryption` work",
                 key.get_ref()
             );
             refuse(key.span().start, message);
@@ -135,12 +136,17 @@ impl Checker<'_> {
         self.one_of(&format!("{path}.durability"), durability, &DURABILITIES);
     }
 
+    pub(super) fn when_full(&mut self, path: &str, when_full: Option<&String>) {
+        self.one_of(&format!("{path}.when_full"), when_full, &WHEN_FULL);
+    }
+
     fn policy(&mut self, name: &str, policy: &PolicyConfig) {
         let path = format!("policy.{name}");
         self.name("policy", name, &path);
         self.durability(&path, policy.durability.as_ref());
         self.one_of(&format!("{path}.compression"), policy.compression.as_ref(), &COMPRESSIONS);
         self.one_of(&format!("{path}.dedup"), policy.dedup.as_ref(), &DEDUPS);
+        self.when_full(&path, policy.when_full.as_ref());
         if policy.encryption && self.config.keys.is_none() {
             self.refuse(&format!("{path}.encryption"), "needs [keys]: the key-encryption key, such as `file`");
         }

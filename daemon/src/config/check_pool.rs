@@ -9,8 +9,9 @@ use super::secret;
 pub(super) const DRIVERS: [&str; 5] = ["file", "rbd", "s3", "memory", "null"];
 const RBD_KEYS: [&str; 8] =
     ["pool", "conf", "user", "namespace", "cluster", "keyring", "connect_timeout_seconds", "request_timeout_seconds"];
-const S3_KEYS: [&str; 10] = [
+const S3_KEYS: [&str; 11] = [
     "durability",
+    "when_full",
     "bucket",
     "endpoint",
     "region",
@@ -25,7 +26,7 @@ const S3_KEYS: [&str; 10] = [
 /// The keys that a driver has, and the one that it cannot do without.
 fn keys_of(driver: &str) -> Option<(&'static [&'static str], Option<&'static str>)> {
     match driver {
-        "file" => Some((&["path", "durability"], Some("path"))),
+        "file" => Some((&["path", "durability", "when_full"], Some("path"))),
         "rbd" => Some((&RBD_KEYS, Some("pool"))),
         "s3" => Some((&S3_KEYS, Some("bucket"))),
         "memory" | "null" => Some((&[], None)),
@@ -38,6 +39,7 @@ fn given(pool: &PoolConfig) -> Vec<&'static str> {
     let keys = [
         ("path", pool.path.is_some()),
         ("durability", pool.durability.is_some()),
+        ("when_full", pool.when_full.is_some()),
         ("pool", pool.pool.is_some()),
         ("conf", pool.conf.is_some()),
         ("user", pool.user.is_some()),
@@ -72,6 +74,7 @@ impl Checker<'_> {
             self.refuse(&path, format!("driver \"{}\" needs the key `{needed}`", pool.driver));
         }
         self.durability(&path, pool.durability.as_ref());
+        self.when_full(&path, pool.when_full.as_ref());
         if pool.connect_timeout_seconds.is_some_and(|seconds| !(1..=3600).contains(&seconds)) {
             self.refuse(&format!("{path}.connect_timeout_seconds"), "choose 1 to 3600 seconds");
         }

@@ -92,6 +92,9 @@ pub struct PoolConfig {
     /// file, s3: what a flush of a mapped volume without a policy waits for. "local": the log in data_dir, the default for file; "remote": the
     /// pool itself, the default for s3.
     pub durability: Option<String>,
+    /// file, s3: what becomes of writes to a mapped volume without a policy for which there is no space. "wait": they wait until there is, the default;
+    /// "error": they fail with "no space left on device".
+    pub when_full: Option<String>,
     /// file: the folder that holds the volumes.
     pub path: Option<PathBuf>,
     /// rbd: the name of the Ceph pool.
@@ -231,6 +234,9 @@ pub struct PolicyConfig {
     /// Where mapped volumes look for blocks that are stored already. "volume": in themselves, which is the default; "tenant": in all volumes of the
     /// pool with the same tenant and policy that were made on this host, of which one host has all or none; "none": nowhere.
     pub dedup: Option<String>,
+    /// What becomes of writes to a mapped volume for which there is no space, in the pool or where the log lies. "wait": they wait until there is;
+    /// "error": they fail with "no space left on device", as those of raw volumes always do. The pool's by default.
+    pub when_full: Option<String>,
     /// Volumes are encrypted; needs [keys].
     pub encryption: bool,
 }

@@ -72,7 +72,11 @@ fn what_cannot_be_honoured_is_refused() {
     assert!(problems("[policy.gold]\ndurability = \"none\"\n").contains("local, remote"));
     assert!(problems("[policy.gold]\ncompression = \"gzip\"\n").contains("auto, cold, none, lz4, zstd"));
     assert!(problems("[policy.gold]\ndedup = \"host\"\n").contains("none, volume, tenant"));
-    load_text("t", "[policy.gold]\ndurability = \"local\"\ndedup = \"tenant\"\n", Vec::new()).unwrap();
+    assert!(problems("[policy.gold]\nwhen_full = \"stall\"\n").contains("wait, error"));
+    assert!(problems("[pool.p]\ndriver = \"file\"\npath = \"/a\"\nwhen_full = \"stop\"\n").contains("wait, error"));
+    assert!(problems("[pool.p]\ndriver = \"null\"\nwhen_full = \"wait\"\n").contains("has no key `when_full`"));
+    load_text("t", "[policy.gold]\ndurability = \"local\"\ndedup = \"tenant\"\nwhen_full = \"error\"\n", Vec::new()).unwrap();
+    load_text("t", "[pool.p]\ndriver = \"file\"\npath = \"/a\"\nwhen_full = \"wait\"\n", Vec::new()).unwrap();
     for size in ["512K", "1048577", "much"] {
         assert!(problems(&format!("[daemon]\nlog_size = \"{size}\"\n")).starts_with("t.toml:2: daemon.log_size"), "{size}");
     }

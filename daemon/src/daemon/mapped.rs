@@ -8,7 +8,7 @@ use backends::{Layout, Pool, PoolError, VolumeRecord};
 use blockdev::ReactorHandle;
 use parking_lot::RwLock;
 use volume::pool::{Dedup, MappedPool, MappedPoolOptions, VolumePolicy};
-use volume::{Allowed, Durability};
+use volume::{Allowed, Durability, WhenFull};
 
 use crate::config::{Config, PolicyConfig, PoolConfig};
 use crate::error::{Error, Result};
@@ -30,7 +30,7 @@ pub struct Host {
 impl Host {
     fn options(&self, pool: &str, config: &PoolConfig) -> Result<MappedPoolOptions> {
         let (live, of_keys, of_policies) = (self.config.clone(), self.config.clone(), self.config.clone());
-        let fallback = default_durability(config);
+        let fallback = (default_durability(config), parse_when_full(config.when_full.as_deref().unwrap_or_default()));
         let log_size = parse_size(&live.read().daemon.log_size).map_err(Error::invalid)?;
         Ok(MappedPoolOptions {
             homes: self.reactors.clone(),
@@ -128,8 +128,18 @@ fn parse_compression(compression: &str) -> Allowed {
     }
 }
 
-fn policy(config: &Config, record: &VolumeRecord, fallback: Durability) -> backends::pool::Result<VolumePolicy> {
-    let silent = VolumePolicy { durability: fallback, compression: Allowed::Auto, dedup: Dedup::Volume };
+/// One that was checked when the configuration was loaded.
+fn parse_when_full(when_full: &str) -> WhenFull {
+    if when_full == "error" { WhenFull::Error } else { WhenFull::Wait }
+}
+
+/// `fallback`: what holds where the policy does not say.
+fn policy(
+    config: &Config,
+    record: &VolumeRecord,
+    (durability, when_full): (Durability, WhenFull),
+) -> backends::pool::Result<VolumePolicy> {
+    let silent = VolumePolicy { durability, compression: Allowed::Auto, dedup: Dedup::Volume, when_full };
     let Some(name) = &record.policy else { return Ok(silent) };
     let Some(policy) = config.policy.get(name) else {
         tracing::warn!(
@@ -142,9 +152,10 @@ fn policy(config: &Config, record: &VolumeRecord, fallback: Durability) -> backe
         return Err(PoolError::Unsupported(format!("volume {}: {why}: change the policy", record.name)));
     }
     Ok(VolumePolicy {
-        durability: policy.durability.as_deref().map_or(fallback, parse_durability),
+        durability: policy.durability.as_deref().map_or(durability, parse_durability),
         compression: policy.compression.as_deref().map_or(Allowed::Auto, parse_compression),
         dedup: policy.dedup.as_deref().map_or(Dedup::Volume, parse_dedup),
+        when_full: policy.when_full.as_deref().map_or(when_full, parse_when_full),
     })
 }
 
@@ -160,7 +171,8 @@ pub fn refusal(name: &str, policy: &PolicyConfig, layout: Layout) -> Option<Stri
             Some(_) => {}
         }
     }
-    None
+    let waits = layout == Layout::Raw && policy.when_full.as_deref() == Some("wait");
+    waits.then(|| format!("{} a raw volume cannot", asks("when_full", "wait")))
 }
 
 #[cfg(test)]
@@ -193,7 +205,7 @@ mod tests {
         let of = |durability: Option<&str>| PolicyConfig { durability: durability.map(str::to_owned), ..PolicyConfig::default() };
         config.policy.insert("near".to_owned(), of(Some("local")));
         config.policy.insert("silent".to_owned(), of(None));
-        let found = |name: Option<&str>, fallback| policy(&config, &record(name), fallback).unwrap().durability;
+        let found = |name: Option<&str>, fallback| policy(&config, &record(name), (fallback, WhenFull::Wait)).unwrap().durability;
         assert_eq!(found(None, Durability::Remote), Durability::Remote);
         assert_eq!(found(Some("near"), Durability::Remote), Durability::Local);
         assert_eq!(found(Some("silent"), Durability::Local), Durability::Local);
@@ -210,7 +222,7 @@ mod tests {
                 ..PolicyConfig::default()
             };
             config.policy.insert("p".to_owned(), of);
-            let policy = policy(&config, &record(Some("p")), Durability::Local).unwrap();
+            let policy = policy(&config, &record(Some("p")), (Durability::Local, WhenFull::Wait)).unwrap();
             (policy.compression, policy.dedup)
         };
         assert_eq!(found(None, None), (Allowed::Auto, Dedup::Volume));
@@ -226,6 +238,7 @@ mod tests {
             durability: None,
             compression: Some(compression.to_owned()).filter(|value| !value.is_empty()),
             dedup: Some(dedup.to_owned()).filter(|value| !value.is_empty()),
+            when_full: None,
             encryption,
         };
         let why = |policy: PolicyConfig, layout| refusal("gold", &policy, layout).unwrap_or_default();
@@ -237,5 +250,23 @@ mod tests {
         assert_eq!(why(of("", "tenant", false), Layout::Mapped), "");
         assert!(why(of("", "tenant", false), Layout::Raw).contains("dedup = tenant"));
         assert_eq!([Layout::Raw, Layout::Mapped].map(|layout| why(of("", "", true), layout)), ["", ""]);
+        let full = |what: &str| PolicyConfig { when_full: Some(what.to_owned()), ..PolicyConfig::default() };
+        assert!(why(full("wait"), Layout::Raw).contains("when_full = wait, which a raw volume cannot"));
+        assert_eq!([why(full("error"), Layout::Raw), why(full("wait"), Layout::Mapped)], ["", ""]);
+    }
+
+    #[test]
+    fn what_becomes_of_writes_without_space_is_as_the_policy_says_or_else_the_pool() {
+        let mut config = Config::default();
+        let of = |when_full: Option<&str>| PolicyConfig { when_full: when_full.map(str::to_owned), ..PolicyConfig::default() };
+        for (name, when_full) in [("silent", None), ("patient", Some("wait")), ("strict", Some("error"))] {
+            config.policy.insert(name.to_owned(), of(when_full));
+        }
+        let found = |name: Option<&str>, pool: &str| {
+            policy(&config, &record(name), (Durability::Local, parse_when_full(pool))).unwrap().when_full
+        };
+        assert_eq!([found(None, ""), found(Some("silent"), "wait"), found(Some("patient"), "error")], [WhenFull::Wait; 3]);
+        assert_eq!([found(None, "error"), found(Some("silent"), "error"), found(Some("strict"), "")], [WhenFull::Error; 3]);
+        assert_eq!(found(Some("gone"), "error"), WhenFull::Error);
     }
 }

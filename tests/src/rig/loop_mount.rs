@@ -1,9 +1,10 @@
-//! A small file system on a loop device, unmounted on drop.
+//! A small file system on a loop device or in memory, unmounted on drop.
 
 use crate::rig::process::run;
 use crate::rig::{scratch, tools};
 use anyhow::{Context, Result, bail};
 use rustix::process::geteuid;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -29,19 +30,38 @@ impl LoopMount {
         Self::make(size_mib, &["mkfs.ext4", "-q", "-m", "0"])
     }
 
+    /// In memory: full to the last byte when it is full.
+    pub fn tmpfs(size_mib: u64) -> Result<Self> {
+        Self::check_root()?;
+        let folder = scratch::disk_dir()?;
+        let size = format!("size={size_mib}m");
+        Self::mount(folder, |mount| {
+            ["-t", "tmpfs", "-o", &size, "tmpfs"].map(Into::into).into_iter().chain([mount.into()]).collect()
+        })
+    }
+
     fn make(size_mib: u64, make: &[&str]) -> Result<Self> {
-        if !geteuid().is_root() {
-            bail!("mounting a loop device needs root: run the tests as root");
-        }
+        Self::check_root()?;
         let folder = scratch::disk_dir()?;
         let image = folder.path().join("image");
         File::create(&image)?.set_len(size_mib << 20).with_context(|| format!("sizing {}", image.display()))?;
         let (program, arguments) = make.split_first().context("no program")?;
         run(Command::new(tools::require(program)?).args(arguments).arg(&image), LIMIT)?;
+        // `mount` frees the loop device again when it unmounts.
+        Self::mount(folder, |mount| vec!["-o".into(), "loop".into(), image.into(), mount.into()])
+    }
+
+    fn check_root() -> Result<()> {
+        if !geteuid().is_root() {
+            bail!("mounting a file system needs root: run the tests as root");
+        }
+        Ok(())
+    }
+
+    fn mount(folder: TempDir, arguments: impl FnOnce(&Path) -> Vec<OsString>) -> Result<Self> {
         let mount = folder.path().join("mount");
         fs::create_dir(&mount)?;
-        // `mount` frees the loop device again when it unmounts.
-        run(Command::new(tools::require("mount")?).args(["-o", "loop"]).args([&image, &mount]), LIMIT)?;
+        run(Command::new(tools::require("mount")?).args(arguments(&mount)), LIMIT)?;
         Ok(Self { mount, _folder: folder })
     }
 

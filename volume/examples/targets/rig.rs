@@ -40,6 +40,7 @@ impl Rig {
             settings,
             secrets: Secrets { pool_key: [1; 32], data_key: Some([2; 32]) },
             home: plane.handles()[0].clone(),
+            log_path: "log".into(),
         };
         Rig { plane, store, options, log }
     }

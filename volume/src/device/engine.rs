@@ -28,15 +28,12 @@ use crate::environment::{Environment, LocalFuture};
 use crate::error::VolumeError;
 use crate::group::MappedGroup;
 use crate::mapped::{MappedVolume, Parts};
-use crate::progress::Progress;
 use crate::reduce::Secrets;
 
 /// Long writes go to the log in parts of so many bytes, or of fewer where the log is small.
 const WRITE_PART: usize = 1 << 20;
 /// How long the thread of an engine may take to say how it is.
 const ANSWER_LIMIT: Duration = Duration::from_secs(1);
-/// How often the progress of long work is looked at.
-const TELL_EVERY: Duration = Duration::from_millis(200);
 
 /// What an engine serves.
 #[derive(Clone)]
@@ -129,27 +126,7 @@ impl Home {
         Ok(self.begin(work).recv().map_err(|_| stopped())??)
     }
 
-    /// The same for long work, of whose progress `tell` hears now and then: bytes done, and in all.
-    pub(super) fn run_telling<T: Send + 'static>(
-        &self,
-        tell: &dyn Fn(u64, u64),
-        work: impl FnOnce(Rc<MappedGroup>, Arc<Progress>) -> LocalFuture<'static, Result<T, VolumeError>> + Send + 'static,
-    ) -> Result<T, OpenError> {
-        let progress = Arc::new(Progress::default());
-        let told = progress.clone();
-        let receiver = self.begin(move |group| work(group, told));
-        loop {
-            let answer = receiver.recv_timeout(TELL_EVERY);
-            let (done, total) = progress.get();
-            tell(done.min(total), total);
-            match answer {
-                Ok(answer) => return Ok(answer?),
-                Err(mpsc::RecvTimeoutError::Timeout) => {}
-                Err(mpsc::RecvTimeoutError::Disconnected) => return Err(stopped().into()),
-            }
-        }
-    }
-
+    /// Has the group do something. The answer comes where it is waited for.
     pub(super) fn begin<T: Send + 'static>(
         &self,
         work: impl FnOnce(Rc<MappedGroup>) -> LocalFuture<'static, Result<T, VolumeError>> + Send + 'static,

@@ -97,13 +97,14 @@ impl MappedDevice {
         self.group.run_unless_stuck(limit, move |group| work(group.at(slot)))
     }
 
+    /// The same for work that comes on, or may not go on when nobody waits for it any more.
     fn run_telling<T: Send + 'static>(
         &self,
         tell: &dyn Fn(u64, u64),
         work: impl FnOnce(MappedVolume, Arc<Progress>) -> LocalFuture<'static, Result<T, VolumeError>> + Send + 'static,
     ) -> Result<T, OpenError> {
         let slot = self.slot;
-        self.group.home.run_telling(tell, move |group, progress| work(group.at(slot), progress))
+        self.group.run_telling(PATIENCE, tell, move |group, progress| work(group.at(slot), progress))
     }
 
     /// What it uses; `None` if its thread does not say. Blocks for a moment; never call it from a data-plane thread.
@@ -111,8 +112,8 @@ impl MappedDevice {
         self.ask(|volume| volume.usage())
     }
 
-    /// See [`MappedVolume::snapshot`]. Blocks, as all of the following do. Where the pool takes nothing, what has to do with snapshots fails after a while,
-    /// and goes on.
+    /// See [`MappedVolume::snapshot`]. Blocks, as all of the following do. Where the pool takes nothing, they fail after a while, and what has to do with
+    /// snapshots goes on.
     pub fn snapshot(&self, name: &str, created: u64) -> Result<(), OpenError> {
         let name = name.to_owned();
         self.run_unless_stuck(PATIENCE_HELD, move |volume| Box::pin(async move { volume.snapshot(&name, created).await }))
@@ -147,9 +148,9 @@ impl MappedDevice {
     /// See [`MappedVolume::roll_back`]. The answer is the volume's size, in bytes, which is that of the snapshot.
     pub fn roll_back(&self, name: &str) -> Result<u64, OpenError> {
         let name = name.to_owned();
-        let size = self.run(move |volume| {
+        let size = self.run_telling(&|_, _| {}, move |volume, asked| {
             Box::pin(async move {
-                volume.roll_back(&name).await?;
+                volume.roll_back_if_wanted(&name, &asked).await?;
                 Ok(volume.size())
             })
         })?;
@@ -179,8 +180,8 @@ impl MappedDevice {
 
     /// What the pool does not take of this volume, in words that stay the same as long as it lasts. Blocks for a moment; never call it from a data-plane thread.
     pub fn trouble(&self) -> Option<String> {
-        let found = self.ask(|volume| volume.trouble().map(|trouble| (trouble, volume.now()))).flatten();
-        self.group.told_trouble(found)
+        let found = self.ask(|volume| volume.pool_trouble().map(|trouble| (trouble, volume.now()))).flatten();
+        found.map(|(trouble, now)| self.group.told_trouble(trouble, now))
     }
 
     /// See [`MappedVolume::gather`].
@@ -202,7 +203,10 @@ impl MappedDevice {
     /// See [`MappedVolume::diff`].
     pub fn diff(&self, before: &str, to: Option<&str>, from: u64, ranges_max: usize) -> Result<Vec<Range<u64>>, OpenError> {
         let (before, to) = (before.to_owned(), to.map(str::to_owned));
-        self.run(move |volume| Box::pin(async move { volume.diff(&before, to.as_deref(), from, ranges_max).await }))
+        let diff = move |volume: MappedVolume| -> LocalFuture<'static, _> {
+            Box::pin(async move { volume.diff(&before, to.as_deref(), from, ranges_max).await })
+        };
+        self.run_unless_stuck(PATIENCE, diff)
     }
 }
 
@@ -234,7 +238,10 @@ impl BlockDevice for MappedDevice {
     }
 
     fn resize(&self, size: u64) -> Result<(), DeviceError> {
-        let resized = self.run(move |volume| Box::pin(async move { volume.resize(size).await }));
+        let resize = move |volume: MappedVolume, asked: Arc<Progress>| -> LocalFuture<'static, _> {
+            Box::pin(async move { volume.resize_if_wanted(size, &asked).await })
+        };
+        let resized = self.run_telling(&|_, _| {}, resize);
         resized.map_err(|error| match error {
             OpenError::Volume(error) => DeviceError::Refused(error.to_string()),
             OpenError::Device(error) => error,
@@ -260,9 +267,10 @@ impl BlockDevice for MappedDevice {
         if let Some(error) = failed {
             return Some(format!("{error}; no I/O succeeds until it is opened anew: `novastor export reopen` does that"));
         }
-        match self.group.told_trouble(trouble) {
-            Some(trouble) => {
-                Some(format!("{trouble}; writes wait in the local log, and go on by themselves when that is mended"))
+        match trouble {
+            Some((trouble, now)) => {
+                let outlook = self.group.told_outlook(&trouble.cause);
+                Some(format!("{}; {outlook}", self.group.told_trouble(trouble, now)))
             }
             None => unread.map(|error| format!("a read failed: {error}")),
         }

@@ -1,6 +1,7 @@
 //! What is done to volumes in their store, without opening them.
 
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use backends::segments::SegmentStore;
@@ -31,6 +32,8 @@ pub struct MappedOptions {
     pub secrets: Secrets,
     /// The thread that the engine lives on.
     pub home: ReactorHandle,
+    /// The file or device that carries its log, as its user knows it.
+    pub log_path: PathBuf,
 }
 
 impl MappedOptions {

@@ -6,7 +6,8 @@
 //!
 //! Every opening draws a salt, which stands in each of its batches; its key is bound to group, log and epoch as well. No two openings share an epoch, so that
 //! none shares a key, even if its generator repeats itself: what a crash tore off and the next opening writes again, at the same place and under the same
-//! batch number, is encrypted with another key. Within an opening a batch number is given once; with the index of the record it makes the nonce.
+//! batch number, is encrypted with another key. An opening that takes batches back draws another salt before it gives their numbers again. Under one salt
+//! a batch number is given once; with the index of the record it makes the nonce.
 //!
 //! Headers stay in clear. Their tag covers all of header and records, and through these the tags of the payloads and the chain of batches before.
 
@@ -38,7 +39,8 @@ pub(crate) struct LogCipher {
     data_key: Key,
     group: [u8; 16],
     log_id: LogId,
-    openings: RefCell<BTreeMap<u64, (LogSalt, Rc<OpeningKey>)>>,
+    /// By epoch, and the first batch that was written with them.
+    openings: RefCell<BTreeMap<(u64, u64), (LogSalt, Rc<OpeningKey>)>>,
 }
 
 impl LogCipher {
@@ -48,20 +50,25 @@ impl LogCipher {
 
     /// The key of an opening. It is kept only if asked to.
     pub(crate) fn opening(&self, epoch: u64, salt: &LogSalt) -> Rc<OpeningKey> {
-        match self.openings.borrow().get(&epoch) {
-            Some((known, key)) if known == salt => key.clone(),
-            _ => Rc::new(self.derive(epoch, salt)),
+        let openings = self.openings.borrow();
+        let known = openings.range((epoch, 0)..=(epoch, u64::MAX)).rev().find(|(_, (known, _))| known == salt);
+        known.map_or_else(|| Rc::new(self.derive(epoch, salt)), |(_, (_, key))| key.clone())
+    }
+
+    /// Keeps the key of an opening, by which its payloads will be read: those of batch `number` and later ones.
+    pub(crate) fn keep(&self, epoch: u64, number: u64, salt: LogSalt, key: Rc<OpeningKey>) {
+        let mut openings = self.openings.borrow_mut();
+        let before = openings.range((epoch, 0)..=(epoch, number)).next_back();
+        if before.is_none_or(|(_, (known, _))| *known != salt) {
+            openings.insert((epoch, number), (salt, key));
         }
     }
 
-    /// Keeps the key of an opening, by which its payloads will be read.
-    pub(crate) fn keep(&self, epoch: u64, salt: LogSalt, key: Rc<OpeningKey>) {
-        self.openings.borrow_mut().insert(epoch, (salt, key));
-    }
-
-    /// The key of an opening that is kept.
-    pub(crate) fn kept(&self, epoch: u64) -> Option<Rc<OpeningKey>> {
-        self.openings.borrow().get(&epoch).map(|(_, key)| key.clone())
+    /// The key of a batch, if it is kept.
+    pub(crate) fn kept(&self, epoch: u64, number: u64) -> Option<Rc<OpeningKey>> {
+        let openings = self.openings.borrow();
+        let (_, (_, key)) = openings.range((epoch, 0)..=(epoch, number)).next_back()?;
+        Some(key.clone())
     }
 
     fn derive(&self, epoch: u64, salt: &LogSalt) -> OpeningKey {
@@ -138,6 +145,21 @@ mod tests {
             assert!(texts[..index].iter().all(|other| other[..16] != text[..16]), "text {index} repeats a key stream");
         }
         assert_eq!(texts[0], sealed(3, 1, 5, 0));
+    }
+
+    #[test]
+    fn a_batch_is_read_with_the_key_that_was_kept_for_it() {
+        let cipher = cipher();
+        for (epoch, number, salt) in [(3, 5, 1), (3, 6, 1), (3, 8, 2), (3, 8, 3), (4, 9, 4)] {
+            cipher.keep(epoch, number, [salt; 32], cipher.opening(epoch, &[salt; 32]));
+        }
+        let salt_of = |epoch, number| {
+            let key = cipher.kept(epoch, number)?;
+            (1..5).find(|salt| Rc::ptr_eq(&key, &cipher.opening(epoch, &[*salt; 32])))
+        };
+        assert_eq!(salt_of(3, 4), None);
+        assert_eq!([5, 6, 7, 8, 99].map(|number| salt_of(3, number)), [1, 1, 1, 3, 3].map(Some));
+        assert_eq!((salt_of(4, 8), salt_of(4, 9), salt_of(5, 9)), (None, Some(4), None));
     }
 
     /// Put together from the primitives, as docs/format.md says.

@@ -8,9 +8,11 @@
 //! ```
 //!
 //! Invariants: records are acknowledged in the order they were appended; nothing is acknowledged after a write or a sync failed. A batch never wraps: one that does not fit before the end of the ring begins at its start.
+//! A disk that is full has not failed: see `full`.
 
 mod cipher;
 mod format;
+mod full;
 mod recover;
 mod superblock;
 
@@ -27,6 +29,8 @@ pub(crate) use cipher::PayloadSeal;
 use cipher::{LogSalt, OpeningKey};
 pub(crate) use format::{BatchHeader, LogId, RecordKind, Tail};
 use format::{PAYLOAD_MAX, RECORDS_MAX, Record};
+pub use full::WhenFull;
+use recover::behead;
 pub(crate) use recover::{behead_torn, is_unused, make_durable, recover, refuse_if_beheaded};
 use superblock::SUPERBLOCK_LEN;
 pub(crate) use superblock::{SUPERBLOCK_START, Superblock, id_in};
@@ -36,6 +40,7 @@ use crate::disk::LogDisk;
 use crate::environment::Environment;
 use crate::error::VolumeError;
 use crate::signal::{Answer, Asked, Signal, answer};
+use crate::troubles::Troubles;
 
 const IN_FLIGHT_MAX: usize = 8;
 const RING_MIN: u64 = 256 << 10;
@@ -130,7 +135,15 @@ struct InFlight {
     end: Tail,
     asked: Vec<Asked<Result<(), Errno>>>,
     payloads: Vec<Bytes>,
-    written: bool,
+    state: BatchState,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum BatchState {
+    UnderWay,
+    Written,
+    /// There was no space for it.
+    Refused,
 }
 
 /// Hears of the log's records in log order: when they are acknowledged, and before their writers do.
@@ -154,6 +167,9 @@ pub(crate) struct LogStart {
     /// What lies before is whole, and durable.
     pub(crate) tail: Tail,
     pub(crate) cipher: Option<Rc<LogCipher>>,
+    pub(crate) when_full: WhenFull,
+    /// Hears of a disk that is full.
+    pub(crate) troubles: Rc<Troubles>,
 }
 
 /// How this opening encrypts.
@@ -169,7 +185,9 @@ pub(crate) struct Log {
     ring: Ring,
     log_id: LogId,
     epoch: u64,
-    encryption: Option<Encryption>,
+    encryption: RefCell<Option<Encryption>>,
+    when_full: WhenFull,
+    troubles: Rc<Troubles>,
     follower: Rc<dyn Follower>,
     queue: RefCell<VecDeque<Queued>>,
     in_flight: RefCell<VecDeque<InFlight>>,
@@ -180,17 +198,48 @@ pub(crate) struct Log {
     /// The end of the last batch that has no records and says that all before it is durable.
     marked: Cell<u64>,
     syncing: Cell<bool>,
+    /// What is appended is refused: the disk has no space.
+    refuses: Cell<bool>,
+    /// What waits has to wait for the log to be trimmed.
+    is_stuck: Cell<bool>,
     failed: Cell<Option<Failure>>,
     changed: Signal,
 }
 
 /// Why nothing is acknowledged any more.
-#[derive(Clone, Copy)]
-pub(crate) struct Failure {
-    pub(crate) operation: &'static str,
-    /// Of the disk, in bytes.
-    pub(crate) offset: u64,
-    pub(crate) errno: Errno,
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Failure {
+    /// Of the disk.
+    Io { operation: &'static str, offset: Option<u64>, errno: Errno },
+    /// Its owner does not go on.
+    Ended(Errno),
+}
+
+impl Failure {
+    fn io(operation: &'static str, offset: u64, errno: Errno) -> Failure {
+        Failure::Io { operation, offset: Some(offset), errno }
+    }
+
+    fn sync(errno: Errno) -> Failure {
+        Failure::Io { operation: "sync", offset: None, errno }
+    }
+
+    /// What those get who ask for anything. It is never that there is no space, which would not be for good.
+    pub(crate) fn errno(self) -> Errno {
+        match self {
+            Failure::Io { errno, .. } if errno.is_no_space() => Errno::EIO,
+            Failure::Io { errno, .. } | Failure::Ended(errno) => errno,
+        }
+    }
+}
+
+impl From<Failure> for VolumeError {
+    fn from(failure: Failure) -> VolumeError {
+        match failure {
+            Failure::Io { operation, offset, errno } => VolumeError::LogIo { operation, offset, errno },
+            Failure::Ended(_) => VolumeError::Closed,
+        }
+    }
 }
 
 impl Log {
@@ -200,13 +249,16 @@ impl Log {
         start: LogStart,
         follower: Rc<dyn Follower>,
     ) -> Rc<Log> {
+        let encryption = start.cipher.map(|cipher| encrypt_from(cipher, start.epoch, start.tail.number, &*environment));
         let log = Rc::new(Log {
             ring: start.ring,
             disk,
             environment: environment.clone(),
             log_id: start.log_id,
             epoch: start.epoch,
-            encryption: start.cipher.map(|cipher| begin_opening(cipher, start.epoch, &*environment)),
+            encryption: RefCell::new(encryption),
+            when_full: start.when_full,
+            troubles: start.troubles,
             follower,
             queue: RefCell::default(),
             in_flight: RefCell::default(),
@@ -216,10 +268,15 @@ impl Log {
             trimmed: Cell::new(start.trimmed),
             marked: Cell::new(0),
             syncing: Cell::new(false),
+            refuses: Cell::new(false),
+            is_stuck: Cell::new(false),
             failed: Cell::new(None),
             changed: Signal::default(),
         });
         environment.spawn(Box::pin(log.clone().write_batches()));
+        if start.when_full == WhenFull::Error {
+            environment.spawn(Box::pin(log.clone().refuse_what_is_stuck()));
+        }
         log
     }
 
@@ -233,10 +290,13 @@ impl Log {
 
     /// The same for `asked`.
     pub(crate) fn append_for(&self, asked: Asked<Result<(), Errno>>, kind: RecordKind, offset: u64, len: u64, payload: Bytes) {
-        if let Some(Failure { errno, .. }) = self.failed.get() {
-            return asked.give(Err(errno));
+        if let Some(failure) = self.failed.get() {
+            return asked.give(Err(failure.errno()));
         }
-        let crc = if payload.is_empty() || self.encryption.is_some() { 0 } else { crc32c(&payload) };
+        if self.refuses.get() {
+            return asked.give(Err(Errno::ENOSPC));
+        }
+        let crc = if payload.is_empty() || self.encryption.borrow().is_some() { 0 } else { crc32c(&payload) };
         let record = Record { kind, offset, len, crc, tag: Default::default() };
         self.queue.borrow_mut().push_back(Queued { record, payload, asked });
         self.changed.notify();
@@ -246,7 +306,7 @@ impl Log {
     pub(crate) async fn sync(self: &Rc<Self>) -> Result<(), Errno> {
         let wanted = self.acknowledged.get().position;
         let settled = || match self.failed.get() {
-            Some(Failure { errno, .. }) => Some(Err(errno)),
+            Some(failure) => Some(Err(failure.errno())),
             None if self.durable.get() >= wanted => Some(Ok(())),
             None => {
                 self.begin_sync();
@@ -290,8 +350,11 @@ impl Log {
         }
         let at = (offset - start) as usize;
         let payload = &bytes[at..at + place.len];
-        let whole = match &self.encryption {
-            Some(encryption) => encryption.cipher.kept(place.seal.epoch).and_then(|key| key.open_payload(&place.seal, payload)),
+        let whole = match &*self.encryption.borrow() {
+            Some(Encryption { cipher, .. }) => {
+                let key = cipher.kept(place.seal.epoch, place.seal.number);
+                key.and_then(|key| key.open_payload(&place.seal, payload))
+            }
             None => (crc32c(payload) == place.crc).then(|| payload.to_vec()),
         };
         whole.map(Some).ok_or(Errno::EIO)
@@ -299,11 +362,11 @@ impl Log {
 
     /// Nothing is acknowledged from now on.
     pub(crate) fn fail(&self, errno: Errno) {
-        self.fail_with(Failure { operation: "write", offset: 0, errno });
+        self.fail_with(Failure::Ended(errno));
     }
 
     fn fail_with(&self, failure: Failure) {
-        let errno = failure.errno;
+        let errno = failure.errno();
         if self.failed.get().is_some() {
             return;
         }
@@ -325,26 +388,27 @@ impl Log {
                 Some(_) => Some(None),
                 None => self.next_batch().map(Some),
             };
-            let Some((offset, parts, number)) = self.changed.wait_for(go_on).await else { return };
-            let log = self.clone();
-            self.environment.spawn(Box::pin(async move {
-                let written = log.disk.write(offset, parts).await;
-                log.written(number, offset, written);
-            }));
+            let Some(batch) = self.changed.wait_for(go_on).await else { return };
+            self.environment.spawn(Box::pin(self.clone().write_batch(batch)));
         }
     }
 
     /// Forms a batch of what waits, if it may be written now.
-    fn next_batch(&self) -> Option<(u64, Vec<Bytes>, u64)> {
+    fn next_batch(&self) -> Option<ToWrite> {
         let mut queue = self.queue.borrow_mut();
-        if queue.is_empty() || self.in_flight.borrow().len() >= IN_FLIGHT_MAX {
+        if queue.is_empty() || self.refuses.get() || self.in_flight.borrow().len() >= IN_FLIGHT_MAX {
+            self.is_stuck.set(false);
             return None;
         }
         let count = batch_len(&queue, self.ring.payload_max());
         let next = self.next.get();
         let records = queue.iter().take(count).map(|queued| queued.record).collect();
         let header = self.header(next, self.durable.get(), records);
-        let place = self.place_for(&header)?;
+        let place = self.place_for(&header);
+        if !self.is_stuck.replace(place.is_none()) && place.is_none() {
+            self.changed.notify();
+        }
+        let place = place?;
         let queued: Vec<Queued> = queue.drain(..count).collect();
         Some(self.begin(BatchHeader { position: place, ..header }, queued))
     }
@@ -370,14 +434,14 @@ impl Log {
             durable_upto,
             epoch: self.epoch,
             previous: after.chain,
-            salt: self.encryption.as_ref().map_or([0; 32], |encryption| encryption.salt),
+            salt: self.encryption.borrow().as_ref().map_or([0; 32], |encryption| encryption.salt),
             tag: Default::default(),
             records,
         }
     }
 
-    /// What to write, where, and the number of the batch, which is under way from now on.
-    fn begin(&self, mut header: BatchHeader, queued: Vec<Queued>) -> (u64, Vec<Bytes>, u64) {
+    /// A batch that is under way from now on.
+    fn begin(&self, mut header: BatchHeader, queued: Vec<Queued>) -> ToWrite {
         let (total, payload_at) = (header.total_len(self.ring.sector), header.payload_at(self.ring.sector));
         let mut parts = Vec::with_capacity(queued.len() + 2);
         parts.push(Bytes::new());
@@ -387,7 +451,7 @@ impl Log {
             asked.push(queued.asked);
             payloads.push(queued.payload);
         }
-        if let Some(Encryption { key, .. }) = &self.encryption {
+        if let Some(Encryption { key, .. }) = &*self.encryption.borrow() {
             header.tag = key.header_tag(&header);
         }
         let (mut encoded, chain) = header.encode();
@@ -398,13 +462,14 @@ impl Log {
         let end = Tail { position: header.position + total as u64, number: header.number + 1, chain };
         self.next.set(end);
         let (offset, number) = (self.ring.offset(header.position), header.number);
-        self.in_flight.borrow_mut().push_back(InFlight { header, end, asked, payloads, written: false });
-        (offset, parts, number)
+        self.in_flight.borrow_mut().push_back(InFlight { header, end, asked, payloads, state: BatchState::UnderWay });
+        ToWrite { number, offset, parts }
     }
 
     /// A payload as it stands on the disk; its record gets the tag.
     fn as_written(&self, header: &mut BatchHeader, index: usize, payload: &Bytes) -> Bytes {
-        let Some(Encryption { key, .. }) = self.encryption.as_ref().filter(|_| !payload.is_empty()) else {
+        let encryption = self.encryption.borrow();
+        let Some(Encryption { key, .. }) = encryption.as_ref().filter(|_| !payload.is_empty()) else {
             return payload.clone();
         };
         let mut sealed = payload.to_vec();
@@ -412,13 +477,8 @@ impl Log {
         sealed.into()
     }
 
-    fn written(&self, number: u64, offset: u64, result: Result<(), Errno>) {
-        if let Err(errno) = result {
-            return self.fail_with(Failure { operation: "write", offset, errno });
-        }
-        if let Some(batch) = self.in_flight.borrow_mut().iter_mut().find(|batch| batch.header.number == number) {
-            batch.written = true;
-        }
+    fn written(&self, number: u64) {
+        self.set_state(number, BatchState::Written);
         while let Some(batch) = self.pop_written() {
             follow(&*self.follower, &batch.header, batch.end, self.ring.sector, &batch.payloads);
             self.acknowledged.set(batch.end);
@@ -427,24 +487,30 @@ impl Log {
         self.changed.notify();
     }
 
+    fn set_state(&self, number: u64, state: BatchState) {
+        if let Some(batch) = self.in_flight.borrow_mut().iter_mut().find(|batch| batch.header.number == number) {
+            batch.state = state;
+        }
+    }
+
     fn pop_written(&self) -> Option<InFlight> {
         let mut in_flight = self.in_flight.borrow_mut();
-        in_flight.front()?.written.then(|| in_flight.pop_front())?
+        let is_written = in_flight.front()?.state == BatchState::Written;
+        is_written.then(|| in_flight.pop_front())?
     }
 
     /// Some time after a sync that nothing followed, leaves the proof of it that recovery looks for.
     async fn mark_durable(self: Rc<Self>, upto: Tail) {
         self.environment.sleep(MARK_AFTER).await;
         let idle = self.next.get() == upto && self.queue.borrow().is_empty() && self.failed.get().is_none();
-        if !idle {
+        if !idle || self.refuses.get() {
             return;
         }
         let header = self.header(upto, upto.position, Vec::new());
         let Some(position) = self.place_for(&header) else { return };
-        let (offset, parts, number) = self.begin(BatchHeader { position, ..header }, Vec::new());
+        let mark = self.begin(BatchHeader { position, ..header }, Vec::new());
         self.marked.set(self.next.get().position);
-        let written = self.disk.write(offset, parts).await;
-        self.written(number, offset, written);
+        self.clone().write_batch(mark).await;
         self.begin_sync();
     }
 
@@ -464,11 +530,18 @@ impl Log {
                         log.environment.spawn(Box::pin(log.clone().mark_durable(upto)));
                     }
                 }
-                Err(errno) => log.fail_with(Failure { operation: "sync", offset: 0, errno }),
+                Err(errno) => log.fail_with(Failure::sync(errno)),
             }
             log.changed.notify();
         }));
     }
+}
+
+/// What to write of a batch, and where.
+struct ToWrite {
+    number: u64,
+    offset: u64,
+    parts: Vec<Bytes>,
 }
 
 /// How many of the first records that wait go into one batch: a marker goes alone.
@@ -482,11 +555,12 @@ fn batch_len(queue: &VecDeque<Queued>, payload_max: usize) -> usize {
     queue.iter().take(RECORDS_MAX).take_while(fits).count().max(1)
 }
 
-fn begin_opening(cipher: Rc<LogCipher>, epoch: u64, environment: &dyn Environment) -> Encryption {
+/// Batches from `number` on are encrypted with a key of their own.
+fn encrypt_from(cipher: Rc<LogCipher>, epoch: u64, number: u64, environment: &dyn Environment) -> Encryption {
     let mut salt = [0; 32];
     environment.random(&mut salt);
     let key = cipher.opening(epoch, &salt);
-    cipher.keep(epoch, salt, key.clone());
+    cipher.keep(epoch, number, salt, key.clone());
     Encryption { cipher, salt, key }
 }
 

@@ -11,7 +11,7 @@ use crate::disk::LogDisk;
 use crate::error::VolumeError;
 use crate::log::cipher::LogCipher;
 use crate::log::format::{BatchHeader, HEADER_LEN, LogId, RECORD_LEN, RECORDS_MAX, Tail};
-use crate::log::{IN_FLIGHT_MAX, Ring, Superblock};
+use crate::log::{Failure, IN_FLIGHT_MAX, Ring, Superblock};
 
 const SEARCH_LEN: usize = 1 << 20;
 /// Read at once in the hope that the next batches are in it, and written at once.
@@ -45,8 +45,8 @@ pub(crate) async fn recover(
         match reader.batch_at(tail, cipher).await? {
             Some(batch) if epochs.contains(&batch.header.epoch) => {
                 if let Some(cipher) = cipher {
-                    let BatchHeader { epoch, salt, .. } = batch.header;
-                    cipher.keep(epoch, salt, cipher.opening(epoch, &salt));
+                    let BatchHeader { epoch, number, salt, .. } = batch.header;
+                    cipher.keep(epoch, number, salt, cipher.opening(epoch, &salt));
                 }
                 epochs = batch.header.epoch..=epoch;
                 tail = batch.end;
@@ -63,16 +63,22 @@ pub(crate) async fn recover(
 /// Takes away the header of a batch that a crash tore, if there is one where the next batch goes: whatever is torn of that might make it whole again.
 /// Durable with the next sync.
 pub(crate) async fn behead_torn(disk: &dyn LogDisk, log: &Superblock, tail: u64) -> Result<(), VolumeError> {
-    let ring = log.ring;
-    for position in [tail, ring.next_lap(tail)] {
-        let offset = ring.offset(position);
-        let sector = disk.read(offset, ring.sector).await.map_err(|errno| VolumeError::log_io("read", offset, errno))?;
-        if BatchHeader::may_begin(&sector, log.log_id, position) {
-            let nothing = vec![vec![0; ring.sector].into()];
-            disk.write(offset, nothing).await.map_err(|errno| VolumeError::log_io("write", offset, errno))?;
-        }
+    for position in [tail, log.ring.next_lap(tail)] {
+        behead(disk, log.ring, log.log_id, position).await?;
     }
     Ok(())
+}
+
+/// Takes away the header of the batch at a place, if there is one, so that no recovery finds it: true if there was one. Durable with the next sync.
+pub(crate) async fn behead(disk: &dyn LogDisk, ring: Ring, log_id: LogId, position: u64) -> Result<bool, Failure> {
+    let offset = ring.offset(position);
+    let failed = |operation| move |errno| Failure::io(operation, offset, errno);
+    let sector = disk.read(offset, ring.sector).await.map_err(failed("read"))?;
+    let is_there = BatchHeader::may_begin(&sector, log_id, position);
+    if is_there {
+        disk.write(offset, vec![vec![0; ring.sector].into()]).await.map_err(failed("write"))?;
+    }
+    Ok(is_there)
 }
 
 /// Makes what was found durable. What no header says to be so is written once more: a process that died may have seen a sync fail, after which the system
@@ -94,7 +100,7 @@ pub(crate) async fn make_durable(disk: &dyn LogDisk, ring: Ring, found: &[Found]
         let bytes = disk.read(offset, len).await.map_err(|errno| VolumeError::log_io("read", offset, errno))?;
         disk.write(offset, vec![bytes.into()]).await.map_err(|errno| VolumeError::log_io("write", offset, errno))?;
     }
-    disk.sync().await.map_err(|errno| VolumeError::log_io("sync", 0, errno))
+    disk.sync().await.map_err(VolumeError::log_sync)
 }
 
 /// True if nothing was ever written to this log.

@@ -84,6 +84,6 @@ impl Superblock {
         let crc = crc32c(&bytes[12..USED]);
         bytes[8..12].copy_from_slice(&crc.to_le_bytes());
         disk.write(0, vec![bytes.into()]).await.map_err(|errno| VolumeError::log_io("write", 0, errno))?;
-        disk.sync().await.map_err(|errno| VolumeError::log_io("sync", 0, errno))
+        disk.sync().await.map_err(VolumeError::log_sync)
     }
 }

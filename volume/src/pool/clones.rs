@@ -139,12 +139,27 @@ impl MappedPool {
             Some(other) => self.take_out(record, other),
             None => self.sweep(Leaving::of(record, false)),
         };
-        if let Err(error) = removed {
-            tracing::warn!(
-                "volume {name}: deleted, but not all of its data is removed yet; that is tried again when the pool is opened: {error}"
-            );
+        let Err(error) = removed else {
+            self.sweep_others();
+            return Ok(());
+        };
+        self.unswept.lock().push(Leaving::of(record, false));
+        Err(PoolError::Backend(format!(
+            "volume {name} is deleted, but its data is not removed from pool {}: {error}. That is tried again after the next deletion, and when the pool \
+             is opened",
+            self.name
+        )))
+    }
+
+    /// Once more, what the store refused to remove before.
+    fn sweep_others(&self) {
+        let left = std::mem::take(&mut *self.unswept.lock());
+        for left in left {
+            if let Err(error) = self.sweep(left) {
+                tracing::warn!("pool {}: what is left of a deleted volume was not removed: {error}", self.name);
+                self.unswept.lock().push(left);
+            }
         }
-        Ok(())
     }
 
     fn refuse_clones(&self, record: &VolumeRecord) -> Result<()> {

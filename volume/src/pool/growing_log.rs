@@ -5,7 +5,7 @@
 //! ```
 //!
 //! A write into a hole waits for the file system to find space for it, on a thread of the kernel's. The log goes through its file from the start to
-//! the end, and then over what has its space already.
+//! the end, and then over what has its space already. Of a disk that is nearly full nothing is taken ahead: others need it, and so do writes.
 
 use std::fs::File;
 use std::path::Path;
@@ -16,9 +16,11 @@ use std::sync::{Arc, OnceLock};
 use backends::file::{FileDevice, FileOptions};
 use blockdev::offload::Offload;
 use blockdev::{BlockDevice, Capabilities, DeviceError, Geometry, IoQueue, Op, Reactor, Request};
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, fallocate, fstatvfs};
 
 const ALLOCATED_AHEAD: u64 = 64 << 20;
+/// What has to be free for that.
+const FREE_MIN: u64 = 2 * ALLOCATED_AHEAD;
 
 /// The device of a log.
 pub(super) struct GrowingLog {
@@ -62,11 +64,18 @@ impl Space {
         allocators().run(move || {
             // Where it fails, or the file system cannot do it, a write gets its space, or its error, by itself.
             if from < to
+                && space.has_plenty()
                 && let Err(error) = fallocate(&space.file, FallocateFlags::KEEP_SIZE, from, to - from)
             {
                 tracing::debug!("no space was allocated ahead for a log: {error}");
             }
         });
+    }
+}
+
+impl Space {
+    fn has_plenty(&self) -> bool {
+        fstatvfs(&self.file).is_ok_and(|found| found.f_bavail.saturating_mul(found.f_frsize) >= FREE_MIN)
     }
 }
 

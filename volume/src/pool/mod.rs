@@ -51,10 +51,11 @@ use uuid::Uuid;
 use crate::device::{GroupDevice, MappedDevice};
 use crate::group::Beginning;
 use crate::keys::Keks;
+use crate::log::WhenFull;
 use crate::mapped::Durability;
 use crate::segment::BLOCK;
 use logs::Logs;
-use records::{DirectoryRecords, Records};
+use records::{DirectoryRecords, Leaving, Records};
 use segments::{Opened, Segments};
 use store_records::StoreRecords;
 
@@ -66,6 +67,7 @@ pub struct VolumePolicy {
     pub durability: Durability,
     pub compression: Allowed,
     pub dedup: Dedup,
+    pub when_full: WhenFull,
 }
 
 /// Among what blocks are stored once.
@@ -118,6 +120,8 @@ pub struct MappedPool {
     groups: Mutex<HashMap<Uuid, GroupPlace>>,
     /// Held while a volume joins or leaves a group of several. Before the catalogue's lock.
     membership: Mutex<()>,
+    /// Left of deletions that the store refused to end.
+    unswept: Mutex<Vec<Leaving>>,
 }
 
 /// Held while a group is being opened.
@@ -169,6 +173,7 @@ impl MappedPool {
             open: Mutex::default(),
             groups: Mutex::default(),
             membership: Mutex::default(),
+            unswept: Mutex::default(),
         };
         if let Err(error) = pool.records.clear(&|left| pool.sweep(left)) {
             tracing::warn!(

@@ -30,9 +30,10 @@ const CLOSING_PAUSE: Duration = Duration::from_millis(5);
 impl MappedPool {
     pub(super) fn engine(&self, record: &VolumeRecord, opened: &Opened, accept_loss: bool) -> Result<MappedOptions> {
         let segment_bytes = SEGMENT_BYTES_MAX.min(self.options.log_size / 4);
-        let VolumePolicy { durability, compression, dedup } = (self.options.policy)(record)?;
+        let VolumePolicy { durability, compression, dedup, when_full } = (self.options.policy)(record)?;
         let deduplicate = dedup != Dedup::None;
-        let settings = Settings { durability, segment_bytes, accept_loss, compression, deduplicate, ..Settings::default() };
+        let settings =
+            Settings { durability, segment_bytes, accept_loss, compression, deduplicate, when_full, ..Settings::default() };
         Ok(MappedOptions { settings, ..self.engine_of(record, opened)? })
     }
 
@@ -57,6 +58,7 @@ impl MappedPool {
             settings: Settings::default(),
             secrets,
             home: self.options.homes[home].clone(),
+            log_path: self.logs.path(group),
         }
     }
 
@@ -175,6 +177,10 @@ impl MappedPool {
                  that log has, once and for all",
                 self.logs.path(record.group()).display()
             )),
+            NotClaimed::Volume(error @ VolumeError::LogIo { .. }) => PoolError::Backend(format!(
+                "volume {name}: {error}. Its log on this host is {}",
+                self.logs.path(record.group()).display()
+            )),
             NotClaimed::Volume(error) => PoolError::Backend(format!("volume {name}: {error}")),
         }
     }
@@ -204,8 +210,9 @@ impl From<PoolError> for NotClaimed {
 /// Whether the volume would open with another log.
 fn is_of_the_log(error: &VolumeError) -> bool {
     match error {
-        VolumeError::LogIo { .. }
-        | VolumeError::LogDamaged { .. }
+        // Another one would need space too.
+        VolumeError::LogIo { errno, .. } => !errno.is_no_space(),
+        VolumeError::LogDamaged { .. }
         | VolumeError::ForeignLog
         | VolumeError::StaleLog
         | VolumeError::NotALog
@@ -219,6 +226,9 @@ fn is_of_the_log(error: &VolumeError) -> bool {
         | VolumeError::VolumeExists
         | VolumeError::Panicked
         | VolumeError::LogKey
+        | VolumeError::LogFull
+        | VolumeError::Closed
+        | VolumeError::GivenUp
         | VolumeError::Moved
         | VolumeError::NoSnapshot
         | VolumeError::SnapshotExists

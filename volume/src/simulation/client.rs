@@ -5,6 +5,7 @@ use std::fmt;
 use std::ops::Range;
 use std::rc::Rc;
 
+use blockdev::Errno;
 use bytes::Bytes;
 
 use crate::names::VolumeId;
@@ -15,7 +16,7 @@ use crate::simulation::history::{History, Kept};
 use crate::simulation::seen::Seen;
 use crate::simulation::world::{ProcessId, World};
 use crate::tally::Tally;
-use crate::{Durability, MappedVolume, Parts, Settings, SnapshotView, VolumeError};
+use crate::{Durability, MappedVolume, Parts, Settings, SnapshotView, VolumeError, WhenFull};
 
 const WORKERS: u64 = 6;
 const LONGEST: u64 = 8;
@@ -228,14 +229,26 @@ impl Client {
         }
         if random.per_mille(200) {
             let (before, blocks) = (history.borrow().blocks(), 1 + random.below(BLOCKS_MAX));
-            if blocks < before {
+            let is_smaller = blocks < before;
+            if is_smaller {
                 history.borrow_mut().submit(&(blocks..before), &vec![0; (before - blocks) as usize]);
             }
             let number = history.borrow_mut().resize(blocks);
-            done(volume.resize(blocks * BLOCK as u64).await, number)?;
+            let resized = volume.resize(blocks * BLOCK as u64).await;
+            if is_smaller && resized == Err(VolumeError::LogFull) && self.may_refuse() {
+                history.borrow_mut().refused(number);
+                history.borrow_mut().refused(number - 1);
+                verdict.count(|seen| seen.refused += 1);
+                return Some(());
+            }
+            done(resized, number)?;
             verdict.count(|seen| seen.resizes += 1);
         }
         Some(())
+    }
+
+    fn may_refuse(&self) -> bool {
+        self.settings.when_full == WhenFull::Error
     }
 
     /// A snapshot that is in the pool holds what it should, unless its volume has been taken over or it was deleted meanwhile.
@@ -263,6 +276,7 @@ impl Client {
                 history: history.clone(),
                 verdict: verdict.clone(),
                 operations: self.operations,
+                may_refuse: self.may_refuse(),
             };
             self.world.spawn(self.process, Box::pin(worker.work()));
         }
@@ -281,6 +295,8 @@ struct Worker {
     history: SharedHistory,
     verdict: Verdict,
     operations: u64,
+    /// What there is no space for.
+    may_refuse: bool,
 }
 
 impl Worker {
@@ -345,7 +361,13 @@ impl Worker {
 
     async fn snapshot(&self) -> Option<()> {
         let name = self.history.borrow_mut().snapshot();
-        self.done(self.volume.snapshot(&name, 0).await)?;
+        let made = self.volume.snapshot(&name, 0).await;
+        if made == Err(VolumeError::LogFull) && self.may_refuse {
+            self.history.borrow_mut().snapshot_refused(&name);
+            self.verdict.count(|seen| seen.refused += 1);
+            return Some(());
+        }
+        self.done(made)?;
         self.history.borrow_mut().snapshot_made(&name);
         self.verdict.count(|seen| seen.snapshots_made += 1);
         Some(())
@@ -403,9 +425,17 @@ impl Worker {
         } else {
             self.volume.write(offset, Bytes::from(contents_of(&versions))).await
         };
-        changed.ok()?;
-        self.history.borrow_mut().acknowledge(number);
-        self.verdict.count(|seen| seen.changes += 1);
+        match changed {
+            Ok(()) => {
+                self.history.borrow_mut().acknowledge(number);
+                self.verdict.count(|seen| seen.changes += 1);
+            }
+            Err(errno) if errno == Errno::ENOSPC && self.may_refuse => {
+                self.history.borrow_mut().refused(number);
+                self.verdict.count(|seen| seen.refused += 1);
+            }
+            Err(_) => return None,
+        }
         Some(())
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Fault model: completed writes are seen by every reader, but a power loss leaves each sector that was not synced since with any of its
 //! contents since then; a write in flight when its process dies lands sector by sector, or not at all. With faults switched on, writes fail
-//! after part of them has landed, and syncs fail and forget what they should have kept, while readers go on seeing it.
+//! after part of them has landed, and syncs fail and forget what they should have kept, while readers go on seeing it. A disk may be full: sectors that
+//! were never written to find no space then, and a write that would need some fails after part of the others has landed.
 //!
 //! It also watches what an encrypted log writes: two different batches under one key and batch number would give the key stream away.
 
@@ -33,6 +34,10 @@ struct State {
     /// Written since the last sync.
     versions: BTreeMap<usize, Vec<Version>>,
     next_version: u64,
+    /// What has its space.
+    allocated: Vec<bool>,
+    /// How many other sectors there is space for; `None`: for all.
+    room: Option<usize>,
     /// The content of each encrypted batch ever written, or begun, by what makes its key and nonces.
     sealed: BTreeMap<Sealing, [u8; 32]>,
 }
@@ -58,6 +63,8 @@ pub enum Syncs {
     Work,
     /// They fail, and what they should have kept is forgotten.
     Fail,
+    /// The same, and they say that there is no space.
+    Full,
     /// They succeed, and keep nothing.
     Lie,
 }
@@ -70,6 +77,8 @@ impl HostDisk {
             durable: vec![0; len],
             versions: BTreeMap::new(),
             next_version: 0,
+            allocated: vec![false; len / sector],
+            room: None,
             sealed: BTreeMap::new(),
         };
         HostDisk { world: world.clone(), state: Rc::new(RefCell::new(state)), failures: 0, syncs: Rc::default() }
@@ -94,6 +103,12 @@ impl HostDisk {
         state.versions.clear();
         state.current.fill(0);
         state.durable.fill(0);
+        state.allocated.fill(false);
+    }
+
+    /// From now on there is space for so many sectors more; `None`: for all.
+    pub fn set_room(&self, sectors: Option<usize>) {
+        self.state.borrow_mut().room = sectors;
     }
 
     /// The disk is larger from now on.
@@ -102,6 +117,8 @@ impl HostDisk {
         let len = state.current.len() + (1 + self.world.random.below(64) as usize) * 4096;
         state.current.resize(len, 0);
         state.durable.resize(len, 0);
+        let sectors = len / state.sector;
+        state.allocated.resize(sectors, false);
     }
 
     #[cfg(test)]
@@ -163,6 +180,20 @@ impl State {
         assert!(before.is_none_or(|before| before == hash), "a nonce was used twice: {sealing:?}");
     }
 
+    /// Whether a sector has its space, or finds some now.
+    fn allocate(&mut self, sector: usize) -> bool {
+        if self.allocated[sector] {
+            return true;
+        }
+        match &mut self.room {
+            Some(0) => return false,
+            Some(room) => *room -= 1,
+            None => {}
+        }
+        self.allocated[sector] = true;
+        true
+    }
+
     fn land(&mut self, sector: usize, bytes: &[u8]) {
         self.at(sector).0.copy_from_slice(bytes);
         let id = self.next_version;
@@ -218,14 +249,23 @@ impl LogDisk for SimulatedDisk {
         state.borrow_mut().watch_seals(&bytes);
         let landing = self.host.world.clone();
         let write = move |fate| {
+            let mut state = state.borrow_mut();
+            let first = offset as usize / sector;
+            let has_space: Vec<bool> = (first..first + bytes.len() / sector).map(|sector| state.allocate(sector)).collect();
+            let is_full = has_space.contains(&false);
             let fails = fate == Fate::ProcessDied || world.random.per_mille(failures);
-            let share = if fails { world.random.below(1001) } else { 1000 };
+            let share = if fails || is_full { world.random.below(1001) } else { 1000 };
             for (index, bytes) in bytes.chunks_exact(sector).enumerate() {
-                if world.random.below(1000) < share {
-                    state.borrow_mut().land(offset as usize / sector + index, bytes);
+                if world.random.below(1000) < share && has_space[index] {
+                    state.land(first + index, bytes);
                 }
             }
-            (fate == Fate::Happens).then_some(if fails { Err(Errno::EIO) } else { Ok(()) })
+            let result = match () {
+                () if fails => Err(Errno::EIO),
+                () if is_full => Err(Errno::ENOSPC),
+                () => Ok(()),
+            };
+            (fate == Fate::Happens).then_some(result)
         };
         landing.operation(self.process, write)
     }
@@ -241,9 +281,10 @@ impl LogDisk for SimulatedDisk {
             if syncs.get() == Syncs::Lie {
                 return Some(Ok(()));
             }
-            let fails = world.random.per_mille(failures) || syncs.get() == Syncs::Fail;
+            let errno = if syncs.get() == Syncs::Full { Errno::ENOSPC } else { Errno::EIO };
+            let fails = world.random.per_mille(failures) || [Syncs::Fail, Syncs::Full].contains(&syncs.get());
             state.borrow_mut().settle(before, !fails);
-            Some(if fails { Err(Errno::EIO) } else { Ok(()) })
+            Some(if fails { Err(errno) } else { Ok(()) })
         };
         waiting.operation(self.process, sync)
     }

@@ -17,6 +17,8 @@ enum Change {
     },
     /// Of the whole volume, and perhaps of its size.
     Whole(Vec<Version>),
+    /// It was refused.
+    Nothing,
 }
 
 impl Change {
@@ -27,6 +29,7 @@ impl Change {
                 content[first..first + versions.len()].copy_from_slice(versions);
             }
             Change::Whole(versions) => content.clone_from(versions),
+            Change::Nothing => {}
         }
     }
 
@@ -35,6 +38,7 @@ impl Change {
         match self {
             Change::Blocks { first, versions } => versions.get(usize::try_from(block.checked_sub(*first)?).ok()?).copied(),
             Change::Whole(versions) => Some(versions.get(usize::try_from(block).ok()?).copied().unwrap_or(0)),
+            Change::Nothing => None,
         }
     }
 }
@@ -146,6 +150,19 @@ impl History {
         self.busy.resize(self.now.len(), false);
         self.changes.push(change);
         self.changes.len() - 1
+    }
+
+    /// A change was refused: nobody ever finds it.
+    pub fn refused(&mut self, number: usize) {
+        self.changes[number] = Change::Nothing;
+        self.now.clone_from(&self.first);
+        self.changes.iter().for_each(|change| change.apply(&mut self.now));
+        self.busy.resize(self.now.len(), false);
+    }
+
+    /// A snapshot was refused: nobody ever finds it.
+    pub fn snapshot_refused(&mut self, name: &str) {
+        self.snapshots.retain(|snapshot| snapshot.name != name);
     }
 
     /// A snapshot is about to be asked for: its name.

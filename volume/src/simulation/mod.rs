@@ -29,11 +29,12 @@ mod together;
 mod world;
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
 
 use crate::segment::BLOCK;
-use crate::{Allowed, Durability, MappedVolume, Parts, Secrets, Settings, VolumeError};
+use crate::{Allowed, Durability, MappedVolume, Parts, Secrets, Settings, VolumeError, WhenFull};
 use client::{Client, SharedHistory, Verdict};
 use contents::Contents;
 use disk::HostDisk;
@@ -113,7 +114,8 @@ impl Schedule {
         let world = World::new(seed);
         let random = &world.random;
         let durability = random_durability(&world);
-        let settings = Settings { durability, ..random_settings(&world) };
+        let when_full = if random.per_mille(500) { WhenFull::Wait } else { WhenFull::Error };
+        let settings = Settings { durability, when_full, ..random_settings(&world) };
         let blocks = 2 + random.below(30) as usize;
         let faults = if random.per_mille(500) { 0 } else { random.below(150) };
         let disk = new_disk(&world);
@@ -161,18 +163,38 @@ impl Schedule {
         }
         self.disk.failures = if self.world.random.per_mille(100) { 20 } else { 0 };
         let (process, verdict) = self.start();
-        for _ in 0..self.world.random.below(STEPS_MAX) {
+        let steps = self.world.random.below(STEPS_MAX);
+        let full = self.when_full(steps);
+        for step in 0..steps {
             if verdict.ended() {
                 break;
             }
+            if full.contains(&step) && step == full.start {
+                self.seen.full_disks += 1;
+                self.disk.set_room(Some(self.world.random.below(64) as usize));
+            }
+            if step == full.end {
+                self.disk.set_room(None);
+            }
             self.step()?;
         }
+        self.disk.set_room(None);
         let failures = self.disk.failures;
         self.tell(|| format!("process {process}, {failures} disk failures in 1000: {verdict}"));
         self.learn(&verdict)?;
         self.accept_loss_of(&verdict);
         self.end_of_life(process, verdict);
         Ok(())
+    }
+
+    /// The steps of a life in which there is hardly any space on the disk; often there are none.
+    fn when_full(&self, steps: u64) -> Range<u64> {
+        let random = &self.world.random;
+        if steps == 0 || !random.per_mille(250) {
+            return 0..0;
+        }
+        let start = random.below(steps);
+        start..start + random.below(steps)
     }
 
     fn end_of_life(&mut self, process: ProcessId, verdict: Verdict) {

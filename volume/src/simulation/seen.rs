@@ -54,6 +54,8 @@ counts! {
     damaged: "objects damaged in the pool",
     reads_failed: "reads that failed because of that",
     scans: "volumes scanned, and their objects counted",
+    full_disks: "times that the disk of a log was full",
+    refused: "changes refused for want of space",
 }
 
 impl Seen {

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use uuid::Uuid;
 use volume::keys::{Kek, Keks};
 use volume::pool::{Dedup, MappedPool, MappedPoolOptions, SharedStore, VolumePolicy};
-use volume::{Allowed, Durability};
+use volume::{Allowed, Durability, WhenFull};
 
 pub const MIB: u64 = 1 << 20;
 
@@ -42,7 +42,9 @@ impl Host {
             policy: Box::new(move |record| {
                 let is_shared = record.policy.as_deref().is_some_and(|policy| policy.starts_with("shared"));
                 let dedup = if is_shared { Dedup::Tenant } else { Dedup::Volume };
-                Ok(VolumePolicy { durability, compression: Allowed::Auto, dedup })
+                let refuses = record.policy.as_deref() == Some("error when full");
+                let when_full = if refuses { WhenFull::Error } else { WhenFull::Wait };
+                Ok(VolumePolicy { durability, compression: Allowed::Auto, dedup, when_full })
             }),
             encrypts: Box::new(|record| record.policy.as_deref().is_some_and(|policy| policy.ends_with("secret"))),
             keks: Box::new(|| Ok(Keks { current: Some(Kek::new([8; 32])), previous: None })),

@@ -19,6 +19,7 @@ use super::super::{Listed, OBJECT_LEN_MAX, OpenOptions, PoolHeader, StoreError, 
 use super::kept::KeptFiles;
 use super::layout::{self, HEADER, LOCK, OBJECTS, ROOTS, Temporary, errno_of, file_mode, rename_new};
 use super::paced::Pace;
+use super::reserve;
 use super::sync::{Folders, open_folder, unchanged};
 
 /// The mode of a file whose name is durable.
@@ -78,6 +79,9 @@ impl Files {
             true => None,
             false => Some(Temporary::take(&root).map_err(|error| unchanged(&path.display().to_string(), error))?),
         };
+        if temporary.is_some() {
+            reserve::keep(&root);
+        }
         Ok(Files {
             folders: Folders::new(root),
             header,
@@ -218,13 +222,26 @@ impl Files {
         let next = current.map_or(0, |current| current.counter).checked_add(1);
         let next = next.ok_or_else(|| StoreError::Refused(format!("{what} was changed too often")))?;
         let next = Stored::new(next, content);
-        let mut draft = self.draft(&what, &[next.encode()])?;
         let path = path_of(ROOTS, name);
-        self.folders.make(folder_path(&path))?;
+        let prepare = || {
+            self.folders.make(folder_path(&path))?;
+            self.draft(&what, &[next.encode()])
+        };
+        let mut gave_up = false;
+        let mut draft = match prepare() {
+            Err(StoreError::NoSpace(_)) if reserve::give_up(self.root()) => {
+                gave_up = true;
+                prepare()?
+            }
+            draft => draft?,
+        };
         renameat(self.root(), &draft.path, self.root(), &path).map_err(|error| unchanged(&what, error))?;
         draft.published = true;
         self.folders.sync(folder_path(&path))?;
         draft.settled();
+        if gave_up {
+            reserve::keep(self.root());
+        }
         Ok(tag_of(&next))
     }
 

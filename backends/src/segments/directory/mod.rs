@@ -24,6 +24,7 @@ mod files;
 mod kept;
 mod layout;
 mod paced;
+mod reserve;
 mod sync;
 
 use std::future::ready;

@@ -3,6 +3,7 @@
 
 mod bench;
 mod clones;
+mod full;
 mod hosts;
 mod objects;
 mod owners;

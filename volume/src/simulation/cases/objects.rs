@@ -299,3 +299,28 @@ fn case_28_what_a_later_release_wrote_is_left_alone() {
         assert_eq!(bench.content(&bench.open(&disk)).unwrap(), numbers(100), "seed {seed}");
     }
 }
+
+/// What a check misses because it moves is looked at again.
+#[test]
+fn a_check_beside_writes_and_collections_finds_no_damage_that_is_not_there() {
+    for seed in 5_100..5_130 {
+        let bench = Bench::new(seed, BLOCKS, Durability::Local);
+        let owner = bench.open(&bench.disk());
+        bench.write(&owner, 0, &numbers(100)).unwrap();
+        let volume = owner.volume.clone();
+        let world = bench.world.clone();
+        let busy = async move {
+            for number in 0.. {
+                let bytes = Bytes::from(content_of(200 + number));
+                volume.write(world.random.below(BLOCKS) * BLOCK as u64, bytes).await.unwrap();
+                if number % 5 == 0 {
+                    volume.gather(1.0).await.unwrap();
+                }
+            }
+        };
+        bench.world.spawn(owner.process, Box::pin(busy));
+        for _ in 0..5 {
+            assert_eq!(findings(&bench, &owner), Vec::<String>::new(), "seed {seed}");
+        }
+    }
+}
