@@ -183,6 +183,11 @@ impl MappedDevice {
         self.group.told_trouble(found)
     }
 
+    /// Whether another host has taken it over. Blocks for a moment; never call it from a data-plane thread.
+    pub fn is_taken_over(&self) -> bool {
+        self.ask(|volume| volume.failed() == Some(VolumeError::Fenced)) == Some(true)
+    }
+
     /// See [`MappedVolume::gather`].
     pub fn gather(&self, below: f64) -> Result<Gathered, OpenError> {
         self.run(move |volume| Box::pin(async move { volume.gather(below).await }))
