@@ -121,8 +121,9 @@ fn the_key_comes_from_a_credential_of_systemd_or_from_the_environment() {
 
     daemon.configure(&config);
     daemon.set_environment(&[]);
-    let log = daemon.spawn().expect_err("a credential that is not there");
-    assert!(log.contains("credential kek") && log.contains("LoadCredential="), "{log}");
+    daemon.start();
+    let error = daemon.json(&["export", "list"])[0]["error"].as_str().unwrap_or_default().to_owned();
+    assert!(error.contains("credential kek") && error.contains("LoadCredential="), "{error}");
 }
 
 #[test]

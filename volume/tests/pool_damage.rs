@@ -179,6 +179,7 @@ fn a_check_of_the_pool_names_what_is_missing_and_every_volume_that_needs_it() {
     for (family, also) in [("w", ", and cloned from it c: "), ("g", ", and cloned from it c: "), ("m", ": ")] {
         for lost in place.objects("v", family) {
             let object = lost.strip_prefix(place.path.join("segments/objects")).unwrap().display().to_string();
+            let object = object.trim_end_matches('=');
             if fs::metadata(&lost).unwrap().len() == SEAL_LEN {
                 continue;
             }
@@ -186,7 +187,7 @@ fn a_check_of_the_pool_names_what_is_missing_and_every_volume_that_needs_it() {
             let pool = place.pool();
             let found = check(&pool);
             assert_eq!(found.len(), 1, "{object}: {found:?}");
-            says(&found[0], &[&format!("volume v{also}"), &object, "missing", "copy of the pool"]);
+            says(&found[0], &[&format!("volume v{also}"), object, "missing", "copy of the pool"]);
             drop(pool);
             fs::rename(&elsewhere, &lost).unwrap();
         }
@@ -205,7 +206,7 @@ fn a_check_of_the_pool_finds_nothing_wrong_while_volumes_are_written_collected_a
     let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            for round in 0..40 {
+            for round in 0..8 {
                 let name = format!("n{round}");
                 pool.create(&name, &spec(Layout::Mapped)).unwrap();
                 disk.write(round % 8 * MIB, noise()).unwrap();
