@@ -191,6 +191,8 @@ fn an_encrypted_mapped_volume_holds_no_plain_text_in_pool_and_log() {
     daemon.json(&["snapshot", "create", "v@s"]);
     daemon.json(&["volume", "clone", "v@s", "c"]);
     assert_eq!(daemon.json(&["volume", "show", "c"])["encrypted"], true);
+    let shown = String::from_utf8(daemon.run(&["volume", "show", "c"]).stdout).unwrap();
+    assert!(shown.lines().any(|line| line.split_whitespace().eq(["encrypted", "yes"])), "{shown}");
     drop(client);
     daemon.kill();
     let needle = &noise[8192..8256];

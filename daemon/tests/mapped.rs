@@ -5,6 +5,7 @@ mod common;
 use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::process::Stdio;
 use std::time::Duration;
 
 use common::{Daemon, Nbd, eventually};
@@ -213,6 +214,36 @@ fn a_volume_that_takes_long_to_open_holds_up_no_other() {
     assert_eq!((&exports[0]["ready"], &exports[0]["error"]), (&json!(false), &json!(null)), "the other one waited: {exports}");
     drop(log);
     eventually("the log is free", || daemon.json(&["export", "list"])[0]["ready"] == true);
+}
+
+#[test]
+fn who_stops_waiting_is_told_that_the_work_goes_on() {
+    let mut daemon = Daemon::new("");
+    daemon.start();
+    daemon.json(&["volume", "create", "local/v", "--size", "16M"]);
+    let id = export(&daemon, "v");
+    daemon.json(&["export", "remove", &id]);
+    // The check waits for whoever has the log.
+    let log = fs::File::open(logs(&daemon).remove(0)).unwrap();
+    rustix::fs::flock(&log, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let admin = format!("unix:{}", daemon.path("admin.sock").display());
+    let mut command = common::command();
+    command.env("NOVASTOR_ADMIN", admin).args(["volume", "check", "v"]).stderr(Stdio::piped()).stdout(Stdio::null());
+    let client = command.spawn().unwrap();
+    let job = || daemon.json(&["job", "list"]).as_array().and_then(|jobs| Some(jobs.first()?["id"].as_str()?.to_owned()));
+    eventually("the job is there", || job().is_some());
+    let job = job().unwrap();
+    rustix::process::kill_process(rustix::process::Pid::from_child(&client), rustix::process::Signal::INT).unwrap();
+    let ended = client.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(130), "{said}");
+    for words in
+        ["volume check of v goes on in the daemon", &format!("novastor job wait {job}"), &format!("novastor job cancel {job}")]
+    {
+        assert!(said.contains(words), "{words}: {said}");
+    }
+    drop(log);
+    assert_eq!(daemon.json(&["job", "wait", &job])["state"], "done");
 }
 
 #[test]

@@ -153,6 +153,9 @@ fn usage_tells_what_is_unique_and_what_it_takes() {
     assert!(of("map") > 0 && of("stored") >= of("compressed") + of("map"), "{usage}");
     assert_eq!((of("data"), of("snapshots")), (400 * BLOCK as u64, 0), "{usage}");
     assert!(of("reclaimable") < of("compressed") + of("map"), "{usage}");
+    let shown = String::from_utf8(daemon.run(&["volume", "usage", "v"]).stdout).unwrap();
+    let is_told = |name: &str| shown.lines().any(|line| line.split_whitespace().next() == Some(name));
+    assert!(["logical", "unique", "compressed", "stored", "reclaimable"].into_iter().all(is_told), "{shown}");
     daemon.json(&["volume", "clone", "v@s", "c"]);
     let usage = daemon.json(&["volume", "usage", "c"]);
     assert_eq!((usage["unique"].as_u64(), usage["compressed"].as_u64()), (Some(0), Some(0)), "{usage}");

@@ -111,11 +111,8 @@ impl Exports {
             Err(error) => {
                 let Some(entry) = table.entries.get_mut(id) else { return };
                 if entry.error.as_deref() != Some(&error.message) {
-                    tracing::error!(
-                        "export {id} of {} is not served: {error}; trying again every {} s",
-                        record.spec.volume,
-                        RETRY.as_secs()
-                    );
+                    let next = if entry.waits() { format!("; trying again every {} s", RETRY.as_secs()) } else { String::new() };
+                    tracing::error!("export {id} of {} is not served: {error}{next}", record.spec.volume);
                 }
                 entry.error = Some(error.message);
             }

@@ -56,8 +56,8 @@ impl ExportRecord {
         let (id, volume) = (&self.id, &self.spec.volume);
         self.taken_over.then(|| {
             format!(
-                "another host has taken over volume {volume}, so it is not served here by itself: a guest would find another disk. When that host \
-                 no longer exports it, and no guest that remembers it is attached here, `novastor export reopen {id}` takes it back"
+                "another host has taken over volume {volume}; it is not served here by itself, as a guest would find another disk: when that host no \
+                 longer exports it, and no guest that remembers it is attached here, `novastor export reopen {id}` takes it back"
             )
         })
     }

@@ -174,10 +174,13 @@ impl MappedPool {
                  it from a copy of the pool",
                 name_of(record.group())
             )),
-            NotClaimed::Volume(VolumeError::StaleLog | VolumeError::Elsewhere) => PoolError::TakenOver(format!(
-                "volume {name}: another host had it last, and would lose it if it still serves it. Do it there; or take the volume over: with \
-                 --take-over, or to serve it here with `novastor export add` or `novastor export reopen`"
-            )),
+            NotClaimed::Volume(error @ (VolumeError::StaleLog | VolumeError::Elsewhere)) => {
+                let unless = if error == VolumeError::Elsewhere { ", unless this host's log of it is lost" } else { "" };
+                PoolError::TakenOver(format!(
+                    "volume {name}: another host had it last{unless}, and would lose it if it still serves it. Do it there; or take the volume over: \
+                     with --take-over, or to serve it here with `novastor export add` or `novastor export reopen`"
+                ))
+            }
             NotClaimed::Volume(error) if is_of_the_log(&error) => PoolError::Backend(format!(
                 "volume {name}: {error}. Its log on this host is {}; `novastor export add {name} … --accept-loss` opens it without what only \
                  that log has, once and for all",
