@@ -246,6 +246,9 @@ pub enum PoolError {
     Exists(String),
     #[error("{0}")]
     InUse(String),
+    /// Another host had the mapped volume last, and it was not to be taken from it.
+    #[error("{0}")]
+    TakenOver(String),
     #[error("{0}")]
     Unsupported(String),
     #[error("{0}")]
@@ -268,6 +271,19 @@ impl From<DeviceError> for PoolError {
 
 pub type Result<T> = std::result::Result<T, PoolError>;
 
+/// From whom an opening may take a mapped volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Claim {
+    /// From nobody: refused as [`PoolError::TakenOver`] unless this host had it last, or nobody did.
+    Own,
+    /// The same, but a host that has no log of it takes it: the log may be lost.
+    Return,
+    /// From whichever host has it.
+    TakeOver,
+    /// The same, even if that loses what an owner before has acknowledged. What is lost cannot come back.
+    AcceptLoss,
+}
+
 /// A place where volumes live.
 pub trait Pool: Send + Sync {
     /// As configured.
@@ -285,13 +301,20 @@ pub trait Pool: Send + Sync {
     fn create(&self, volume: &str, spec: &VolumeSpec) -> Result<VolumeRecord>;
     /// Takes an existing object under this pool's management, unchanged.
     fn adopt(&self, object: &str, volume: &str) -> Result<VolumeRecord>;
-    /// Opens it for I/O. A second opener for writing is refused as [`PoolError::InUse`].
+    /// Opens it for I/O. A second opener for writing is refused as [`PoolError::InUse`]; a mapped volume is taken over from a host that has it.
     fn open(&self, volume: &str, read_only: bool) -> Result<Arc<dyn BlockDevice>>;
-    /// Opens it for I/O even if that loses what an owner before has acknowledged. What is lost cannot come back.
-    fn open_accepting_loss(&self, volume: &str) -> Result<Arc<dyn BlockDevice>> {
-        Err(PoolError::Unsupported(format!(
-            "volume {volume}: --accept-loss refused: only mapped volumes have a local log that could be lost; open it without"
-        )))
+    /// Opens it for I/O as far as `claim` allows.
+    fn open_as(&self, volume: &str, claim: Claim) -> Result<Arc<dyn BlockDevice>> {
+        match claim {
+            Claim::Own | Claim::Return | Claim::TakeOver => self.open(volume, false),
+            Claim::AcceptLoss => Err(PoolError::Unsupported(format!(
+                "volume {volume}: --accept-loss refused: only mapped volumes have a local log that could be lost; open it without"
+            ))),
+        }
+    }
+    /// Whether another host has taken over a volume that is still open here.
+    fn is_taken_over(&self, _volume: &str) -> bool {
+        false
     }
     /// Opens a snapshot, read-only.
     fn open_snapshot(&self, volume: &str, snapshot: &str) -> Result<Arc<dyn BlockDevice>>;
@@ -352,8 +375,8 @@ pub trait Pool: Send + Sync {
     fn check_volume(&self, _volume: &str, _progress: &dyn Fn(u64, u64)) -> Result<Vec<String>> {
         Ok(Vec::new())
     }
-    /// Looks for damage: what is wrong, one sentence each.
-    fn check(&self) -> Result<Vec<String>>;
+    /// Looks for damage, without reading all data: what is wrong, one sentence each. `progress` is told steps done and in all.
+    fn check(&self, progress: &dyn Fn(u64, u64)) -> Result<Vec<String>>;
 }
 
 /// What became of [`Pool::flatten`].

@@ -149,7 +149,7 @@ impl Pool for SimplePool {
         PoolHealth { ok: true, detail: "in memory; content does not survive a restart".to_owned(), total: None, free: None }
     }
 
-    fn check(&self) -> Result<Vec<String>> {
+    fn check(&self, _progress: &dyn Fn(u64, u64)) -> Result<Vec<String>> {
         self.list().map(|_| Vec::new())
     }
 }

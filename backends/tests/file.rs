@@ -267,7 +267,7 @@ fn the_catalogue_keeps_what_it_is_told() {
     assert_eq!(again.list().unwrap().len(), 1);
     assert_eq!(again.get("vm2").unwrap().size, 8 * MIB);
     assert!(matches!(again.get("vm1"), Err(PoolError::NotFound(_))));
-    assert!(again.check().unwrap().is_empty());
+    assert!(again.check(&|_, _| ()).unwrap().is_empty());
     again.delete("vm2").unwrap();
     assert!(again.list().unwrap().is_empty());
     assert_eq!(fs::read_dir(rig.folder.path().join("pool/trash")).unwrap().count(), 0);
@@ -281,7 +281,7 @@ fn a_damaged_record_hides_no_other_volume() {
     pool.create("good", &spec(MIB)).unwrap();
     fs::write(rig.folder.path().join("pool/volumes/bad/volume.json"), "{").unwrap();
     assert_eq!(pool.list().unwrap().iter().map(|record| record.name.as_str()).collect::<Vec<_>>(), ["good"]);
-    let problems = pool.check().unwrap();
+    let problems = pool.check(&|_, _| ()).unwrap();
     assert!(problems.len() == 1 && problems[0].contains("bad"), "{problems:?}");
     assert!(matches!(pool.create("bad", &spec(MIB)), Err(PoolError::Exists(_))), "its data may still be wanted");
 }
@@ -408,7 +408,7 @@ fn snapshots_and_clones_on_xfs() {
     assert!(matches!(pool.open_snapshot("vm", "s1"), Err(PoolError::NotFound(_))));
     pool.delete("vm").unwrap();
     assert_eq!(first_byte(pool.open("copy", true).unwrap()), 3);
-    assert!(pool.check().unwrap().is_empty());
+    assert!(pool.check(&|_, _| ()).unwrap().is_empty());
 }
 
 /// A file system in a file, mounted while the test runs.

@@ -215,17 +215,17 @@ fn adopts_images_and_never_deletes_them() {
     apart.adopt("VM-1", "vm1").unwrap();
     assert_eq!(apart.list().unwrap().len(), 1);
     assert!(matches!(pool.get("vm1"), Err(PoolError::NotFound(_))), "namespaces share no names");
-    assert_eq!(apart.check().unwrap(), Vec::<String>::new());
+    assert_eq!(apart.check(&|_, _| ()).unwrap(), Vec::<String>::new());
 
     ceph.rbd(&["image-meta", "set", "rbd/plain", "novastor.volume", "garbage"]).unwrap();
     pool.adopt("VM-1", "vm4").unwrap();
     assert_eq!(pool.list().unwrap().len(), 1, "one damaged record hides no other volume");
-    assert!(pool.check().unwrap().iter().any(|finding| finding.contains("rbd/plain: its record is damaged")));
+    assert!(pool.check(&|_, _| ()).unwrap().iter().any(|finding| finding.contains("rbd/plain: its record is damaged")));
 
     ceph.rbd(&["create", "--size", "16M", "--image-feature", "layering", &format!("{POOL}/old")]).unwrap();
     let refusal = pool.open("old", false).err().unwrap().to_string();
     assert!(refusal.contains("rbd feature enable rbd/old exclusive-lock"), "{refusal}");
-    assert!(pool.check().unwrap().iter().any(|finding| finding.contains("rbd/old")));
+    assert!(pool.check(&|_, _| ()).unwrap().iter().any(|finding| finding.contains("rbd/old")));
     let disk = client(&plane, pool.open("old", true).unwrap());
     assert_eq!(disk.read(0, 512).unwrap(), vec![0; 512]);
     assert!(disk.extents(0, 16 * MIB).unwrap().iter().all(|extent| extent.kind == ExtentKind::Data), "it keeps no map");

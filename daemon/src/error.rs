@@ -17,6 +17,8 @@ pub enum ErrorKind {
     Exists,
     /// It is in use, so this cannot be done now.
     InUse,
+    /// Another host had the mapped volume last; it is taken from it only if that is asked for.
+    TakenOver,
     /// The backend or this version cannot do it.
     Unsupported,
     /// The request makes no sense.
@@ -101,6 +103,7 @@ impl From<PoolError> for Error {
             PoolError::NotFound(_) => ErrorKind::NotFound,
             PoolError::Exists(_) => ErrorKind::Exists,
             PoolError::InUse(_) => ErrorKind::InUse,
+            PoolError::TakenOver(_) => ErrorKind::TakenOver,
             PoolError::Unsupported(_) => ErrorKind::Unsupported,
             PoolError::Invalid(_) => ErrorKind::Invalid,
             PoolError::Io { .. } => ErrorKind::Io,

@@ -2,9 +2,11 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use common::Daemon;
 
@@ -88,6 +90,88 @@ fn a_replaced_key_is_no_longer_needed_once_the_volume_was_opened_with_both() {
     }
 }
 
+/// A mapped volume `v`, encrypted, that holds something and is exported.
+fn fill_mapped(daemon: &Daemon) {
+    daemon.json(&["volume", "create", "v", "--size", "16M", "--pool", "local", "--policy", "secret"]);
+    daemon.json(&["export", "add", "v", "--nbd"]);
+    let mut client = daemon.attach("v");
+    assert_eq!((client.write(0, &[5; 65536]), client.flush()), (0, 0));
+}
+
+#[test]
+fn the_key_comes_from_a_credential_of_systemd_or_from_the_environment() {
+    let mut daemon = Daemon::new("[policy.secret]\nencryption = true\n\n[keys]\ncredential = \"kek\"\n");
+    fs::create_dir(daemon.path("credentials")).unwrap();
+    write_kek(&daemon, "credentials/kek", "ab");
+    let folder = daemon.path("credentials").display().to_string();
+    daemon.set_environment(&[("CREDENTIALS_DIRECTORY", &folder)]);
+    daemon.start();
+    fill_mapped(&daemon);
+    let current = |daemon: &Daemon| daemon.json(&["key", "list"])["current"].as_str().map(str::to_owned);
+    let id = current(&daemon).expect("there is a key");
+    daemon.stop();
+
+    let config = daemon.config();
+    daemon.configure(&config.replace("credential = \"kek\"\n", ""));
+    daemon.set_environment(&[("NOVASTOR_KEYS__KEY", &"ab".repeat(32))]);
+    daemon.start();
+    assert_eq!(current(&daemon), Some(id));
+    assert!(daemon.attach("v").read(0, 65536) == vec![5; 65536], "the same key from elsewhere");
+    daemon.stop();
+
+    daemon.configure(&config);
+    daemon.set_environment(&[]);
+    daemon.start();
+    let error = daemon.json(&["export", "list"])[0]["error"].as_str().unwrap_or_default().to_owned();
+    assert!(error.contains("credential kek") && error.contains("LoadCredential="), "{error}");
+}
+
+#[test]
+fn a_wrong_key_is_refused_before_anything_of_the_volume_is_touched() {
+    let mut daemon = daemon_with_key();
+    daemon.start();
+    fill_mapped(&daemon);
+    daemon.stop();
+    let kept = |daemon: &Daemon| -> BTreeMap<PathBuf, (SystemTime, Vec<u8>)> {
+        let files = [files_under(&daemon.path("pool")), files_under(&daemon.path("data/log"))].concat();
+        // The store is probed at each opening.
+        let files = files.into_iter().filter(|file| !["probe", "temporary"].iter().any(|part| is_within(file, part)));
+        files.map(|file| (file.clone(), (fs::metadata(&file).unwrap().modified().unwrap(), fs::read(&file).unwrap()))).collect()
+    };
+    let before = kept(&daemon);
+    assert!(
+        ["objects", "roots", "log"].iter().all(|part| before.keys().any(|file| is_within(file, part))),
+        "{:?}",
+        before.keys()
+    );
+    write_kek(&daemon, "kek", "cd");
+    daemon.start();
+    let own = format!("--nbd=unix:{}", daemon.path("own.sock").display());
+    let commands: [&[&str]; 5] = [
+        &["export", "add", "v", &own],
+        &["volume", "resize", "v", "32M"],
+        &["snapshot", "create", "v@s"],
+        &["volume", "usage", "v"],
+        &["volume", "create", "w", "--size", "16M", "--pool", "local", "--policy", "secret"],
+    ];
+    for command in commands {
+        let (_, why) = daemon.refused(command);
+        assert!(why.contains("key-encryption key"), "{command:?}: {why}");
+    }
+    let error = daemon.json(&["export", "list"])[0]["error"].as_str().unwrap_or_default().to_owned();
+    assert!(error.contains("is wrapped with key-encryption key"), "{error}");
+    daemon.stop();
+    assert!(kept(&daemon) == before, "something was touched");
+
+    write_kek(&daemon, "kek", "ab");
+    daemon.start();
+    assert!(daemon.attach("v").read(0, 65536) == vec![5; 65536]);
+}
+
+fn is_within(file: &Path, part: &str) -> bool {
+    file.components().any(|component| component.as_os_str().to_string_lossy().trim_end_matches('=') == part)
+}
+
 fn files_under(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).into_iter().flatten().map(|entry| entry.unwrap().path());
     entries.flat_map(|path| if path.is_dir() { files_under(&path) } else { vec![path] }).collect()
@@ -107,6 +191,8 @@ fn an_encrypted_mapped_volume_holds_no_plain_text_in_pool_and_log() {
     daemon.json(&["snapshot", "create", "v@s"]);
     daemon.json(&["volume", "clone", "v@s", "c"]);
     assert_eq!(daemon.json(&["volume", "show", "c"])["encrypted"], true);
+    let shown = String::from_utf8(daemon.run(&["volume", "show", "c"]).stdout).unwrap();
+    assert!(shown.lines().any(|line| line.split_whitespace().eq(["encrypted", "yes"])), "{shown}");
     drop(client);
     daemon.kill();
     let needle = &noise[8192..8256];

@@ -85,7 +85,7 @@ impl Bench {
     }
 
     fn allocated(&self, volume: &str) -> Result<u64> {
-        self.daemon.json(["volume", "usage", volume])?["allocated"].as_u64().context("a number")
+        self.daemon.json(["volume", "usage", volume])?["stored"].as_u64().context("a number")
     }
 }
 

@@ -5,6 +5,8 @@ mod common;
 use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
 
 use common::{Daemon, Nbd, eventually};
 use serde_json::json;
@@ -16,6 +18,18 @@ fn logs(daemon: &Daemon) -> Vec<PathBuf> {
 
 fn export(daemon: &Daemon, volume: &str) -> String {
     daemon.json(&["export", "add", volume, "--nbd"])["id"].as_str().unwrap().to_owned()
+}
+
+const SAFE: &str = "[policy.safe]\ndurability = \"remote\"\n";
+
+/// Two daemons with one pool.
+fn two_hosts(extra: &str) -> (Daemon, Daemon) {
+    let (mut first, mut second) = (Daemon::new(extra), Daemon::new(extra));
+    let own_pool = second.path("pool").display().to_string();
+    second.configure(&second.config().replace(&own_pool, &first.path("pool").display().to_string()));
+    first.start();
+    second.start();
+    (first, second)
 }
 
 #[test]
@@ -77,7 +91,7 @@ fn usage_and_metrics_show_the_store_and_the_log() {
     }
     assert_eq!(client.flush(), 0);
     // More than one segment was written: it is on its way into the store.
-    eventually("the store fills", || daemon.json(&["volume", "usage", "v"])["allocated"].as_u64().unwrap() > 30 << 20);
+    eventually("the store fills", || daemon.json(&["volume", "usage", "v"])["stored"].as_u64().unwrap() > 30 << 20);
     let usage = daemon.json(&["volume", "usage", "v"]);
     assert_eq!(usage["logical"], 256 << 20);
     assert!(usage["log"].as_u64().is_some(), "{usage}");
@@ -203,6 +217,36 @@ fn a_volume_that_takes_long_to_open_holds_up_no_other() {
 }
 
 #[test]
+fn who_stops_waiting_is_told_that_the_work_goes_on() {
+    let mut daemon = Daemon::new("");
+    daemon.start();
+    daemon.json(&["volume", "create", "local/v", "--size", "16M"]);
+    let id = export(&daemon, "v");
+    daemon.json(&["export", "remove", &id]);
+    // The check waits for whoever has the log.
+    let log = fs::File::open(logs(&daemon).remove(0)).unwrap();
+    rustix::fs::flock(&log, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let admin = format!("unix:{}", daemon.path("admin.sock").display());
+    let mut command = common::command();
+    command.env("NOVASTOR_ADMIN", admin).args(["volume", "check", "v"]).stderr(Stdio::piped()).stdout(Stdio::null());
+    let client = command.spawn().unwrap();
+    let job = || daemon.json(&["job", "list"]).as_array().and_then(|jobs| Some(jobs.first()?["id"].as_str()?.to_owned()));
+    eventually("the job is there", || job().is_some());
+    let job = job().unwrap();
+    rustix::process::kill_process(rustix::process::Pid::from_child(&client), rustix::process::Signal::INT).unwrap();
+    let ended = client.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(130), "{said}");
+    for words in
+        ["volume check of v goes on in the daemon", &format!("novastor job wait {job}"), &format!("novastor job cancel {job}")]
+    {
+        assert!(said.contains(words), "{words}: {said}");
+    }
+    drop(log);
+    assert_eq!(daemon.json(&["job", "wait", &job])["state"], "done");
+}
+
+#[test]
 fn only_what_has_a_log_can_be_opened_without_it() {
     let mut daemon = Daemon::new("");
     daemon.start();
@@ -225,7 +269,7 @@ fn policies_decide_on_durability_and_refuse_what_cannot_be() {
     export(&daemon, "v");
     let mut client = daemon.attach("v");
     assert_eq!((client.write(0, &[1; 4096]), client.flush()), (0, 0));
-    assert!(daemon.json(&["volume", "usage", "v"])["allocated"].as_u64().unwrap() > 0, "a flush waits for the store");
+    assert!(daemon.json(&["volume", "usage", "v"])["stored"].as_u64().unwrap() > 0, "a flush waits for the store");
     drop(client);
     daemon.kill();
     logs(&daemon).into_iter().for_each(|log| fs::remove_file(log).unwrap());
@@ -235,12 +279,7 @@ fn policies_decide_on_durability_and_refuse_what_cannot_be() {
 
 #[test]
 fn volumes_of_a_tenant_share_and_are_served_anew_one_by_one() {
-    let policy = "[policy.shared]\ndurability = \"remote\"\ndedup = \"tenant\"\n";
-    let (mut first, mut second) = (Daemon::new(policy), Daemon::new(policy));
-    let own_pool = second.path("pool").display().to_string();
-    second.configure(&second.config().replace(&own_pool, &first.path("pool").display().to_string()));
-    first.start();
-    second.start();
+    let (mut first, second) = two_hosts("[policy.shared]\ndurability = \"remote\"\ndedup = \"tenant\"\n");
     let create = |name: &str, tenant: &str| {
         let made = first.json(&["volume", "create", name, "--size", "16M", "--policy", "shared", "--tenant", tenant]);
         made["group"].as_str().unwrap().to_owned()
@@ -282,12 +321,7 @@ fn volumes_of_a_tenant_share_and_are_served_anew_one_by_one() {
 
 #[test]
 fn an_export_whose_volume_another_host_had_is_served_again_when_that_is_asked_for() {
-    let policy = "[policy.safe]\ndurability = \"remote\"\n";
-    let (mut first, mut second) = (Daemon::new(policy), Daemon::new(policy));
-    let own_pool = second.path("pool").display().to_string();
-    second.configure(&second.config().replace(&own_pool, &first.path("pool").display().to_string()));
-    first.start();
-    second.start();
+    let (first, second) = two_hosts(SAFE);
     first.json(&["volume", "create", "local/v", "--size", "16M", "--policy", "safe"]);
     let ids = [export(&first, "v"), {
         let own = format!("--nbd=unix:{}", first.path("own.sock").display());
@@ -321,13 +355,101 @@ fn an_export_whose_volume_another_host_had_is_served_again_when_that_is_asked_fo
     assert_eq!(first.refused(&["export", "reopen", "99"]).0, "not_found");
 }
 
+/// Not served, and why: another host serves the volume of this export.
+fn is_left_alone(daemon: &Daemon, id: &str) -> bool {
+    let shown = daemon.json(&["export", "show", id]);
+    let problem = shown["problem"].as_str().unwrap_or_default();
+    let next = format!("novastor export reopen {id}");
+    shown["ready"] == false && problem.contains("another host has taken over volume local/v") && problem.contains(&next)
+}
+
+#[test]
+fn an_export_whose_volume_another_host_serves_does_not_come_back_by_itself() {
+    for notices in [false, true] {
+        let (mut first, second) = two_hosts(SAFE);
+        first.json(&["volume", "create", "local/v", "--size", "16M", "--policy", "safe"]);
+        let id = export(&first, "v");
+        let mut client = first.attach("v");
+        assert_eq!((client.write(0, &[1; 4096]), client.flush()), (0, 0));
+        if !notices {
+            first.kill();
+        }
+        let taken = export(&second, "v");
+        let mut other = second.attach("v");
+        let mut goes_on = |fill| assert_eq!((other.write(4096, &[fill; 4096]), other.flush()), (0, 0));
+        goes_on(2);
+        if notices {
+            let saved = || fs::read_to_string(first.path("data/exports.json")).unwrap();
+            eventually("it is noted", || saved().contains("taken_over"));
+            first.stop();
+        }
+        first.start();
+        eventually("the export says why it is not served", || is_left_alone(&first, &id));
+        // It would be tried again by then.
+        std::thread::sleep(Duration::from_secs(5));
+        goes_on(3);
+        assert_eq!(second.json(&["volume", "show", "v"])["problem"], json!(null));
+        assert!(logs(&first).len() == 1 && is_left_alone(&first, &id), "{:?}", logs(&first));
+
+        // A command that takes the volume over brings no guest back to it.
+        second.json(&["export", "remove", &taken]);
+        assert_eq!(first.refused(&["volume", "check", "v"]).0, "taken_over");
+        first.json(&["volume", "check", "v", "--take-over"]);
+        first.stop();
+        first.start();
+        assert!(is_left_alone(&first, &id));
+        let listed = String::from_utf8(first.run(&["export", "list"]).stdout).unwrap();
+        assert!(listed.contains("problem: another host has taken over volume local/v"), "{listed}");
+
+        let reopened = first.json(&["export", "reopen", &id]);
+        assert_eq!((&reopened["ready"], &reopened["problem"]), (&json!(true), &json!(null)));
+        assert!(first.attach("v").read(0, 8192) == [[1; 4096], [3; 4096]].concat());
+        first.kill();
+        first.start();
+        eventually("it returns by itself: this host had it last", || first.json(&["export", "show", &id])["ready"] == true);
+    }
+}
+
+#[test]
+fn a_command_takes_no_volume_from_another_host_unless_told_to() {
+    let (first, second) = two_hosts(SAFE);
+    first.json(&["volume", "create", "local/v", "--size", "16M", "--policy", "safe"]);
+    export(&first, "v");
+    let mut client = first.attach("v");
+    let mut goes_on = |fill| assert_eq!((client.write(0, &[fill; 4096]), client.flush()), (0, 0));
+    goes_on(1);
+    first.json(&["snapshot", "create", "v@s"]);
+    let image = second.path("image").display().to_string();
+    let commands: [&[&str]; 9] = [
+        &["volume", "resize", "v", "32M"],
+        &["volume", "check", "v"],
+        &["volume", "flatten", "v"],
+        &["volume", "clone", "v", "w"],
+        &["snapshot", "create", "v@t"],
+        &["snapshot", "delete", "v@s", "--yes"],
+        &["snapshot", "rollback", "v@s", "--yes"],
+        &["snapshot", "diff", "v@s"],
+        &["image", "export", "v", &image],
+    ];
+    for command in commands {
+        let (kind, message) = second.refused(command);
+        assert_eq!(kind, "taken_over", "{command:?}: {message}");
+        let words = ["volume v", "another host", "--take-over"];
+        assert!(words.iter().all(|word| message.contains(word)), "{command:?}: {message}");
+        goes_on(2);
+    }
+    second.json(&["volume", "usage", "v"]);
+    second.json(&["volume", "clone", "v@s", "c"]);
+    goes_on(3);
+
+    second.json(&["snapshot", "create", "v@t", "--take-over"]);
+    second.json(&["snapshot", "delete", "v@t", "--yes"]);
+    assert!(client.write(4096, &[4; 4096]) != 0 || client.flush() != 0, "the replaced host acknowledged a flush");
+}
+
 #[test]
 fn an_export_serves_no_other_volume_that_has_come_to_its_name() {
-    let (mut first, mut second) = (Daemon::new(""), Daemon::new(""));
-    let own_pool = second.path("pool").display().to_string();
-    second.configure(&second.config().replace(&own_pool, &first.path("pool").display().to_string()));
-    first.start();
-    second.start();
+    let (mut first, second) = two_hosts("");
     let create =
         |name: &str, size: &str| second.json(&["volume", "create", name, "--size", size])["uuid"].as_str().unwrap().to_owned();
     let uuid = create("local/a", "16M");

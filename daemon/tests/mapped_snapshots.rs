@@ -3,6 +3,7 @@
 mod common;
 
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{Daemon, Nbd};
 use serde_json::{Value, json};
@@ -149,9 +150,12 @@ fn usage_tells_what_is_unique_and_what_it_takes() {
     assert_eq!(of("logical"), 16 << 20);
     assert!(of("unique") >= 200 * BLOCK as u64 && of("unique") <= 400 * BLOCK as u64, "{usage}");
     assert!(of("compressed") < of("unique") / 4 && of("compressed") > 0, "{usage}");
-    assert!(of("map") > 0 && of("allocated") >= of("compressed") + of("map"), "{usage}");
+    assert!(of("map") > 0 && of("stored") >= of("compressed") + of("map"), "{usage}");
     assert_eq!((of("data"), of("snapshots")), (400 * BLOCK as u64, 0), "{usage}");
     assert!(of("reclaimable") < of("compressed") + of("map"), "{usage}");
+    let shown = String::from_utf8(daemon.run(&["volume", "usage", "v"]).stdout).unwrap();
+    let is_told = |name: &str| shown.lines().any(|line| line.split_whitespace().next() == Some(name));
+    assert!(["logical", "unique", "compressed", "stored", "reclaimable"].into_iter().all(is_told), "{shown}");
     daemon.json(&["volume", "clone", "v@s", "c"]);
     let usage = daemon.json(&["volume", "usage", "c"]);
     assert_eq!((usage["unique"].as_u64(), usage["compressed"].as_u64()), (Some(0), Some(0)), "{usage}");
@@ -171,6 +175,66 @@ fn one_command_makes_snapshots_of_several_volumes_or_of_none() {
     daemon.json(&["snapshot", "create", "w@t"]);
     assert_eq!(daemon.refused(&["snapshot", "create", "v@t", "w@t"]).0, "exists");
     assert_eq!(names(&daemon.json(&["snapshot", "list"])), ["local/v@s", "local/w@s", "local/w@t"]);
+}
+
+/// Writes a counter to a block of the one volume, and when that is acknowledged to the same block of the other, again and again. How far it came.
+fn count(daemon: &Daemon, block: usize, is_over: &AtomicBool) -> u64 {
+    let mut clients = ["v", "w"].map(|volume| daemon.attach(volume));
+    let mut counter = 0u64;
+    while !is_over.load(Ordering::SeqCst) {
+        counter += 1;
+        for client in &mut clients {
+            assert_eq!(client.write((block * BLOCK) as u64, &counter.to_le_bytes()), 0);
+        }
+    }
+    counter
+}
+
+#[test]
+fn a_snapshot_of_several_volumes_under_load_is_one_point_in_time() {
+    const WRITERS: usize = 3;
+    let daemon = started();
+    daemon.json(&["volume", "create", "local/w", "--size", "16M"]);
+    let ids = ["v", "w"].map(|volume| export(&daemon, volume).1);
+    let names: Vec<String> = (0..12).map(|number| format!("s{number}")).collect();
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let writers: Vec<_> = (0..WRITERS)
+            .map(|block| {
+                scope.spawn({
+                    let (daemon, is_over) = (&daemon, &is_over);
+                    move || count(daemon, block, is_over)
+                })
+            })
+            .collect();
+        for name in &names {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            daemon.json(&["snapshot", "create", &format!("v@{name}"), &format!("w@{name}")]);
+        }
+        is_over.store(true, Ordering::SeqCst);
+        for writer in writers {
+            assert!(writer.join().unwrap() > names.len() as u64, "there was no load");
+        }
+    });
+    let mut before = [0; WRITERS];
+    for name in &names {
+        let [first, second] = ["v", "w"].map(|volume| {
+            let (mut client, id) = export(&daemon, &format!("{volume}@{name}"));
+            let counters: [u64; WRITERS] =
+                std::array::from_fn(|block| u64::from_le_bytes(client.read((block * BLOCK) as u64, 8).try_into().unwrap()));
+            drop(client);
+            daemon.json(&["export", "remove", &id]);
+            counters
+        });
+        for block in 0..WRITERS {
+            let (first, second) = (first[block], second[block]);
+            assert!(first == second || first == second + 1, "{name}, block {block}: {first} in v, {second} in w");
+            assert!(first >= before[block], "{name}, block {block}: {first} after {}", before[block]);
+            before[block] = first;
+        }
+    }
+    assert!(before.iter().all(|counter| *counter > 0), "{before:?}");
+    ids.iter().for_each(|id| drop(daemon.json(&["export", "remove", id])));
 }
 
 /// A command that may be cut off by the end of the daemon.

@@ -97,7 +97,7 @@ fn wait_until_free(daemon: &Daemon) -> Result<()> {
     let deadline = Deadline::after(LIMIT);
     loop {
         let usage = daemon.json(["volume", "usage", "huge"])?;
-        if usage["allocated"].as_u64().is_some_and(|bytes| bytes < 128 << 20) {
+        if usage["stored"].as_u64().is_some_and(|bytes| bytes < 128 << 20) {
             return Ok(());
         }
         if !deadline.pause() {

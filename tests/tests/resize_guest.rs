@@ -12,7 +12,7 @@ const LIMIT: Duration = Duration::from_secs(120);
 
 fn allocated(daemon: &Daemon) -> Result<u64> {
     let usage = daemon.json(["volume", "usage", "disk"])?;
-    Ok(usage["allocated"].as_u64().unwrap_or(u64::MAX))
+    Ok(usage["stored"].as_u64().unwrap_or(u64::MAX))
 }
 
 /// Resizes a volume that the daemon, which is down, would serve again at once: it is started without its exports first.

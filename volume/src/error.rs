@@ -46,6 +46,8 @@ pub enum VolumeError {
          volume with a new one"
     )]
     StaleLog,
+    #[error("another host had this volume last, and may have it open")]
+    Elsewhere,
     #[error(
         "the device for the local log holds something else; nothing was changed. Give the volume another one, or wipe this one"
     )]

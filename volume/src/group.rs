@@ -61,7 +61,7 @@ impl MappedGroup {
         let mut tries = 0;
         let (before, superblock, is_new, cipher, claimed) = loop {
             let (before, tag) = chain.read_root().await?;
-            let (superblock, is_new) = log_for(parts, &before, settings.accept_loss).await?;
+            let (superblock, is_new) = log_for(parts, &before, settings).await?;
             let cipher = superblock.cipher(&parts.secrets)?;
             let rests_on_log = !is_new && before.is_local;
             match chain.claim((before, tag), superblock.log_id, is_local || rests_on_log).await {
@@ -225,7 +225,7 @@ impl Core {
 }
 
 /// The log on this host, if the group's last owner wrote it; otherwise one that is new, or was made by an opening that came no further.
-async fn log_for(parts: &Parts, root: &Root, accept_loss: bool) -> Result<(Superblock, bool), VolumeError> {
+async fn log_for(parts: &Parts, root: &Root, settings: Settings) -> Result<(Superblock, bool), VolumeError> {
     let found = Superblock::read(&*parts.disk).await?;
     let reused = match found {
         Some(found) if found.group != root.group => return Err(VolumeError::ForeignLog),
@@ -233,8 +233,11 @@ async fn log_for(parts: &Parts, root: &Root, accept_loss: bool) -> Result<(Super
         Some(found) if !log::is_unused(&*parts.disk, &found).await? => return Err(VolumeError::StaleLog),
         found => found,
     };
-    if root.is_local && !accept_loss {
+    if root.is_local && !settings.accept_loss {
         return Err(VolumeError::LogMissing);
+    }
+    if settings.own_only && root.log_id != LogId::default() {
+        return Err(VolumeError::Elsewhere);
     }
     let superblock = match reused {
         Some(superblock) => superblock,

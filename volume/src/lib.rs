@@ -14,6 +14,7 @@ mod bytes_at;
 mod chain;
 mod checkpoint;
 mod clone;
+mod contents;
 mod core;
 mod crypto;
 mod deduplication;

@@ -54,6 +54,8 @@ pub struct Settings {
     pub segment_bytes: u64,
     /// Open the volume even if flushes were acknowledged that only another host's log may have.
     pub accept_loss: bool,
+    /// Refuse a volume that had an owner whose log is not here.
+    pub own_only: bool,
     /// Segments after which a checkpoint is due.
     pub checkpoint_segments: u64,
     pub compression: Allowed,
@@ -79,6 +81,7 @@ impl Default for Settings {
             durability: Durability::Local,
             segment_bytes: 32 << 20,
             accept_loss: false,
+            own_only: false,
             checkpoint_segments: 64,
             compression: Allowed::Auto,
             deduplicate: true,

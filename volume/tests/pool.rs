@@ -9,7 +9,7 @@ use std::sync::Arc;
 use backends::segments::SegmentStore;
 use backends::segments::drive::block_on;
 use backends::segments::memory::MemoryStore;
-use backends::{Layout, Pool, PoolError, VolumeSpec};
+use backends::{Claim, Layout, Pool, PoolError, VolumeSpec};
 use blockdev::Errno;
 use blockdev::client::Client;
 use common::{Host, MIB, spec};
@@ -48,9 +48,9 @@ fn one_pool_holds_both_layouts() {
     for (volume, fill) in [("raw", 1u8), ("renamed", 2)] {
         assert!(host.disk(&pool, volume).unwrap().read(512, 8192).unwrap() == vec![fill; 8192], "{volume}");
     }
-    assert_eq!(pool.check().unwrap(), Vec::<String>::new());
+    assert_eq!(pool.check(&|_, _| ()).unwrap(), Vec::<String>::new());
     assert_eq!(pool.usage("renamed").unwrap().logical, 16 * MIB);
-    assert!(matches!(pool.open_accepting_loss("raw").map(drop), Err(PoolError::Unsupported(_))));
+    assert!(matches!(pool.open_as("raw", Claim::AcceptLoss).map(drop), Err(PoolError::Unsupported(_))));
     pool.snapshot(&["renamed"], "s").unwrap();
     // Where files cannot share data, the raw one refuses, and then neither has it.
     let both = pool.snapshot(&["raw", "renamed"], "t").is_ok();
@@ -94,7 +94,7 @@ fn a_deleted_volume_leaves_neither_objects_nor_log_whatever_was_interrupted() {
     drop(host.disk(&pool, "w").unwrap());
     pool.delete("w").unwrap();
     assert_eq!(host.logs(), Vec::<PathBuf>::new());
-    assert_eq!(pool.check().unwrap(), Vec::<String>::new());
+    assert_eq!(pool.check(&|_, _| ()).unwrap(), Vec::<String>::new());
 }
 
 fn files_in(folder: &Path) -> usize {
@@ -115,7 +115,7 @@ fn a_pool_that_was_copied_in_part_is_not_filled_anew() {
     for outcome in [pool.open("v", false).map(drop), pool.create("w", &spec(Layout::Mapped)).map(drop)] {
         assert!(matches!(&outcome, Err(PoolError::Backend(why)) if why.contains("missing")), "{outcome:?}");
     }
-    assert!(!pool.check().is_ok_and(|found| found.is_empty()));
+    assert!(!pool.check(&|_, _| ()).is_ok_and(|found| found.is_empty()));
     pool.create("raw", &spec(Layout::Raw)).unwrap();
     fs::rename(folder.path().join("elsewhere"), path.join("segments")).unwrap();
     pool.open("v", false).unwrap();
@@ -145,7 +145,7 @@ fn a_lost_log_is_missed_until_its_loss_is_accepted_once() {
     fs::rename(&log, folder.path().join("lost")).unwrap();
     missed(&pool);
     missed(&pool);
-    let disk = host.client(pool.open_accepting_loss("v").unwrap()).unwrap();
+    let disk = host.client(pool.open_as("v", Claim::AcceptLoss).unwrap()).unwrap();
     disk.write(4096, vec![2; 4096]).unwrap();
     disk.flush().unwrap();
     drop(disk);
@@ -158,7 +158,7 @@ fn a_lost_log_is_missed_until_its_loss_is_accepted_once() {
     fs::rename(folder.path().join("lost"), &log).unwrap();
     missed(&pool);
     assert_eq!(host.logs().len(), 2, "{:?}", host.logs());
-    assert!(pool.check().unwrap().iter().any(|problem| problem.contains("set aside")));
+    assert!(pool.check(&|_, _| ()).unwrap().iter().any(|problem| problem.contains("set aside")));
 }
 
 #[test]
@@ -184,6 +184,47 @@ fn with_remote_durability_another_host_takes_over_and_the_first_may_come_back() 
         disk.flush().unwrap();
         before = Some(disk);
     }
+}
+
+#[test]
+fn what_another_host_had_last_is_taken_from_it_only_if_asked_for() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let hosts = ["a", "b"].map(|name| Host::new(folder.path(), name));
+    let store = Arc::new(MemoryStore::new());
+    let pools = [0, 1].map(|index: usize| hosts[index].store_pool(&store, Durability::Remote));
+    pools[0].create("v", &spec(Layout::Mapped)).unwrap();
+    let is_refused = |outcome: Result<(), PoolError>| {
+        assert!(matches!(&outcome, Err(PoolError::TakenOver(why)) if why.contains("volume v")), "{outcome:?}");
+    };
+    pools[1].snapshot(&["v"], "early").expect("nobody had it before");
+    is_refused(pools[0].open_as("v", Claim::Own).map(drop));
+    let owner = hosts[0].client(pools[0].open_as("v", Claim::Return).expect("its log may be lost")).unwrap();
+    owner.write(0, vec![1; 4096]).unwrap();
+    owner.flush().unwrap();
+
+    let log = hosts[1].logs().remove(0);
+    is_refused(pools[1].open_as("v", Claim::Return).map(drop));
+    is_refused(pools[1].snapshot(&["v"], "s"));
+    is_refused(pools[1].delete_snapshot("v", "early"));
+    is_refused(pools[1].rollback("v", "early"));
+    is_refused(pools[1].flatten("v", &|_, _| ()).map(drop));
+    is_refused(pools[1].check_volume("v", &|_, _| ()).map(drop));
+    is_refused(pools[1].changed("v", "early", None).map(drop));
+    is_refused(pools[1].clone_volume("v", None, "w").map(drop));
+    pools[1].usage("v").expect("what the pool has can be read");
+    assert_eq!(hosts[1].logs(), [log], "nothing was set aside");
+    owner.write(4096, vec![2; 4096]).unwrap();
+    owner.flush().expect("its owner goes on");
+    assert!(!pools[0].is_taken_over("v"));
+
+    let taken = hosts[1].client(pools[1].open_as("v", Claim::TakeOver).unwrap()).unwrap();
+    assert!(taken.read(0, 8192).unwrap() == [[1; 4096], [2; 4096]].concat());
+    assert_eq!(owner.write(8192, vec![3; 4096]).and_then(|()| owner.flush()), Err(Errno::EIO));
+    assert!(pools[0].is_taken_over("v"));
+    drop(owner);
+    is_refused(pools[0].open_as("v", Claim::Return).map(drop));
+    drop(taken);
+    pools[1].snapshot(&["v"], "late").expect("the host that had it last");
 }
 
 #[test]

@@ -3,13 +3,18 @@
 
 mod common;
 
+use std::cell::Cell;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use backends::{Layout, Pool, PoolError};
 use common::{Host, MIB, spec};
 use tempfile::TempDir;
 use volume::pool::MappedPool;
+
+/// An object that only ends an epoch.
+const SEAL_LEN: u64 = 128;
 
 /// A pool with two volumes, `v` and `w`, that hold something.
 struct Place {
@@ -157,6 +162,66 @@ fn what_a_copy_of_a_pool_lacks_is_named_and_concerns_its_volume_alone() {
         fs::rename(&elsewhere, &lost).unwrap();
         place.is_whole("v");
     }
+}
+
+#[test]
+fn a_check_of_the_pool_names_what_is_missing_and_every_volume_that_needs_it() {
+    let place = Place::new();
+    place.pool().clone_volume("v", Some("s"), "c").unwrap();
+    let check = |pool: &MappedPool| {
+        let told = Cell::new((0, 1));
+        let found = pool.check(&|done, total| told.set((done, total))).unwrap();
+        assert!(told.get().0 == told.get().1 && told.get().1 > MIB, "{:?}", told.get());
+        found
+    };
+    assert_eq!(check(&place.pool()), Vec::<String>::new());
+    let elsewhere = place.folder.path().join("elsewhere");
+    for (family, also) in [("w", ", and cloned from it c: "), ("g", ", and cloned from it c: "), ("m", ": ")] {
+        for lost in place.objects("v", family) {
+            let object = lost.strip_prefix(place.path.join("segments/objects")).unwrap().display().to_string();
+            let object = object.trim_end_matches('=');
+            if fs::metadata(&lost).unwrap().len() == SEAL_LEN {
+                continue;
+            }
+            fs::rename(&lost, &elsewhere).unwrap();
+            let pool = place.pool();
+            let found = check(&pool);
+            assert_eq!(found.len(), 1, "{object}: {found:?}");
+            says(&found[0], &[&format!("volume v{also}"), object, "missing", "copy of the pool"]);
+            drop(pool);
+            fs::rename(&elsewhere, &lost).unwrap();
+        }
+    }
+    let folder = place.path.join("segments/objects").join(place.pool().get("w").unwrap().uuid.simple().to_string());
+    fs::rename(&folder, &elsewhere).unwrap();
+    let found = check(&place.pool());
+    assert!(found.len() == 1 && found[0].contains("volume w: ") && found[0].contains("missing"), "{found:?}");
+}
+
+#[test]
+fn a_check_of_the_pool_finds_nothing_wrong_while_volumes_are_written_collected_and_deleted() {
+    let place = Place::new();
+    let pool = place.pool();
+    let disk = place.host.disk(&pool, "v").unwrap();
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 0..8 {
+                let name = format!("n{round}");
+                pool.create(&name, &spec(Layout::Mapped)).unwrap();
+                disk.write(round % 8 * MIB, noise()).unwrap();
+                disk.flush().unwrap();
+                pool.snapshot(&["v"], &name).unwrap();
+                pool.delete_snapshot("v", &name).unwrap();
+                pool.delete(&name).unwrap();
+            }
+            is_over.store(true, Ordering::SeqCst);
+        });
+        while !is_over.load(Ordering::SeqCst) {
+            let found = pool.check(&|_, _| ()).unwrap();
+            assert!(!found.iter().any(|problem| problem.contains("missing")), "{found:?}");
+        }
+    });
 }
 
 #[test]

@@ -114,7 +114,7 @@ fn two_hundred_snapshots_are_each_what_the_volume_was() {
     drop(device);
     assert!(snapshots(&place, "v").is_empty());
     place.pool.delete("v").unwrap();
-    assert_eq!(place.pool.check().unwrap(), Vec::<String>::new());
+    assert_eq!(place.pool.check(&|_, _| ()).unwrap(), Vec::<String>::new());
 }
 
 #[test]
@@ -147,7 +147,7 @@ fn a_clone_and_its_origin_go_their_own_ways_and_are_deleted_from_the_end() {
     assert!(matches!(place.pool.delete_snapshot("v", "s"), Err(PoolError::NotFound(_))));
     place.pool.delete("v").unwrap();
     assert!(place.pool.list().unwrap().is_empty());
-    assert_eq!(place.pool.check().unwrap(), Vec::<String>::new());
+    assert_eq!(place.pool.check(&|_, _| ()).unwrap(), Vec::<String>::new());
 }
 
 #[test]
@@ -194,7 +194,7 @@ fn a_flattened_clone_outlives_its_origin() {
     let place = place.reopen();
     let expected: Vec<u8> = (0..64).map(|block| if block == 0 { 200 } else { block + 1 }).collect();
     assert_eq!(fills(&place, "c", 64), expected);
-    assert_eq!(place.pool.check().unwrap(), Vec::<String>::new());
+    assert_eq!(place.pool.check(&|_, _| ()).unwrap(), Vec::<String>::new());
 }
 
 #[test]
@@ -506,7 +506,7 @@ proptest! {
             model.apply(&place, step);
         }
         model.check(&place);
-        prop_assert_eq!(place.pool.check().unwrap(), Vec::<String>::new());
+        prop_assert_eq!(place.pool.check(&|_, _| ()).unwrap(), Vec::<String>::new());
     }
 }
 

@@ -88,7 +88,7 @@ fn what_one_volume_of_a_tenant_has_another_does_not_store_again() {
     assert_eq!(allocated(&place, "a"), allocated(&place, "b"));
     let place = place.reopen();
     ["a", "b", "c", "d", "e"].into_iter().for_each(|volume| reads(&place, volume, &content));
-    assert_eq!(place.pool.check().unwrap(), Vec::<String>::new());
+    assert_eq!(place.pool.check(&|_, _| ()).unwrap(), Vec::<String>::new());
 }
 
 #[test]
@@ -131,7 +131,7 @@ fn one_of_several_is_deleted_and_the_last_takes_all_with_it() {
     place.pool.delete("a").unwrap();
     let place = place.reopen();
     reads(&place, "b", &noise(2, MIB));
-    assert_eq!(place.pool.check().unwrap(), Vec::<String>::new());
+    assert_eq!(place.pool.check(&|_, _| ()).unwrap(), Vec::<String>::new());
     let group = place.pool.get("b").unwrap().group();
     // Where the deleted one was, another one is empty.
     place.pool.create("c", &shared("shared", "t")).unwrap();
@@ -141,7 +141,7 @@ fn one_of_several_is_deleted_and_the_last_takes_all_with_it() {
     place.pool.delete("b").unwrap();
     assert!(place.host.logs().is_empty(), "{:?}", place.host.logs());
     let place = place.reopen();
-    assert_eq!(place.pool.check().unwrap(), Vec::<String>::new());
+    assert_eq!(place.pool.check(&|_, _| ()).unwrap(), Vec::<String>::new());
     let objects = place.folder.path().join("pool/segments/objects").join(group.simple().to_string());
     let left: Vec<_> =
         fs::read_dir(objects).into_iter().flatten().flat_map(|folder| fs::read_dir(folder.unwrap().path())).flatten().collect();
@@ -167,7 +167,7 @@ fn a_clone_joins_the_group_and_nothing_ties_it_to_its_origin() {
     let copied = place.pool.clone_volume("c", None, "d").unwrap();
     assert_eq!(copied.origin.as_deref(), Some("c@clone-d"));
     reads(&place, "d", &content);
-    assert_eq!(place.pool.check().unwrap(), Vec::<String>::new());
+    assert_eq!(place.pool.check(&|_, _| ()).unwrap(), Vec::<String>::new());
 }
 
 /// A crash may leave a volume in a group that is in no record. The record is hidden here and comes back, to show that the volume has gone.

@@ -310,7 +310,7 @@ impl Pool for FilePool {
         }
     }
 
-    fn check(&self) -> Result<Vec<String>> {
+    fn check(&self, _progress: &dyn Fn(u64, u64)) -> Result<Vec<String>> {
         let mut found = Vec::new();
         for name in self.catalogue.names()? {
             let record = match self.get(&name) {

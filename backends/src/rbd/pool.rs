@@ -508,7 +508,7 @@ impl Pool for RbdPool {
         }
     }
 
-    fn check(&self) -> Result<Vec<String>> {
+    fn check(&self, _progress: &dyn Fn(u64, u64)) -> Result<Vec<String>> {
         let context = self.context()?;
         let broken = |source| failed(format!("pool {}: listing its images", self.name), source);
         let names = images::list(&context).map_err(broken)?;

@@ -21,9 +21,9 @@ pub async fn show(State(daemon): State<Arc<Daemon>>, Name(pool): Name<String>) -
     blocking(daemon, move |daemon| daemon.show_pool(&pool)).await
 }
 
-/// Looks for damage. Runs as a job; answers when it has ended.
+/// Looks for volumes that cannot be whole: missing or damaged roots, missing objects, what belongs to no volume; no data is read. Runs as a job; answers when it has ended.
 #[utoipa::path(post, path = "/v1/pools/{pool}/check", params(("pool" = String, Path)),
     responses((status = 200, body = CheckReport), (status = "4XX", body = ErrorBody)))]
 pub async fn check(State(daemon): State<Arc<Daemon>>, Name(pool): Name<String>) -> Reply<CheckReport> {
-    as_job(daemon, "pool check", &pool.clone(), move |daemon, _| daemon.check_pool(&pool)).await
+    as_job(daemon, "pool check", &pool.clone(), move |daemon, job| daemon.check_pool(&pool, job)).await
 }

@@ -9,7 +9,7 @@ use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 use crate::daemon::Daemon;
 use crate::daemon::jobs::Job;
@@ -27,13 +27,22 @@ pub struct Done {
     pub done: bool,
 }
 
+/// Of commands that a mapped volume has to be open for.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+pub struct TakeOver {
+    /// Take a mapped volume from the host that had it last.
+    #[serde(default)]
+    pub take_over: bool,
+}
+
 pub type Reply<T> = Result<Json<T>>;
 
 impl IntoResponse for Error {
     fn into_response(self) -> Response {
         let status = match self.kind {
             ErrorKind::NotFound => StatusCode::NOT_FOUND,
-            ErrorKind::Exists | ErrorKind::InUse | ErrorKind::Cancelled => StatusCode::CONFLICT,
+            ErrorKind::Exists | ErrorKind::InUse | ErrorKind::TakenOver | ErrorKind::Cancelled => StatusCode::CONFLICT,
             ErrorKind::Unsupported => StatusCode::NOT_IMPLEMENTED,
             ErrorKind::Invalid => StatusCode::BAD_REQUEST,
             ErrorKind::Unauthorized => StatusCode::UNAUTHORIZED,

@@ -114,6 +114,9 @@ pub struct VolumeResize {
     /// Allows a smaller size, and loses what lies beyond.
     #[serde(default)]
     pub shrink: bool,
+    /// Take it from the host that had it last, if it is a mapped volume.
+    #[serde(default)]
+    pub take_over: bool,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
@@ -127,6 +130,9 @@ pub struct VolumeRename {
 pub struct VolumeClone {
     /// The new volume, `NAME` or `POOL/NAME`.
     pub name: String,
+    /// Take the origin from the host that had it last, if it is a mapped volume.
+    #[serde(default)]
+    pub take_over: bool,
 }
 
 /// What flattening a volume came to.
@@ -142,8 +148,8 @@ pub struct VolumeFlattened {
 pub struct VolumeUsage {
     pub volume: String,
     pub logical: u64,
-    /// Taken on the backend; of a raw volume, snapshots not counted.
-    pub allocated: u64,
+    /// Taken on the backend: of a mapped volume, all of its objects; of a raw one, snapshots not counted.
+    pub stored: u64,
     /// Stored for snapshots alone, as far as the backend can tell: it comes back when they are deleted.
     pub snapshots: u64,
     /// Of a mapped volume: what it has of its logical size.
@@ -234,6 +240,9 @@ pub struct CheckReport {
 pub struct SnapshotCreate {
     /// `VOL@SNAP` each.
     pub snapshots: Vec<String>,
+    /// Take mapped volumes from the hosts that had them last.
+    #[serde(default)]
+    pub take_over: bool,
 }
 
 /// A range of a volume.
@@ -310,7 +319,7 @@ pub struct ExportInfo {
     pub declared: bool,
     /// It accepts clients.
     pub ready: bool,
-    /// Why it does not; it is tried again by itself.
+    /// Why it does not; it is tried again by itself, unless another host has taken its volume over.
     pub error: Option<String>,
     /// While its volume cannot serve everything it should: why, as of the volume.
     pub problem: Option<String>,
@@ -395,6 +404,9 @@ pub struct TransferCreate {
     pub file: String,
     /// Bytes.
     pub total: u64,
+    /// Take it from the host that had it last, if it is a mapped volume.
+    #[serde(default)]
+    pub take_over: bool,
 }
 
 /// Where the client finds the volume.

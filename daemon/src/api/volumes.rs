@@ -6,7 +6,7 @@ use axum::extract::State;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::reply::{Asked, Body, Done, ErrorBody, Name, Reply, as_job, blocking};
+use super::reply::{Asked, Body, Done, ErrorBody, Name, Reply, TakeOver, as_job, blocking};
 use super::types::{
     CheckReport, VolumeAdopt, VolumeClone, VolumeCreate, VolumeFlattened, VolumeInfo, VolumeRename, VolumeResize, VolumeUsage,
 };
@@ -85,14 +85,21 @@ pub async fn clone(
     Name(volume): Name<String>,
     Body(request): Body<VolumeClone>,
 ) -> Reply<VolumeInfo> {
-    as_job(daemon, "volume clone", &volume.clone(), move |daemon, _| daemon.clone_volume(&volume, &request.name)).await
+    as_job(daemon, "volume clone", &volume.clone(), move |daemon, _| {
+        daemon.clone_volume(&volume, &request.name, request.take_over)
+    })
+    .await
 }
 
 /// Makes a clone independent of its origin. Runs as a job, which cannot be cancelled; answers when it has ended.
-#[utoipa::path(post, path = "/v1/volumes/{volume}/flatten", operation_id = "flatten_volume", params(("volume" = String, Path)),
+#[utoipa::path(post, path = "/v1/volumes/{volume}/flatten", operation_id = "flatten_volume", params(("volume" = String, Path), TakeOver),
     responses((status = 200, body = VolumeFlattened), (status = "4XX", body = ErrorBody)))]
-pub async fn flatten(State(daemon): State<Arc<Daemon>>, Name(volume): Name<String>) -> Reply<VolumeFlattened> {
-    as_job(daemon, "volume flatten", &volume.clone(), move |daemon, job| daemon.flatten_volume(&volume, job)).await
+pub async fn flatten(
+    State(daemon): State<Arc<Daemon>>,
+    Name(volume): Name<String>,
+    Asked(TakeOver { take_over }): Asked<TakeOver>,
+) -> Reply<VolumeFlattened> {
+    as_job(daemon, "volume flatten", &volume.clone(), move |daemon, job| daemon.flatten_volume(&volume, take_over, job)).await
 }
 
 /// Space taken. Of a mapped volume, its whole map is read for it.
@@ -102,9 +109,14 @@ pub async fn usage(State(daemon): State<Arc<Daemon>>, Name(volume): Name<String>
     blocking(daemon, move |daemon| daemon.volume_usage(&volume)).await
 }
 
-/// Whether it opens and is what the catalogue says. Runs as a job; answers when it has ended.
-#[utoipa::path(post, path = "/v1/volumes/{volume}/check", operation_id = "check_volume", params(("volume" = String, Path)),
+/// Reads a mapped volume and its snapshots whole, and compares each block with its hash; of any volume, whether it opens, is healthy and has the size
+/// that the catalogue says. Runs as a job; answers when it has ended.
+#[utoipa::path(post, path = "/v1/volumes/{volume}/check", operation_id = "check_volume", params(("volume" = String, Path), TakeOver),
     responses((status = 200, body = CheckReport), (status = "4XX", body = ErrorBody)))]
-pub async fn check(State(daemon): State<Arc<Daemon>>, Name(volume): Name<String>) -> Reply<CheckReport> {
-    as_job(daemon, "volume check", &volume.clone(), move |daemon, job| daemon.check_volume(&volume, job)).await
+pub async fn check(
+    State(daemon): State<Arc<Daemon>>,
+    Name(volume): Name<String>,
+    Asked(TakeOver { take_over }): Asked<TakeOver>,
+) -> Reply<CheckReport> {
+    as_job(daemon, "volume check", &volume.clone(), move |daemon, job| daemon.check_volume(&volume, take_over, job)).await
 }

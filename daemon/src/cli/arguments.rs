@@ -116,7 +116,7 @@ pub enum Pool {
     Health {
         pool: Option<String>,
     },
-    /// Look for damage
+    /// Look for volumes that cannot be whole: missing or damaged roots, missing objects, what belongs to no volume; no data is read
     Check {
         pool: String,
     },
@@ -166,6 +166,8 @@ pub enum Volume {
         #[arg(long)]
         shrink: bool,
         #[command(flatten)]
+        claim: Claim,
+        #[command(flatten)]
         consent: Consent,
     },
     Rename {
@@ -182,19 +184,25 @@ pub enum Volume {
     Usage {
         volume: String,
     },
-    /// Whether it opens and is what the catalogue says
+    /// Read all of a mapped volume and its snapshots and compare each block with its hash; of a raw one, whether it opens and has its size
     Check {
         volume: String,
+        #[command(flatten)]
+        claim: Claim,
     },
     /// A writable copy that shares data where the backend can
     Clone {
         /// VOL or VOL@SNAP
         source: String,
         name: String,
+        #[command(flatten)]
+        claim: Claim,
     },
     /// Make a clone independent of its origin
     Flatten {
         volume: String,
+        #[command(flatten)]
+        claim: Claim,
     },
 }
 
@@ -203,6 +211,14 @@ pub struct Consent {
     /// Do not ask
     #[arg(short, long)]
     pub yes: bool,
+}
+
+/// Of commands that a mapped volume has to be open for.
+#[derive(Args)]
+pub struct Claim {
+    /// Take a mapped volume from the host that had it last: if that still serves it, its clients get errors
+    #[arg(long)]
+    pub take_over: bool,
 }
 
 #[derive(Subcommand)]
@@ -226,6 +242,8 @@ pub enum Snapshot {
         /// VOL@SNAP
         #[arg(required = true, value_name = "VOL@SNAP")]
         snapshots: Vec<String>,
+        #[command(flatten)]
+        claim: Claim,
     },
     List {
         volume: Option<String>,
@@ -234,12 +252,16 @@ pub enum Snapshot {
         #[arg(value_name = "VOL@SNAP")]
         snapshot: String,
         #[command(flatten)]
+        claim: Claim,
+        #[command(flatten)]
         consent: Consent,
     },
     /// Make the volume what it was
     Rollback {
         #[arg(value_name = "VOL@SNAP")]
         snapshot: String,
+        #[command(flatten)]
+        claim: Claim,
         #[command(flatten)]
         consent: Consent,
     },
@@ -249,6 +271,8 @@ pub enum Snapshot {
         from: String,
         /// VOL@SNAP, or VOL as it is now [default: the volume]
         to: Option<String>,
+        #[command(flatten)]
+        claim: Claim,
     },
 }
 
@@ -322,6 +346,8 @@ pub enum Image {
         #[arg(long)]
         verify: bool,
         #[command(flatten)]
+        claim: Claim,
+        #[command(flatten)]
         consent: Consent,
     },
     /// Copy a volume or a snapshot into a raw or qcow2 image
@@ -335,6 +361,8 @@ pub enum Image {
         /// Read both again and compare
         #[arg(long)]
         verify: bool,
+        #[command(flatten)]
+        claim: Claim,
         #[command(flatten)]
         consent: Consent,
     },

@@ -44,12 +44,13 @@ struct Report {
 pub fn run(context: &Context, command: Image) -> anyhow::Result<()> {
     interrupt::listen()?;
     let report = match command {
-        Image::Import { file, volume, format, pool, verify, consent } => {
-            Import { context, file, volume, pool, verify, yes: consent.yes }.run(format.map(Format::from))?
+        Image::Import { file, volume, format, pool, verify, claim, consent } => {
+            Import { context, file, volume, pool, verify, takes_over: claim.take_over, yes: consent.yes }
+                .run(format.map(Format::from))?
         }
-        Image::Export { volume, file, format, verify, consent } => {
+        Image::Export { volume, file, format, verify, claim, consent } => {
             let format = format.map_or_else(|| Format::by_name(&file), Format::from);
-            Export { context, file, volume, verify, yes: consent.yes }.run(format)?
+            Export { context, file, volume, verify, takes_over: claim.take_over, yes: consent.yes }.run(format)?
         }
     };
     context.output.print(&report, |report| {
@@ -79,6 +80,7 @@ struct Import<'a> {
     volume: String,
     pool: Option<String>,
     verify: bool,
+    takes_over: bool,
     yes: bool,
 }
 
@@ -100,7 +102,7 @@ impl Import<'_> {
             ))
             .into());
         }
-        let transfer = begin(self.context, &name, "import", &self.file, volume.size)?;
+        let transfer = begin(self.context, &name, ("import", self.takes_over), &self.file, volume.size)?;
         let copied = self.copy(&image, source, &name, &volume.uuid, is_new, &transfer);
         let report = copied.map(|copied| Report {
             direction: "import",
@@ -203,6 +205,7 @@ struct Export<'a> {
     file: PathBuf,
     volume: String,
     verify: bool,
+    takes_over: bool,
     yes: bool,
 }
 
@@ -231,7 +234,7 @@ impl Export<'_> {
         }
         let full =
             snapshot.iter().fold(format!("{}/{}", volume.pool, volume.name), |name, snapshot| format!("{name}@{snapshot}"));
-        let transfer = begin(self.context, &full, "export", &self.file, volume.size)?;
+        let transfer = begin(self.context, &full, ("export", self.takes_over), &self.file, volume.size)?;
         let size = transfer.info.size;
         let copied = self.copy(format, Source::Volume { uuid: volume.uuid, snapshot }, &full, &transfer);
         let report = copied.map(|copied| Report {
@@ -327,12 +330,9 @@ fn nbd_uri(client: &Client, volume: &str) -> String {
     format!("nbd+unix:///{name}?socket={}", socket.as_deref().unwrap_or("/run/novastor/nbd.sock"))
 }
 
-fn begin(context: &Context, volume: &str, direction: &str, file: &Path, total: u64) -> Result<Transfer> {
-    let file = file.display().to_string();
-    Transfer::begin(
-        context.client()?,
-        &TransferCreate { volume: volume.to_owned(), direction: direction.to_owned(), file, total },
-    )
+fn begin(context: &Context, volume: &str, (direction, take_over): (&str, bool), file: &Path, total: u64) -> Result<Transfer> {
+    let (volume, direction, file) = (volume.to_owned(), direction.to_owned(), file.display().to_string());
+    Transfer::begin(context.client()?, &TransferCreate { volume, direction, file, total, take_over })
 }
 
 fn connect(name: &str, transfer: &Transfer) -> Result<Volume> {

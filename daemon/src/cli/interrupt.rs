@@ -6,7 +6,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 static ASKED: AtomicBool = AtomicBool::new(false);
 /// What a shell reports of a command ended by SIGINT.
-const STATUS: i32 = 130;
+pub const STATUS: i32 = 130;
 
 /// True once the user asked to end.
 pub fn asked() -> bool {

@@ -1,11 +1,9 @@
 //! `novastor pool`.
 
-use serde_json::json;
-
-use super::Context;
 use super::arguments::Pool;
 use super::output::{facts, table};
 use super::volumes::report_text;
+use super::{Context, long};
 use crate::api::types::{CheckReport, PoolInfo};
 use crate::client::encode;
 use crate::units::format_size;
@@ -31,7 +29,7 @@ pub fn run(context: &Context, command: Pool) -> anyhow::Result<()> {
             if broken.is_empty() { Ok(()) } else { Err(anyhow::anyhow!("not working: {}", broken.join(", "))) }
         }
         Pool::Check { pool } => {
-            let report: CheckReport = client.post(&format!("/v1/pools/{}/check", encode(&pool)), &json!({}))?;
+            let report: CheckReport = long::post(context, "pool check", &format!("/v1/pools/{}/check", encode(&pool)))?;
             context.output.print(&report, report_text)?;
             if report.ok { Ok(()) } else { Err(anyhow::anyhow!("pool {pool}: {} problems", report.problems.len())) }
         }

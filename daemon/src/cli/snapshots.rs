@@ -1,10 +1,9 @@
 //! `novastor snapshot`.
 
-use serde_json::json;
-
-use super::Context;
 use super::arguments::Snapshot;
 use super::output::table;
+use super::volumes::query;
+use super::{Context, long};
 use crate::api::reply::Done;
 use crate::api::types::{SnapshotCreate, SnapshotDiff, SnapshotInfo};
 use crate::client::encode;
@@ -13,8 +12,9 @@ use crate::units::{format_size, format_time};
 pub fn run(context: &Context, command: Snapshot) -> anyhow::Result<()> {
     let output = context.output;
     match command {
-        Snapshot::Create { snapshots } => {
-            let made: Vec<SnapshotInfo> = context.client()?.post("/v1/snapshots", &SnapshotCreate { snapshots })?;
+        Snapshot::Create { snapshots, claim } => {
+            let request = SnapshotCreate { snapshots, take_over: claim.take_over };
+            let made: Vec<SnapshotInfo> = context.client()?.post("/v1/snapshots", &request)?;
             output.print(&made, |made| {
                 made.iter().map(|snapshot| format!("snapshot {} created", snapshot.name)).collect::<Vec<_>>().join("\n")
             })
@@ -24,20 +24,22 @@ pub fn run(context: &Context, command: Snapshot) -> anyhow::Result<()> {
             let snapshots: Vec<SnapshotInfo> = context.client()?.get(&format!("/v1/snapshots{query}"))?;
             output.print(&snapshots, |snapshots| list(snapshots))
         }
-        Snapshot::Delete { snapshot, consent } => {
+        Snapshot::Delete { snapshot, claim, consent } => {
             output.confirm(consent.yes, &format!("Deleting snapshot {snapshot} loses that state."))?;
-            let done: Done = context.client()?.delete(&format!("/v1/snapshots/{}", encode(&snapshot)))?;
+            let path = format!("/v1/snapshots/{}{}", encode(&snapshot), query(&claim));
+            let done: Done = long::run(context, "snapshot delete", |client| client.delete(&path))?;
             output.print(&done, |_| format!("snapshot {snapshot} deleted"))
         }
-        Snapshot::Rollback { snapshot, consent } => {
+        Snapshot::Rollback { snapshot, claim, consent } => {
             output.confirm(consent.yes, &format!("Rolling back to {snapshot} loses everything written since."))?;
-            let done: Done = context.client()?.post(&format!("/v1/snapshots/{}/rollback", encode(&snapshot)), &json!({}))?;
+            let path = format!("/v1/snapshots/{}/rollback{}", encode(&snapshot), query(&claim));
+            let done: Done = long::post(context, "snapshot rollback", &path)?;
             output.print(&done, |_| format!("rolled back to {snapshot}"))
         }
-        Snapshot::Diff { from, to } => {
+        Snapshot::Diff { from, to, claim } => {
             let to = to.unwrap_or_else(|| from.split('@').next().unwrap_or_default().to_owned());
-            let query = format!("/v1/snapshots/diff?from={}&to={}", encode(&from), encode(&to));
-            let diff: SnapshotDiff = context.client()?.get(&query)?;
+            let path = format!("/v1/snapshots/diff?from={}&to={}&take_over={}", encode(&from), encode(&to), claim.take_over);
+            let diff: SnapshotDiff = long::run(context, "snapshot diff", |client| client.get(&path))?;
             output.print(&diff, diff_text)
         }
     }

@@ -1,6 +1,6 @@
 //! `novastor volume`.
 
-use super::arguments::{Usage, Volume};
+use super::arguments::{Claim, Usage, Volume};
 use super::output::{facts, table};
 use super::{Context, long};
 use crate::api::reply::Done;
@@ -39,12 +39,12 @@ pub fn run(context: &Context, command: Volume) -> anyhow::Result<()> {
             let volume: VolumeInfo = context.client()?.get(&path(&volume))?;
             output.print(&volume, show)
         }
-        Volume::Resize { volume, size, shrink, consent } => {
+        Volume::Resize { volume, size, shrink, claim, consent } => {
             if shrink {
                 let what = format!("Shrinking volume {volume} loses all data past {}.", format_size(size));
                 output.confirm(consent.yes, &what)?;
             }
-            let request = VolumeResize { size, shrink };
+            let request = VolumeResize { size, shrink, take_over: claim.take_over };
             let volume: VolumeInfo = context.client()?.post(&format!("{}/resize", path(&volume)), &request)?;
             output.print(&volume, |volume| format!("volume {} is {} now", full(volume), format_size(volume.size)))
         }
@@ -54,30 +54,37 @@ pub fn run(context: &Context, command: Volume) -> anyhow::Result<()> {
         }
         Volume::Delete { volume, consent } => {
             output.confirm(consent.yes, &format!("Deleting volume {volume} loses its data."))?;
-            let done: Done = context.client()?.delete(&path(&volume))?;
+            let done: Done = long::run(context, "volume delete", |client| client.delete(&path(&volume)))?;
             output.print(&done, |_| format!("volume {volume} deleted"))
         }
         Volume::Usage { volume } => {
             let usage: VolumeUsage = context.client()?.get(&format!("{}/usage", path(&volume)))?;
             output.print(&usage, usage_text)
         }
-        Volume::Check { volume } => {
-            let report: CheckReport = long::post(context, "volume check", &format!("{}/check", path(&volume)))?;
+        Volume::Check { volume, claim } => {
+            let report: CheckReport = long::post(context, "volume check", &format!("{}/check{}", path(&volume), query(&claim)))?;
             output.print(&report, report_text)?;
             if report.ok { Ok(()) } else { Err(anyhow::anyhow!("volume {volume}: {} problems", report.problems.len())) }
         }
-        Volume::Clone { source, name } => {
-            let volume: VolumeInfo = context.client()?.post(&format!("{}/clone", path(&source)), &VolumeClone { name })?;
+        Volume::Clone { source, name, claim } => {
+            let (path, request) = (format!("{}/clone", path(&source)), VolumeClone { name, take_over: claim.take_over });
+            let volume: VolumeInfo = long::run(context, "volume clone", |client| client.post(&path, &request))?;
             output.print(&volume, |volume| format!("volume {} cloned from {source}", full(volume)))
         }
-        Volume::Flatten { volume } => {
-            let outcome: VolumeFlattened = long::post(context, "volume flatten", &format!("{}/flatten", path(&volume)))?;
+        Volume::Flatten { volume, claim } => {
+            let path = format!("{}/flatten{}", path(&volume), query(&claim));
+            let outcome: VolumeFlattened = long::post(context, "volume flatten", &path)?;
             output.print(&outcome, |outcome| match outcome.flattened {
                 true => format!("volume {} depends on no other now", outcome.volume),
                 false => format!("volume {} has no parent: nothing to flatten", outcome.volume),
             })
         }
     }
+}
+
+/// Of a path whose request takes no body.
+pub fn query(claim: &Claim) -> &'static str {
+    if claim.take_over { "?take_over=true" } else { "" }
 }
 
 fn full(volume: &VolumeInfo) -> String {
@@ -111,8 +118,10 @@ fn show(volume: &VolumeInfo) -> String {
         ("group", volume.group.clone().unwrap_or_default()),
         ("object", volume.object.clone().unwrap_or_default()),
         ("origin", volume.origin.clone().unwrap_or_default()),
+        ("encrypted", if volume.encrypted { "yes".to_owned() } else { String::new() }),
         ("snapshots", snapshots.join(", ")),
         ("exports", volume.exports.join(", ")),
+        ("open", if volume.open { "yes".to_owned() } else { String::new() }),
         ("problem", volume.problem.clone().unwrap_or_default()),
         ("last error", volume.last_error.clone().unwrap_or_default()),
     ])
@@ -126,7 +135,7 @@ fn usage_text(usage: &VolumeUsage) -> String {
         ("unique", usage.unique.map(format_size).unwrap_or_default()),
         ("compressed", usage.compressed.map(format_size).unwrap_or_default()),
         ("map", usage.map.map(format_size).unwrap_or_default()),
-        ("allocated", format_size(usage.allocated)),
+        ("stored", format_size(usage.stored)),
         ("snapshots", format_size(usage.snapshots)),
         ("reclaimable", usage.reclaimable.map(format_size).unwrap_or_default()),
         ("log", usage.log.map(format_size).unwrap_or_default()),

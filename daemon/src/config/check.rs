@@ -15,6 +15,8 @@ use crate::units::parse_size;
 const DRIVERS_LATER: [&str; 5] = ["nfs", "smb", "gcs", "azure", "swift"];
 const POLICY_LATER: [&str; 4] = ["iops", "bandwidth", "burst_iops", "burst_seconds"];
 const DURABILITIES: [&str; 2] = ["local", "remote"];
+/// Two hosts' logs.
+const DURABILITY_LATER: &str = "mirror";
 const COMPRESSIONS: [&str; 5] = ["auto", "cold", "none", "lz4", "zstd"];
 const DEDUPS: [&str; 3] = ["none", "volume", "tenant"];
 const WHEN_FULL: [&str; 2] = ["wait", "error"];
@@ -37,6 +39,20 @@ pub(super) fn not_yet(table: &DeTable<'_>, file: &str, text: &str) -> Vec<Proble
                 driver.span().start,
                 format!("pool {name}: driver \"{value}\" is not in this version; drivers that work: {known}"),
             );
+        }
+    }
+    for section in ["pool", "policy"] {
+        for (name, entries) in named_tables(table, section) {
+            let Some(durability) = entries.get("durability") else { continue };
+            if matches!(durability.get_ref(), DeValue::String(value) if value == DURABILITY_LATER) {
+                let known = DURABILITIES.join(", ");
+                refuse(
+                    durability.span().start,
+                    format!(
+                        "{section} {name}: durability \"{DURABILITY_LATER}\" is not in this version; those that work: {known}"
+                    ),
+                );
+            }
         }
     }
     for (name, entries) in named_tables(table, "policy") {

@@ -153,13 +153,13 @@ pub struct TlsConfig {
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct KeysConfig {
-    /// The file that holds the key; it must be readable by its owner only.
+    /// The file that holds the key; nobody but its owner and its group may reach it.
     pub file: Option<PathBuf>,
     /// The name of the systemd credential that holds the key.
     pub credential: Option<String>,
     /// The key itself; from the environment only.
     pub key: Option<String>,
-    /// The file that holds the key before.
+    /// The file that holds the key before; the same goes for it.
     pub previous_file: Option<PathBuf>,
     /// The name of the systemd credential that holds the key before.
     pub previous_credential: Option<String>,

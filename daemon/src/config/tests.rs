@@ -69,6 +69,10 @@ fn what_cannot_be_honoured_is_refused() {
     assert!(problems("[pool.n]\ndriver = \"rbd\"\n").contains("needs the key `pool`"));
     assert!(problems("[pool.Bad]\ndriver = \"null\"\n").contains("pool name"));
     assert!(problems("[policy.gold]\niops = 5\n").contains("`iops` is not in this version"));
+    for section in ["policy.gold", "pool.p"] {
+        let told = problems(&format!("[{section}]\ndurability = \"mirror\"\n"));
+        assert!(told.contains("\"mirror\" is not in this version; those that work: local, remote"), "{told}");
+    }
     assert!(problems("[policy.gold]\ndurability = \"none\"\n").contains("local, remote"));
     assert!(problems("[policy.gold]\ncompression = \"gzip\"\n").contains("auto, cold, none, lz4, zstd"));
     assert!(problems("[policy.gold]\ndedup = \"host\"\n").contains("none, volume, tenant"));

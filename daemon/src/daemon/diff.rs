@@ -19,9 +19,14 @@ const GRAIN: usize = 4096;
 
 impl Daemon {
     /// Compares `from` (`VOL@SNAP`) with `to` (`VOL@SNAP`, or `VOL` as it is now).
-    pub fn diff(&self, from: &str, to: &str, job: &Job) -> Result<SnapshotDiff> {
+    pub fn diff(&self, from: &str, to: &str, takes_over: bool, job: &Job) -> Result<SnapshotDiff> {
         let from = self.resolve_snapshot(from)?;
         let to = if to.contains('@') { self.resolve_snapshot(to)? } else { self.resolve_text(to)? };
+        if takes_over {
+            let _held = self.hold([&from, &to]);
+            self.take_over(&from)?;
+            self.take_over(&to)?;
+        }
         let (left, right) = (self.side(&from)?, self.side(&to)?);
         let (short, long) = (left.size.min(right.size), left.size.max(right.size));
         let mut changed = Ranges::default();

@@ -39,7 +39,7 @@ mod watch;
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 
-use backends::{Layout, PoolError, VolumeRecord};
+use backends::{Claim, Layout, PoolError, VolumeRecord};
 use blockdev::{BlockDevice, DataPlane, Volume, VolumeOptions};
 
 use crate::api::types::Status;
@@ -177,12 +177,17 @@ impl Daemon {
         Ok(self.pools.get(&id.pool)?.get(&id.name)?)
     }
 
-    /// Opens a volume or a snapshot, or shares it if it is open. The caller holds its name lock.
+    /// Opens a volume or a snapshot, or shares it if it is open; a mapped volume is taken from no other host. The caller holds its name lock.
     pub fn lease(&self, id: &VolumeId, write: bool) -> Result<Lease> {
+        self.lease_as(id, write, Claim::Own)
+    }
+
+    /// The same, as far as `claim` allows.
+    pub fn lease_as(&self, id: &VolumeId, write: bool, claim: Claim) -> Result<Lease> {
         if write && id.snapshot.is_some() {
             return Err(Error::invalid(format!("snapshot {id} can only be used read-only: add --read-only")));
         }
-        self.open.lease(id, write, || self.open_volume(id, write, false))
+        self.open.lease(id, write, || self.open_volume(id, write, claim))
     }
 
     /// Opens a volume even if that loses what was acknowledged; refused if it is open, as nothing is missing then. The caller holds its name
@@ -191,16 +196,25 @@ impl Daemon {
         if self.open.get(id).is_some() {
             return Err(Error::invalid(format!("volume {id}: it is open, so nothing of it is missing: leave out --accept-loss")));
         }
-        self.open.lease(id, true, || self.open_volume(id, true, true))
+        self.open.lease(id, true, || self.open_volume(id, true, Claim::AcceptLoss))
     }
 
-    fn open_volume(&self, id: &VolumeId, write: bool, accept_loss: bool) -> Result<Arc<Volume>> {
+    /// Makes this host the owner of a mapped volume, before a command that was told to take it over. The caller holds its name lock.
+    pub(crate) fn take_over(&self, id: &VolumeId) -> Result<()> {
+        let volume = id.volume();
+        if self.record(&volume)?.layout == Layout::Mapped && self.open.get(&volume).is_none() {
+            drop(self.lease_as(&volume, true, Claim::TakeOver)?);
+        }
+        Ok(())
+    }
+
+    fn open_volume(&self, id: &VolumeId, write: bool, claim: Claim) -> Result<Arc<Volume>> {
         let pool = self.pools.get(&id.pool)?;
         let record = pool.get(&id.name)?;
         let (device, read_only) = match &id.snapshot {
             Some(snapshot) => (pool.open_snapshot(&id.name, snapshot)?, true),
-            None if accept_loss => (pool.open_accepting_loss(&id.name)?, false),
-            None => match pool.open(&id.name, false) {
+            None if claim == Claim::AcceptLoss => (pool.open_as(&id.name, claim)?, false),
+            None => match pool.open_as(&id.name, claim) {
                 Ok(device) => (device, false),
                 Err(error) if write || record.layout == Layout::Mapped || matches!(error, PoolError::NotFound(_)) => {
                     return Err(error.into());

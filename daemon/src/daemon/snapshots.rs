@@ -9,7 +9,7 @@ use crate::names::{VolumeId, VolumeRef};
 
 impl Daemon {
     /// Makes all of `names` (`VOL@SNAP` each) at one point in time, or none of them.
-    pub fn create_snapshots(&self, names: &[String]) -> Result<Vec<SnapshotInfo>> {
+    pub fn create_snapshots(&self, names: &[String], takes_over: bool) -> Result<Vec<SnapshotInfo>> {
         let mut targets: Vec<VolumeId> = Vec::new();
         for name in names {
             let (volume, snapshot) = name.parse::<VolumeRef>()?.with_snapshot()?;
@@ -25,6 +25,9 @@ impl Daemon {
         }
         let volumes: Vec<VolumeId> = targets.iter().map(VolumeId::volume).collect();
         let _held = self.hold(&volumes);
+        if takes_over {
+            volumes.iter().try_for_each(|id| self.take_over(id))?;
+        }
         self.take_back_earlier(&targets)?;
         for target in &targets {
             let snapshot = target.snapshot.as_deref().unwrap_or_default();
@@ -89,7 +92,7 @@ impl Daemon {
         Ok(volumes.into_iter().flat_map(|volume| volume.snapshots).collect())
     }
 
-    pub fn delete_snapshot(&self, name: &str) -> Result<()> {
+    pub fn delete_snapshot(&self, name: &str, takes_over: bool) -> Result<()> {
         let id = self.resolve_snapshot(name)?;
         let _held = self.hold([&id]);
         let exports = self.exports.ids_of_exactly(&id);
@@ -98,10 +101,13 @@ impl Daemon {
             return Err(Error::in_use(format!("snapshot {id}: delete refused: it is exported ({ids})")));
         }
         self.open.ensure_closed(&id, false, "delete of the snapshot")?;
+        if takes_over {
+            self.take_over(&id)?;
+        }
         Ok(self.pools.get(&id.pool)?.delete_snapshot(&id.name, id.snapshot.as_deref().unwrap_or_default())?)
     }
 
-    pub fn rollback(&self, name: &str) -> Result<()> {
+    pub fn rollback(&self, name: &str, takes_over: bool) -> Result<()> {
         let id = self.resolve_snapshot(name)?;
         let volume = id.volume();
         let _held = self.hold([&volume]);
@@ -111,6 +117,9 @@ impl Daemon {
             return Err(Error::in_use(format!(
                 "volume {volume}: rollback refused: it is exported ({ids}); `novastor export remove` first"
             )));
+        }
+        if takes_over {
+            self.take_over(&volume)?;
         }
         self.open.ensure_closed(&volume, false, "rollback")?;
         Ok(self.pools.get(&id.pool)?.rollback(&id.name, id.snapshot.as_deref().unwrap_or_default())?)

@@ -75,6 +75,9 @@ impl Daemon {
                 request.direction
             )));
         }
+        if request.take_over {
+            self.take_over(&id)?;
+        }
         let lease = self.lease(&id, import)?;
         let size = lease.volume().size();
         let subject = if import { format!("{} to {id}", request.file) } else { format!("{id} to {}", request.file) };

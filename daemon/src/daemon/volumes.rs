@@ -11,7 +11,7 @@ use super::pools::Answer;
 use crate::api::types::{
     CheckReport, PoolInfo, SnapshotInfo, VolumeAdopt, VolumeCreate, VolumeFlattened, VolumeInfo, VolumeResize, VolumeUsage,
 };
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::names::{VolumeId, VolumeRef};
 use crate::units::format_size;
 
@@ -31,8 +31,8 @@ impl Daemon {
         }
     }
 
-    pub fn check_pool(&self, name: &str) -> Result<CheckReport> {
-        let problems = self.pools.get(name)?.check()?;
+    pub fn check_pool(&self, name: &str, job: &Job) -> Result<CheckReport> {
+        let problems = self.pools.get(name)?.check(&|done, total| job.progress(done, Some(total)))?;
         Ok(CheckReport { subject: name.to_owned(), ok: problems.is_empty(), problems })
     }
 
@@ -178,6 +178,9 @@ impl Daemon {
         let _held = self.hold([&id]);
         let record = self.record(&id)?;
         check_size(&id.name, request.size, record.block_size, record.layout)?;
+        if request.take_over {
+            self.take_over(&id)?;
+        }
         let lease = self.lease(&id, true)?;
         let now = lease.volume().size();
         if request.size < now && !request.shrink {
@@ -222,7 +225,7 @@ impl Daemon {
         Ok(self.pools.get(&id.pool)?.delete(&id.name)?)
     }
 
-    pub fn clone_volume(&self, name: &str, to: &str) -> Result<VolumeInfo> {
+    pub fn clone_volume(&self, name: &str, to: &str, takes_over: bool) -> Result<VolumeInfo> {
         let source = self.resolve_text(name)?;
         let to = to.parse::<VolumeRef>()?.without_snapshot()?;
         if to.pool.as_ref().is_some_and(|pool| *pool != source.pool) {
@@ -234,6 +237,9 @@ impl Daemon {
         }
         let target = VolumeId::new(&source.pool, &to.name);
         let _held = self.hold([&source, &target]);
+        if takes_over {
+            self.take_over(&source)?;
+        }
         let pool = self.pools.get(&source.pool)?;
         let clone = || Ok(pool.clone_volume(&source.name, source.snapshot.as_deref(), &to.name)?);
         // The log of a mapped volume says which writes are in a snapshot; none waits for it.
@@ -243,10 +249,13 @@ impl Daemon {
     }
 
     /// The volume counts as in use meanwhile, so that it stays, but is not held against other operations: this may take hours.
-    pub fn flatten_volume(&self, name: &str, job: &Job) -> Result<VolumeFlattened> {
+    pub fn flatten_volume(&self, name: &str, takes_over: bool, job: &Job) -> Result<VolumeFlattened> {
         let id = self.resolve(&name.parse::<VolumeRef>()?.without_snapshot()?)?;
         let _lease = {
             let _held = self.hold([&id]);
+            if takes_over {
+                self.take_over(&id)?;
+            }
             self.lease(&id, false)?
         };
         let flattened = self.pools.get(&id.pool)?.flatten(&id.name, &|done, total| job.progress(done, Some(total)))?;
@@ -260,7 +269,7 @@ impl Daemon {
         Ok(VolumeUsage {
             volume: id.to_string(),
             logical: usage.logical,
-            allocated: usage.allocated,
+            stored: usage.allocated,
             snapshots: usage.snapshots,
             data: usage.shares.map(|shares| shares.data),
             reclaimable: usage.shares.map(|shares| shares.reclaimable),
@@ -273,14 +282,18 @@ impl Daemon {
 
     /// Whether the volume opens, has the size that the catalogue says, and is healthy; of a mapped one, whether all of it can be read.
     /// It counts as in use meanwhile, but is not held against other operations: this may take hours.
-    pub fn check_volume(&self, name: &str, job: &Job) -> Result<CheckReport> {
+    pub fn check_volume(&self, name: &str, takes_over: bool, job: &Job) -> Result<CheckReport> {
         let id = self.resolve(&name.parse::<VolumeRef>()?.without_snapshot()?)?;
         let held = self.hold([&id]);
         let record = self.record(&id)?;
+        if takes_over {
+            self.take_over(&id)?;
+        }
         let mut problems = Vec::new();
         let lease = self.lease(&id, false);
         drop(held);
         match lease {
+            Err(error) if error.kind == ErrorKind::TakenOver => return Err(error),
             Err(error) => problems.push(format!("it does not open: {error}")),
             Ok(lease) => {
                 let size = lease.volume().size();

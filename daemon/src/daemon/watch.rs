@@ -1,4 +1,5 @@
-//! Says in the log when an open volume does not serve everything it should, and when it does again.
+//! Says in the log when an open volume does not serve everything it should, and when it does again. If another host has taken it over, its exports
+//! are told.
 //!
 //! What lasts is said again, less and less often.
 
@@ -7,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Daemon;
+use crate::names::VolumeId;
 
 const LOOK: Duration = Duration::from_secs(5);
 const AGAIN_FIRST: Duration = Duration::from_secs(60);
@@ -31,12 +33,23 @@ impl Daemon {
             let daemon = self.clone();
             let look = move || -> Vec<(String, Option<String>)> {
                 let open = daemon.open.list().into_iter();
-                open.map(|(id, volume)| (id.to_string(), volume.health())).collect()
+                let looked = open.map(|(id, volume)| {
+                    let problem = volume.health();
+                    if problem.is_some() && daemon.is_taken_over(&id) {
+                        daemon.exports.lost(&volume);
+                    }
+                    (id.to_string(), problem)
+                });
+                looked.collect()
             };
             if let Ok(found) = tokio::task::spawn_blocking(look).await {
                 said.look(found, blockdev::clock::monotonic()).into_iter().for_each(|line| tracing::warn!("{line}"));
             }
         }
+    }
+
+    fn is_taken_over(&self, id: &VolumeId) -> bool {
+        id.snapshot.is_none() && self.pools.get(&id.pool).is_ok_and(|pool| pool.is_taken_over(&id.name))
     }
 }
 

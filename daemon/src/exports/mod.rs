@@ -4,8 +4,9 @@
 //!   ExportRecord (durable) ── Entry ── Running: FrontEnd (nbd | vhost_user) + Lease of the volume
 //! ```
 //!
-//! Invariants: what `add` reported as done survives a restart; an export that cannot be served says why and is tried again; an
-//! export is stopped (its I/O drained) before its volume is released.
+//! Invariants: what `add` reported as done survives a restart; an export that cannot be served says why and is tried again; one whose
+//! volume another host has taken over is not, until somebody asks for it; an export is stopped (its I/O drained) before its volume is
+//! released.
 
 mod changes;
 mod nbd;
@@ -16,6 +17,7 @@ mod vhost_user;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use backends::Claim;
 use blockdev::Volume;
 use blockdev::stats::Snapshot;
 use parking_lot::Mutex;
@@ -129,7 +131,7 @@ impl Exports {
         };
         match waiting {
             Some(record) => {
-                self.start_again(daemon, &record.id);
+                self.start_again(daemon, &record.id, Claim::TakeOver);
                 self.get(&record.id)
             }
             None => self.add_spec(daemon, spec, false),
@@ -153,8 +155,8 @@ impl Exports {
             (id, table.choose_name(&volume))
         };
         let volume_uuid = Some(daemon.record(&volume)?.uuid);
-        let record = ExportRecord { id: id.clone(), declared, name: Some(name), volume_uuid, spec };
-        let running = self.start(daemon, &record, &volume)?;
+        let record = ExportRecord { id: id.clone(), declared, name: Some(name), volume_uuid, taken_over: false, spec };
+        let running = self.start(daemon, &record, &volume, Claim::TakeOver)?;
         let mut table = self.table.lock();
         table.entries.insert(id.clone(), Entry { record, running: Some(running), error: None });
         if let Err(error) = self.save(&table) {
@@ -167,7 +169,7 @@ impl Exports {
         self.get(&id)
     }
 
-    fn start(&self, daemon: &Daemon, record: &ExportRecord, volume: &VolumeId) -> Result<Running> {
+    fn start(&self, daemon: &Daemon, record: &ExportRecord, volume: &VolumeId, claim: Claim) -> Result<Running> {
         if volume.snapshot.is_some() && !record.spec.read_only {
             return Err(Error::invalid(format!("snapshot {volume} can only be exported with --read-only")));
         }
@@ -177,7 +179,7 @@ impl Exports {
             )));
         }
         self.ensure_not_shadowed(record)?;
-        let lease = daemon.lease(volume, !record.spec.read_only)?;
+        let lease = daemon.lease_as(volume, !record.spec.read_only, claim)?;
         let front_end: Box<dyn FrontEnd> = match record.spec.protocol {
             Protocol::Nbd => self.nbd.start(daemon, record, &lease)?,
             Protocol::VhostUser => vhost_user::start(daemon, record, &lease)?,
@@ -210,8 +212,8 @@ impl Exports {
         self.remove_entry(id)
     }
 
-    /// Lets go of an export's volume and serves it again, opened anew, with all exports that it has: the way back when no I/O succeeds any more. Their
-    /// clients are dropped.
+    /// Lets go of an export's volume and serves it again, opened anew, with all exports that it has: the way back when no I/O succeeds any more, or after
+    /// another host had it. Their clients are dropped.
     pub fn reopen(&self, daemon: &Daemon, id: &str) -> Result<ExportInfo> {
         let volume = find(&self.table.lock(), id)?.volume()?;
         let ids = self.ids_of_exactly(&volume);
@@ -224,9 +226,9 @@ impl Exports {
             stopped.into_iter().for_each(|mut running| running.front_end.stop());
             daemon.open_volumes().ensure_closed(&volume, false, "reopening")?;
         }
-        ids.iter().for_each(|id| self.start_again(daemon, id));
+        ids.iter().for_each(|id| self.start_again(daemon, id, Claim::TakeOver));
         let export = self.get(id)?;
-        match &export.error {
+        match export.error.as_ref().or(export.problem.as_ref()) {
             Some(error) if !export.ready => Err(Error::new(ErrorKind::Backend, error.clone()).of(format!("export {id}"))),
             _ => Ok(export),
         }
@@ -326,6 +328,7 @@ impl Exports {
     fn info(&self, entry: &Entry) -> ExportInfo {
         let ExportRecord { id, declared, name, spec, .. } = entry.record.clone();
         let running = entry.running.as_ref();
+        let taken_over = entry.record.told_taken_over().filter(|_| running.is_none());
         ExportInfo {
             id,
             declared,
@@ -343,8 +346,8 @@ impl Exports {
             group: spec.group,
             tls_allow: spec.tls_allow,
             ready: running.is_some(),
-            error: entry.error.clone(),
-            problem: None,
+            error: entry.error.clone().or_else(|| taken_over.clone()),
+            problem: taken_over,
             clients: running.map(|running| running.front_end.clients()).unwrap_or_default(),
         }
     }
@@ -354,6 +357,11 @@ impl Entry {
     fn volume(&self) -> Result<VolumeId> {
         let volume: crate::names::VolumeRef = self.record.spec.volume.parse()?;
         Ok(VolumeId { pool: volume.pool.unwrap_or_default(), name: volume.name, snapshot: volume.snapshot })
+    }
+
+    /// It is to be served as soon as that is possible.
+    fn waits(&self) -> bool {
+        self.running.is_none() && !self.record.taken_over
     }
 
     fn open_volume(&self) -> Option<Arc<Volume>> {
@@ -370,7 +378,7 @@ impl Entry {
 
 /// Asks the volume, which may take a while: the table is not held meanwhile.
 fn with_problem((export, volume): (ExportInfo, Option<Arc<Volume>>)) -> ExportInfo {
-    ExportInfo { problem: volume.and_then(|volume| volume.health()), ..export }
+    ExportInfo { problem: volume.and_then(|volume| volume.health()).or(export.problem), ..export }
 }
 
 fn find<'a>(table: &'a Table, id: &str) -> Result<&'a Entry> {

@@ -4,10 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Entry, Exports, Running};
+use backends::Claim;
+use blockdev::Volume;
+
+use super::{Entry, Exports, Running, Table};
 use crate::config::Config;
 use crate::daemon::Daemon;
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::exports::spec::{ExportRecord, ExportSpec};
 
 const RETRY: Duration = Duration::from_secs(2);
@@ -39,7 +42,7 @@ impl Exports {
             changes.push(format!("export of {} added", spec.volume));
             let id = table.next.to_string();
             table.next += 1;
-            let record = ExportRecord { id: id.clone(), declared: true, name: None, volume_uuid: None, spec };
+            let record = ExportRecord { id: id.clone(), declared: true, name: None, volume_uuid: None, taken_over: false, spec };
             table.entries.insert(id, Entry { record, running: None, error: None });
         }
         let saved = if changes.is_empty() { Ok(()) } else { self.save(&table) };
@@ -48,13 +51,13 @@ impl Exports {
         saved.map(|()| changes)
     }
 
-    /// Tries to start everything that does not run. Pools do not wait for each other. Blocks until each was tried once, or for
+    /// Tries to start everything that does not run, but for what another host has taken over. Pools do not wait for each other. Blocks until each was tried once, or for
     /// `limit`; what takes longer goes on.
     pub fn start_missing(daemon: &Arc<Daemon>, limit: Duration) {
         let mut by_pool: BTreeMap<String, Vec<String>> = BTreeMap::new();
         {
             let table = daemon.exports().table.lock();
-            for entry in table.entries.values().filter(|entry| entry.running.is_none()) {
+            for entry in table.entries.values().filter(|entry| entry.waits()) {
                 let pool = entry.record.spec.volume.split_once('/').map_or("", |(pool, _)| pool).to_owned();
                 by_pool.entry(pool).or_default().push(entry.record.id.clone());
             }
@@ -74,7 +77,7 @@ impl Exports {
                         "" => daemon.pools().wait_settled(limit),
                         pool => daemon.pools().wait_for(pool, limit),
                     }
-                    share.iter().for_each(|id| daemon.exports().start_again(daemon, id));
+                    share.iter().for_each(|id| daemon.exports().start_again(daemon, id, Claim::Return));
                     drop(sender);
                 });
             }
@@ -83,9 +86,10 @@ impl Exports {
         let _ = receiver.recv_timeout(limit);
     }
 
-    pub(super) fn start_again(&self, daemon: &Daemon, id: &str) {
+    /// Notes what came of it.
+    pub(super) fn start_again(&self, daemon: &Daemon, id: &str, claim: Claim) {
         let Some(record) = self.table.lock().entries.get(id).map(|entry| entry.record.clone()) else { return };
-        let outcome = self.start_record(daemon, &record);
+        let outcome = self.start_record(daemon, &record, claim);
         let mut table = self.table.lock();
         match outcome {
             Ok(None) => {}
@@ -99,26 +103,51 @@ impl Exports {
                     running.front_end.stop();
                 }
             },
+            Err(error) if error.kind == ErrorKind::TakenOver && !record.spec.volume.contains('@') => {
+                let Some(entry) = table.entries.get_mut(id) else { return };
+                entry.error = None;
+                self.note_taken_over(&mut table, &[id.to_owned()]);
+            }
             Err(error) => {
                 let Some(entry) = table.entries.get_mut(id) else { return };
                 if entry.error.as_deref() != Some(&error.message) {
-                    tracing::error!(
-                        "export {id} of {} is not served: {error}; trying again every {} s",
-                        record.spec.volume,
-                        RETRY.as_secs()
-                    );
+                    let next = if entry.waits() { format!("; trying again every {} s", RETRY.as_secs()) } else { String::new() };
+                    tracing::error!("export {id} of {} is not served: {error}{next}", record.spec.volume);
                 }
                 entry.error = Some(error.message);
             }
         }
     }
 
+    /// Notes, for good, that another host has taken over the volume of these exports. What cannot be saved is found again: its log is too old.
+    fn note_taken_over(&self, table: &mut Table, ids: &[String]) {
+        for id in ids {
+            let Some(entry) = table.entries.get_mut(id).filter(|entry| !entry.record.taken_over) else { continue };
+            entry.record.taken_over = true;
+            tracing::error!("export {id}: {}", entry.record.told_taken_over().unwrap_or_default());
+        }
+        if let Err(error) = self.save(table) {
+            tracing::error!("exports whose volumes were taken over cannot be noted: {error}");
+        }
+    }
+
+    /// The same of those that serve this opening of a volume.
+    pub fn lost(&self, volume: &Arc<Volume>) {
+        let mut table = self.table.lock();
+        let serves = |entry: &&Entry| entry.open_volume().is_some_and(|open| Arc::ptr_eq(&open, volume));
+        let new = table.entries.values().filter(serves).filter(|entry| !entry.record.taken_over);
+        let ids: Vec<String> = new.map(|entry| entry.record.id.clone()).collect();
+        if !ids.is_empty() {
+            self.note_taken_over(&mut table, &ids);
+        }
+    }
+
     /// Nothing if it runs by now, or the daemon ends.
-    fn start_record(&self, daemon: &Daemon, record: &ExportRecord) -> Result<Option<Running>> {
+    fn start_record(&self, daemon: &Daemon, record: &ExportRecord, claim: Claim) -> Result<Option<Running>> {
         let volume = daemon.resolve_text(&record.spec.volume)?;
         let _held = daemon.hold([&volume]);
-        let is_missing = self.table.lock().entries.get(&record.id).is_some_and(|entry| entry.running.is_none());
-        if !is_missing || daemon.is_stopping() {
+        let may_start = |entry: &Entry| entry.waits() || (entry.running.is_none() && claim >= Claim::TakeOver);
+        if !self.table.lock().entries.get(&record.id).is_some_and(may_start) || daemon.is_stopping() {
             return Ok(None);
         }
         let mut record = record.clone();
@@ -134,12 +163,24 @@ impl Exports {
             }
             self.save(&table)?;
         }
-        let running = self.start(daemon, &record, &volume)?;
+        let mut running = self.start(daemon, &record, &volume, claim)?;
+        if record.taken_over {
+            self.note_returned(&record.id).inspect_err(|_| running.front_end.stop())?;
+        }
         Ok(Some(running))
     }
 
+    fn note_returned(&self, id: &str) -> Result<()> {
+        let mut table = self.table.lock();
+        let note = |table: &mut Table, is_taken_over| {
+            table.entries.get_mut(id).into_iter().for_each(|entry| entry.record.taken_over = is_taken_over);
+        };
+        note(&mut table, false);
+        self.save(&table).inspect_err(|_| note(&mut table, true))
+    }
+
     fn has_missing(&self) -> bool {
-        self.table.lock().entries.values().any(|entry| entry.running.is_none())
+        self.table.lock().entries.values().any(Entry::waits)
     }
 
     /// Tries again for ever.
@@ -180,7 +221,7 @@ mod tests {
     use blockdev::null_disk::NullDisk;
     use blockdev::reactor::DataPlaneOptions;
     use blockdev::stats::Snapshot;
-    use blockdev::{DataPlane, Volume, VolumeOptions};
+    use blockdev::{DataPlane, VolumeOptions};
 
     use super::*;
     use crate::api::types::{ClientInfo, Protocol};
@@ -230,7 +271,7 @@ mod tests {
             group: None,
             tls_allow: Vec::new(),
         };
-        let record = ExportRecord { id: "1".to_owned(), declared: true, name: None, volume_uuid: None, spec };
+        let record = ExportRecord { id: "1".to_owned(), declared: true, name: None, volume_uuid: None, taken_over: false, spec };
         let stopped = Arc::new(AtomicBool::new(false));
         let running = Running { front_end: Box::new(Served(stopped.clone())), lease };
         exports.table.lock().entries.insert("1".to_owned(), Entry { record, running: Some(running), error: None });

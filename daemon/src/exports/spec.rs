@@ -43,11 +43,25 @@ pub struct ExportRecord {
     /// Of the volume it was made for; none until it is served, and from versions that did not note it.
     #[serde(default)]
     pub volume_uuid: Option<Uuid>,
+    /// Another host has had its volume since: it is not served until somebody asks for it, as a guest would find another disk.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub taken_over: bool,
     #[serde(flatten)]
     pub spec: ExportSpec,
 }
 
 impl ExportRecord {
+    /// If its volume was taken over: that, and the way back.
+    pub fn told_taken_over(&self) -> Option<String> {
+        let (id, volume) = (&self.id, &self.spec.volume);
+        self.taken_over.then(|| {
+            format!(
+                "another host has taken over volume {volume}; it is not served here by itself, as a guest would find another disk: when that host no \
+                 longer exports it, and no guest that remembers it is attached here, `novastor export reopen {id}` takes it back"
+            )
+        })
+    }
+
     /// Refuses another volume than the one it was made for: a name may have come to mean a new one meanwhile.
     pub fn ensure_same_volume(&self, now: Uuid) -> Result<()> {
         let Some(own) = self.volume_uuid.filter(|own| *own != now) else { return Ok(()) };
@@ -212,10 +226,12 @@ mod tests {
             declared: true,
             name: None,
             volume_uuid: None,
+            taken_over: true,
             spec: spec.clone(),
         })
         .unwrap();
-        assert_eq!(serde_json::from_str::<ExportRecord>(&text).unwrap().spec, spec);
+        let read = serde_json::from_str::<ExportRecord>(&text).unwrap();
+        assert_eq!((read.spec, read.taken_over), (spec, true));
     }
 
     #[test]

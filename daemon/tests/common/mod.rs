@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -19,13 +20,14 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 pub struct Daemon {
     folder: TempDir,
+    environment: BTreeMap<String, String>,
     child: Option<Child>,
 }
 
 impl Daemon {
     /// A folder with a configuration of one file pool; `extra` is appended, with `{dir}` replaced.
     pub fn new(extra: &str) -> Daemon {
-        let daemon = Daemon { folder: tempfile::tempdir().unwrap(), child: None };
+        let daemon = Daemon { folder: tempfile::tempdir().unwrap(), environment: BTreeMap::new(), child: None };
         let text = format!(
             "[daemon]\ndata_dir = \"{{dir}}/data\"\nadmin = \"unix:{{dir}}/admin.sock\"\nmetrics = \"127.0.0.1:0\"\n\
              nbd = [\"unix:{{dir}}/nbd.sock\"]\nnode = \"test\"\n\n[pool.local]\ndriver = \"file\"\npath = \"{{dir}}/pool\"\n\n\
@@ -48,6 +50,11 @@ impl Daemon {
         fs::write(self.path("novastor.toml"), text).unwrap();
     }
 
+    /// What it finds in its environment from the next start on, beside what this process has.
+    pub fn set_environment(&mut self, variables: &[(&str, &str)]) {
+        self.environment = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    }
+
     /// Starts it and waits for `ready`.
     pub fn start(&mut self) {
         let child = self.spawn().unwrap_or_else(|log| panic!("the daemon did not start:\n{log}"));
@@ -62,6 +69,7 @@ impl Daemon {
             .arg("--config")
             .arg(self.path("novastor.toml"))
             .current_dir(self.folder.path())
+            .envs(&self.environment)
             .stdout(Stdio::piped())
             .stderr(log)
             .spawn()

@@ -184,6 +184,11 @@ impl MappedDevice {
         found.map(|(trouble, now)| self.group.told_trouble(trouble, now))
     }
 
+    /// Whether another host has taken it over. Blocks for a moment; never call it from a data-plane thread.
+    pub fn is_taken_over(&self) -> bool {
+        self.ask(|volume| volume.failed() == Some(VolumeError::Fenced)) == Some(true)
+    }
+
     /// See [`MappedVolume::gather`].
     pub fn gather(&self, below: f64) -> Result<Gathered, OpenError> {
         self.run(move |volume| Box::pin(async move { volume.gather(below).await }))

@@ -13,6 +13,7 @@ use uuid::Uuid;
 use super::OpenError;
 use super::engine::{self, Home};
 use crate::clone::{clone_snapshot, delete_volume, diff_snapshots, refuse_clones};
+use crate::contents::Contents;
 use crate::environment::LocalFuture;
 use crate::error::VolumeError;
 use crate::mapped::{MappedVolume, Parts, Settings};
@@ -82,6 +83,12 @@ impl MappedOptions {
     pub fn usage(&self) -> Result<ReducedUsage, OpenError> {
         let group = self.group.into_bytes();
         self.in_store(move |parts| Box::pin(async move { Ok(parts.chain(group).read_meta().await?.1.table.usage()) }))
+    }
+
+    /// What the group needs in the pool, as its newest checkpoint says. Blocks.
+    pub(crate) fn contents(&self) -> Result<Contents, OpenError> {
+        let group = self.group.into_bytes();
+        self.in_store(move |parts| Box::pin(async move { Contents::read(&parts, group).await }))
     }
 
     /// What its blocks in the pool are for, as its newest checkpoint says. Reads the whole map; blocks.

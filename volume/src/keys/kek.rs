@@ -177,24 +177,6 @@ impl KeySource for Credential {
     }
 }
 
-/// A variable of the environment. Other processes of the same user can read it.
-#[derive(Clone, Debug)]
-pub struct EnvironmentVariable {
-    pub name: String,
-}
-
-impl KeySource for EnvironmentVariable {
-    fn origin(&self) -> String {
-        format!("environment variable {}", self.name)
-    }
-
-    fn fetch(&self) -> Result<Kek, KeyError> {
-        let missing = || KeyError::Source { origin: self.origin(), why: "it is not set".to_owned() };
-        let text = Zeroizing::new(std::env::var(&self.name).map_err(|_| missing())?);
-        Kek::parse(&self.origin(), &text)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs::{self, Permissions};
@@ -232,11 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_key_in_the_environment_is_told_without_its_content() {
-        let variable = |name: &str| EnvironmentVariable { name: name.to_owned() }.fetch().err().unwrap().to_string();
-        assert!(variable("NOVASTOR_TEST_NO_SUCH_VARIABLE").contains("not set"));
-        let shown = variable("PATH");
-        assert!(shown.contains("PATH") && !shown.contains(&std::env::var("PATH").unwrap()), "{shown}");
+    fn a_credential_that_is_not_there_is_named() {
         let credential = Credential { name: "a/b".to_owned() }.fetch().err().unwrap().to_string();
         assert!(credential.contains("credential a/b"), "{credential}");
     }

@@ -35,7 +35,7 @@ use crate::Secrets;
 use crate::crypto::Key;
 pub use error::KeyError;
 pub use inspect::{KeyStatus, Wrapping, inspect};
-pub use kek::{Credential, EnvironmentVariable, Kek, KekId, Keks, KeyFile, KeySource};
+pub use kek::{Credential, Kek, KekId, Keks, KeyFile, KeySource};
 pub use raw::{RawKey, RawKeys};
 use record::{Owner, Purpose, Record, State};
 pub use rotate::{Progress, Rotation};

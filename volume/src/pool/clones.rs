@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 
 use backends::pool::Result;
 use backends::segments::drive::block_on;
-use backends::{Flattened, Layout, PoolError, VolumeRecord};
+use backends::{Claim, Flattened, Layout, PoolError, VolumeRecord};
 use uuid::Uuid;
 
 use super::records::Leaving;
@@ -59,9 +59,9 @@ impl MappedPool {
         let make = || {
             if record.group.is_some() {
                 let begins_as = Beginning::Snapshot(origin.uuid.into_bytes(), snapshot.to_owned());
-                return self.open_group(origin, false)?.add(record.uuid, begins_as).map_err(refuse);
+                return self.open_group(origin, Claim::Own)?.add(record.uuid, begins_as).map_err(refuse);
             }
-            let engine = self.engine(origin, &self.store()?, false)?;
+            let engine = self.engine(origin, &self.store()?)?;
             engine.clone_snapshot(snapshot, record.uuid).map(drop).map_err(refuse)
         };
         let _membership = record.group.map(|_| self.membership.lock());

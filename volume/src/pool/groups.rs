@@ -14,7 +14,7 @@ use crate::root::Root;
 /// Deletions under way at a time.
 const DELETING_MAX: usize = 16;
 
-fn prefix(group: Uuid) -> String {
+pub(super) fn prefix(group: Uuid) -> String {
     format!("{}/", name_of(group))
 }
 
@@ -39,18 +39,8 @@ pub(super) fn root(store: &dyn SegmentStore, group: Uuid) -> Result<Option<Root>
     Ok(block_on(store.read_root(&name))?.and_then(|(bytes, _)| Root::decode(&bytes, &name).ok()))
 }
 
-/// What is wrong with the roots of some volumes, one sentence each. Blocks.
-pub(super) fn check(store: &dyn SegmentStore, records: &[&VolumeRecord]) -> Vec<String> {
-    let mut groups: BTreeMap<Uuid, Vec<&VolumeRecord>> = BTreeMap::new();
-    records.iter().for_each(|record| groups.entry(record.group()).or_default().push(record));
-    let told = groups.into_iter().filter_map(|(group, records)| {
-        let names: Vec<&str> = records.iter().map(|record| record.name.as_str()).collect();
-        Some(format!("volume {}: {}", names.join(", "), check_root(store, group, &records)?))
-    });
-    told.collect()
-}
-
-fn check_root(store: &dyn SegmentStore, group: Uuid, records: &[&VolumeRecord]) -> Option<String> {
+/// What is wrong with the root of the group of these volumes. Blocks.
+pub(super) fn check_root(store: &dyn SegmentStore, group: Uuid, records: &[VolumeRecord]) -> Option<String> {
     let name = root_path(group.as_bytes());
     let size: u64 = records.iter().map(|record| record.size).sum();
     // What is left of a volume that was deleted may still be in a group of several.
@@ -68,14 +58,18 @@ fn check_root(store: &dyn SegmentStore, group: Uuid, records: &[&VolumeRecord]) 
     }
 }
 
-/// Groups with objects that no catalogue knows, one sentence each. Lists the whole store; blocks.
-pub(super) fn strays(store: &dyn SegmentStore, known: &BTreeSet<Uuid>) -> Result<Vec<String>, StoreError> {
-    let mut strays: BTreeMap<String, u64> = BTreeMap::new();
+/// Bytes of the objects of each group. Lists the whole store; blocks.
+pub(super) fn sizes(store: &dyn SegmentStore) -> Result<BTreeMap<Uuid, u64>, StoreError> {
+    let mut sizes: BTreeMap<Uuid, u64> = BTreeMap::new();
     for object in block_on(store.list(""))? {
-        let Some((group, _)) = object.name.split_once('/') else { continue };
-        if Uuid::parse_str(group).is_ok_and(|group| !known.contains(&group)) {
-            *strays.entry(group.to_owned()).or_default() += object.len;
-        }
+        let group = object.name.split_once('/').and_then(|(group, _)| Uuid::parse_str(group).ok());
+        group.into_iter().for_each(|group| *sizes.entry(group).or_default() += object.len);
     }
-    Ok(strays.into_iter().map(|(group, len)| format!("objects {group}/… ({len} bytes) belong to no volume")).collect())
+    Ok(sizes)
+}
+
+/// Groups with objects that no catalogue knows, one sentence each.
+pub(super) fn strays(sizes: &BTreeMap<Uuid, u64>, known: &BTreeSet<Uuid>) -> Vec<String> {
+    let strays = sizes.iter().filter(|(group, _)| !known.contains(*group));
+    strays.map(|(group, len)| format!("objects {}/… ({len} bytes) belong to no volume", name_of(*group))).collect()
 }

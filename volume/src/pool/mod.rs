@@ -22,6 +22,7 @@ mod groups;
 mod growing_log;
 mod key;
 mod logs;
+mod objects;
 mod opening;
 mod records;
 mod segments;
@@ -40,7 +41,7 @@ use backends::pool::Result;
 use backends::segments::SegmentStore;
 use backends::segments::drive::block_on;
 use backends::{
-    EngineUse, Flattened, KeyRecord, KeyRotation, Layout, Pool, PoolError, PoolHealth, Usage, VolumeRecord, VolumeSpec,
+    Claim, EngineUse, Flattened, KeyRecord, KeyRotation, Layout, Pool, PoolError, PoolHealth, Usage, VolumeRecord, VolumeSpec,
     check_name,
 };
 use blockdev::{BlockDevice, ReactorHandle};
@@ -55,6 +56,7 @@ use crate::log::WhenFull;
 use crate::mapped::Durability;
 use crate::segment::BLOCK;
 use logs::Logs;
+use objects::Groups;
 use records::{DirectoryRecords, Leaving, Records};
 use segments::{Opened, Segments};
 use store_records::StoreRecords;
@@ -235,17 +237,19 @@ impl MappedPool {
         Some(format!("{why} (volumes that wait: {})", names.join(", ")))
     }
 
-    fn check_mapped(&self, records: &[VolumeRecord]) -> Result<Vec<String>> {
-        let mapped: Vec<&VolumeRecord> = records.iter().filter(|record| record.layout == Layout::Mapped).collect();
+    fn check_mapped(&self, records: Vec<VolumeRecord>, progress: &dyn Fn(u64, u64)) -> Result<Vec<String>> {
+        let mut groups = Groups::new();
+        for record in records.into_iter().filter(|record| record.layout == Layout::Mapped) {
+            groups.entry(record.group()).or_default().push(record);
+        }
         let leaving = self.records.leaving()?;
-        let leaving = leaving.iter().map(|left| left.group);
-        let known: BTreeSet<Uuid> = mapped.iter().map(|record| record.group()).chain(leaving).collect();
+        let known: BTreeSet<Uuid> = groups.keys().copied().chain(leaving.iter().map(|left| left.group)).collect();
         let mut found = self.logs.check(&known)?;
-        if self.segments.is_made() || !mapped.is_empty() {
+        if self.segments.is_made() || !groups.is_empty() {
             let opened = self.store()?;
-            found.extend(groups::check(&*opened.store, &mapped));
-            let strays = groups::strays(&*opened.store, &known).map_err(|error| segments::failed(&self.name, error))?;
-            found.extend(strays);
+            let sizes = groups::sizes(&*opened.store).map_err(|error| segments::failed(&self.name, error))?;
+            found.extend(self.check_objects(&opened, &groups, &sizes, progress)?);
+            found.extend(groups::strays(&sizes, &known));
         }
         Ok(found)
     }
@@ -297,11 +301,11 @@ impl Pool for MappedPool {
         let make = || {
             let failed = |error| PoolError::Backend(format!("volume {volume}: creating it in pool {}: {error}", self.name));
             if joins {
-                return self.open_group(&record, false)?.add(record.uuid, Beginning::Empty(record.size)).map_err(failed);
+                return self.open_group(&record, Claim::Own)?.add(record.uuid, Beginning::Empty(record.size)).map_err(failed);
             }
             let domain = block_on(opened.keyring.create_domain(record.group(), record.encrypted));
             domain.map_err(|error| key::key_failed(&format!("volume {volume}"), &error))?;
-            self.engine(&record, &opened, false)?.create(record.size).map_err(failed)?;
+            self.engine(&record, &opened)?.create(record.size).map_err(failed)?;
             if record.group.is_some() {
                 // Tells where the group is.
                 drop(self.logs.open(record.group())?);
@@ -328,15 +332,20 @@ impl Pool for MappedPool {
             _ if read_only => Err(PoolError::Unsupported(format!(
                 "volume {volume}: a mapped volume has one owner, who must be able to write; export it with --read-only from there"
             ))),
-            (record, None) => Ok(self.open_device(&record, false)?),
+            (record, None) => Ok(self.open_device(&record, Claim::TakeOver)?),
         }
     }
 
-    fn open_accepting_loss(&self, volume: &str) -> Result<Arc<dyn BlockDevice>> {
+    fn open_as(&self, volume: &str, claim: Claim) -> Result<Arc<dyn BlockDevice>> {
         match self.found(volume)? {
-            (_, Some(raw)) => raw.open_accepting_loss(volume),
-            (record, None) => Ok(self.open_device(&record, true)?),
+            (_, Some(raw)) => raw.open_as(volume, claim),
+            (record, None) => Ok(self.open_device(&record, claim)?),
         }
+    }
+
+    fn is_taken_over(&self, volume: &str) -> bool {
+        let device = self.open.lock().get(volume).and_then(|(_, device)| device.upgrade());
+        device.is_some_and(|device| device.is_taken_over())
     }
 
     fn open_snapshot(&self, volume: &str, snapshot: &str) -> Result<Arc<dyn BlockDevice>> {
@@ -476,9 +485,9 @@ impl Pool for MappedPool {
         }
     }
 
-    fn check(&self) -> Result<Vec<String>> {
-        let mut found = self.raw.as_ref().map_or(Ok(Vec::new()), |raw| raw.check())?;
-        found.extend(self.check_mapped(&self.records.list()?)?);
+    fn check(&self, progress: &dyn Fn(u64, u64)) -> Result<Vec<String>> {
+        let mut found = self.raw.as_ref().map_or(Ok(Vec::new()), |raw| raw.check(&|_, _| ()))?;
+        found.extend(self.check_mapped(self.records.list()?, progress)?);
         Ok(found)
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   log of this host ─▶ claim ─┬─ opened ─ still in the catalogue? ─ mirrored in its record ─▶ device
-//!                              ├─ older than another host's writes: set aside, claim again with a new one
+//!                              ├─ older than another host's writes: refused; to take over, set aside, claim again with a new one
 //!                              └─ lost or damaged: refused; with accept_loss set aside, claim with a new one
 //! ```
 
@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use backends::pool::Result;
-use backends::{PoolError, VolumeRecord};
+use backends::{Claim, PoolError, VolumeRecord};
 use blockdev::clock;
 use uuid::Uuid;
 
@@ -28,12 +28,11 @@ const CLOSING_PATIENCE: Duration = Duration::from_secs(5);
 const CLOSING_PAUSE: Duration = Duration::from_millis(5);
 
 impl MappedPool {
-    pub(super) fn engine(&self, record: &VolumeRecord, opened: &Opened, accept_loss: bool) -> Result<MappedOptions> {
+    pub(super) fn engine(&self, record: &VolumeRecord, opened: &Opened) -> Result<MappedOptions> {
         let segment_bytes = SEGMENT_BYTES_MAX.min(self.options.log_size / 4);
         let VolumePolicy { durability, compression, dedup, when_full } = (self.options.policy)(record)?;
         let deduplicate = dedup != Dedup::None;
-        let settings =
-            Settings { durability, segment_bytes, accept_loss, compression, deduplicate, when_full, ..Settings::default() };
+        let settings = Settings { durability, segment_bytes, compression, deduplicate, when_full, ..Settings::default() };
         Ok(MappedOptions { settings, ..self.engine_of(record, opened)? })
     }
 
@@ -62,9 +61,9 @@ impl MappedPool {
         }
     }
 
-    pub(super) fn open_device(&self, record: &VolumeRecord, accept_loss: bool) -> Result<Arc<MappedDevice>> {
+    pub(super) fn open_device(&self, record: &VolumeRecord, claim: Claim) -> Result<Arc<MappedDevice>> {
         self.wait_until_closed(record)?;
-        let group = self.open_group(record, accept_loss)?;
+        let group = self.open_group(record, claim)?;
         let device = group.volume(record.uuid).map_err(|error| match error {
             OpenError::Volume(VolumeError::NoVolume) => PoolError::Backend(format!(
                 "volume {}: its group {} is there and does not have it, so its data is gone; nothing was changed. Delete it, or restore the pool \
@@ -106,7 +105,7 @@ impl MappedPool {
     }
 
     /// The group of a volume, opened if it is not open here; it closes with its last user.
-    pub(super) fn open_group(&self, record: &VolumeRecord, accept_loss: bool) -> Result<Arc<GroupDevice>> {
+    pub(super) fn open_group(&self, record: &VolumeRecord, claim: Claim) -> Result<Arc<GroupDevice>> {
         let place = self.group_place(record.group());
         let mut known = place.lock();
         if let Some(group) = known.upgrade() {
@@ -117,7 +116,7 @@ impl MappedPool {
             group.end();
         }
         let opened = self.store()?;
-        let group = self.claim(record, &opened, accept_loss).map_err(|error| self.not_opened(record, error))?;
+        let group = self.claim(record, &opened, claim).map_err(|error| self.not_opened(record, error))?;
         let group = Arc::new(group);
         *known = Arc::downgrade(&group);
         self.forget_lost(record, &group);
@@ -131,11 +130,13 @@ impl MappedPool {
         groups.entry(group).or_default().clone()
     }
 
-    /// Opens the engine. A log that must not be replayed is set aside; with `accept_loss` also one that cannot be.
-    fn claim(&self, record: &VolumeRecord, opened: &Opened, accept_loss: bool) -> std::result::Result<GroupDevice, NotClaimed> {
+    /// Opens the engine. To take over, a log that must not be replayed is set aside; to accept a loss, also one that cannot be.
+    fn claim(&self, record: &VolumeRecord, opened: &Opened, claim: Claim) -> std::result::Result<GroupDevice, NotClaimed> {
         let group = record.group();
         let open = |accept_loss| -> std::result::Result<GroupDevice, NotClaimed> {
-            Ok(GroupDevice::open(&self.engine(record, opened, accept_loss)?, Arc::new(self.logs.open(group)?))?)
+            let mut engine = self.engine(record, opened)?;
+            engine.settings = Settings { accept_loss, own_only: claim == Claim::Own, ..engine.settings };
+            Ok(GroupDevice::open(&engine, Arc::new(self.logs.open(group)?))?)
         };
         let set_aside = |why: &VolumeError| -> Result<()> {
             let aside = self.logs.set_aside(group)?;
@@ -143,12 +144,14 @@ impl MappedPool {
             Ok(())
         };
         let mut outcome = open(false);
-        if let Err(NotClaimed::Volume(error @ VolumeError::StaleLog)) = &outcome {
+        if let Err(NotClaimed::Volume(error @ VolumeError::StaleLog)) = &outcome
+            && claim >= Claim::TakeOver
+        {
             set_aside(error)?;
             outcome = open(false);
         }
         match outcome {
-            Err(NotClaimed::Volume(error)) if accept_loss && is_of_the_log(&error) => {
+            Err(NotClaimed::Volume(error)) if claim == Claim::AcceptLoss && is_of_the_log(&error) => {
                 tracing::warn!(
                     "volume {}: opened although acknowledged writes may be lost, as was asked for: {error}",
                     record.name
@@ -172,6 +175,13 @@ impl MappedPool {
                  it from a copy of the pool",
                 name_of(record.group())
             )),
+            NotClaimed::Volume(error @ (VolumeError::StaleLog | VolumeError::Elsewhere)) => {
+                let unless = if error == VolumeError::Elsewhere { ", unless this host's log of it is lost" } else { "" };
+                PoolError::TakenOver(format!(
+                    "volume {name}: another host had it last{unless}, and would lose it if it still serves it. Do it there; or take the volume over: \
+                     with --take-over, or to serve it here with `novastor export add` or `novastor export reopen`"
+                ))
+            }
             NotClaimed::Volume(error) if is_of_the_log(&error) => PoolError::Backend(format!(
                 "volume {name}: {error}. Its log on this host is {}; `novastor export add {name} … --accept-loss` opens it without what only \
                  that log has, once and for all",
@@ -221,6 +231,7 @@ fn is_of_the_log(error: &VolumeError) -> bool {
         VolumeError::ObjectDamaged { .. }
         | VolumeError::FormatVersion(_)
         | VolumeError::Fenced
+        | VolumeError::Elsewhere
         | VolumeError::Raced
         | VolumeError::NoVolume
         | VolumeError::VolumeExists

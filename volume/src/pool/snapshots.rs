@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use backends::pool::Result;
-use backends::{PoolError, SnapshotRecord, VolumeRecord};
+use backends::{Claim, PoolError, SnapshotRecord, VolumeRecord};
 use blockdev::{BlockDevice, clock};
 
 use super::MappedPool;
@@ -59,11 +59,11 @@ impl MappedPool {
         open.get(&record.name).filter(|(uuid, _)| *uuid == record.uuid).and_then(|(_, device)| device.upgrade())
     }
 
-    /// The device of a volume, opened if it is not open here; it closes with its last user.
+    /// The device of a volume, opened if it is not open here, and never taken from another host; it closes with its last user.
     pub(super) fn device(&self, record: &VolumeRecord) -> Result<Arc<MappedDevice>> {
         match self.opened(record) {
             Some(device) => Ok(device),
-            None => self.open_device(record, false),
+            None => self.open_device(record, Claim::Own),
         }
     }
 
@@ -165,14 +165,14 @@ impl MappedPool {
 
     /// A snapshot for reading. One that is only in the log is waited for; if nobody brings it into the pool, its volume is opened, which does.
     pub(super) fn view(&self, record: &VolumeRecord, snapshot: &str) -> Result<SnapshotDevice> {
-        let engine = self.engine(record, &self.store()?, false)?;
+        let engine = self.engine(record, &self.store()?)?;
         let mut found = SnapshotDevice::open(&engine, snapshot);
         let is_pending = |found: &std::result::Result<SnapshotDevice, OpenError>| {
             matches!(found, Err(OpenError::Volume(VolumeError::NoSnapshot))) && record.snapshots.contains_key(snapshot)
         };
         let deadline = clock::monotonic() + OWNER_PATIENCE;
-        // Another host may be about to; opening the volume would take it from that.
-        let is_elsewhere = !self.logs.path(record.group()).exists();
+        // Another host may be about to; the volume is not taken from it.
+        let is_elsewhere = self.is_elsewhere(record.group())?;
         while is_pending(&found) && is_elsewhere && clock::monotonic() < deadline {
             std::thread::sleep(PAUSE);
             found = SnapshotDevice::open(&engine, snapshot);
@@ -192,7 +192,7 @@ impl MappedPool {
     pub(super) fn changed_mapped(&self, record: &VolumeRecord, before: &str, to: Option<&str>) -> Result<Vec<Range<u64>>> {
         let failed = |error| refused(&format!("diff of {}@{before}", record.name), error);
         if let Some(to) = to {
-            let engine = self.engine(record, &self.store()?, false)?;
+            let engine = self.engine(record, &self.store()?)?;
             match in_parts(|from| engine.diff_snapshots(before, to, from, RANGES_MAX)) {
                 Err(OpenError::Volume(VolumeError::NoSnapshot)) => {}
                 found => return found.map_err(failed),

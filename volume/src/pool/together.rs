@@ -11,7 +11,7 @@
 use std::collections::BTreeSet;
 
 use backends::pool::Result;
-use backends::{Layout, PoolError, VolumeRecord};
+use backends::{Claim, Layout, PoolError, VolumeRecord};
 use uuid::Uuid;
 
 use super::records::Leaving;
@@ -62,6 +62,11 @@ impl MappedPool {
         })
     }
 
+    /// Whether another host had a group last, as far as this one knows.
+    pub(super) fn is_elsewhere(&self, group: Uuid) -> Result<bool> {
+        Ok(self.place_of(group)? == Place::Elsewhere)
+    }
+
     /// Those in the pool. Fails rather than miss one.
     pub(super) fn all_mapped(&self) -> Result<Vec<VolumeRecord>> {
         let records = self.records.list_all()?.into_iter();
@@ -101,7 +106,7 @@ impl MappedPool {
 
     /// Removes a retired volume from the group that it has in common with another one. With a pool that takes nothing that goes on later.
     pub(super) fn take_out(&self, record: &VolumeRecord, other: &VolumeRecord) -> Result<()> {
-        let removed = self.open_group(other, false)?.remove(record.uuid);
+        let removed = self.open_group(other, Claim::Own)?.remove(record.uuid);
         removed.map_err(|error| refused(&format!("volume {}: delete", record.name), error))
     }
 

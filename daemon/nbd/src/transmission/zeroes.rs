@@ -2,7 +2,7 @@
 //!
 //! No operation of io_uring does that without a thread of the kernel's for each, so a batch with runs of zeroes is sent by system calls
 //! that do not wait; when the socket is full, the connection waits for it to be writable. Before Linux 6.6 `sendfile` may wait for the
-//! peer whatever the socket says; there it is not used (docs/decisions/0024-runs-of-zeroes.md).
+//! peer whatever the socket says; there it is not used (docs/decisions/0026-runs-of-zeroes.md).
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
