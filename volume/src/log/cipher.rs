@@ -34,13 +34,16 @@ pub(crate) fn key_check(data_key: Option<&[u8; 32]>, group: &[u8; 16], log_id: &
     data_key.map_or([0; 32], |data_key| *derive(data_key, &[], &[CHECK_INFO, group, log_id]))
 }
 
+/// What an opening, or a part of it, encrypts with.
+type Opening = (LogSalt, Rc<OpeningKey>);
+
 /// The keys of one log: those of the openings that wrote what is in it.
 pub(crate) struct LogCipher {
     data_key: Key,
     group: [u8; 16],
     log_id: LogId,
     /// By epoch, and the first batch that was written with them.
-    openings: RefCell<BTreeMap<(u64, u64), (LogSalt, Rc<OpeningKey>)>>,
+    openings: RefCell<BTreeMap<(u64, u64), Opening>>,
 }
 
 impl LogCipher {
