@@ -6,6 +6,7 @@ use super::Context;
 use super::arguments::Pool;
 use super::output::{facts, table};
 use super::volumes::report_text;
+use crate::api::reply::Done;
 use crate::api::types::{CheckReport, PoolInfo};
 use crate::client::encode;
 use crate::units::format_size;
@@ -29,6 +30,14 @@ pub fn run(context: &Context, command: Pool) -> anyhow::Result<()> {
             context.output.print(&pools, |pools| list(pools))?;
             let broken: Vec<_> = pools.iter().filter(|pool| !pool.ok).map(|pool| pool.name.as_str()).collect();
             if broken.is_empty() { Ok(()) } else { Err(anyhow::anyhow!("not working: {}", broken.join(", "))) }
+        }
+        Pool::Forget { pool } => {
+            let done: Done = client.post(&format!("/v1/pools/{}/forget", encode(&pool)), &json!({}))?;
+            context.output.print(&done, |_| {
+                format!(
+                    "pool {pool} forgotten: what is found in its place is taken; `novastor pool show {pool}` tells what that is"
+                )
+            })
         }
         Pool::Check { pool } => {
             let report: CheckReport = client.post(&format!("/v1/pools/{}/check", encode(&pool)), &json!({}))?;
