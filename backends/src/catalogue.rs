@@ -76,8 +76,15 @@ pub(crate) fn sync_folder_of(path: &Path) -> io::Result<()> {
 }
 
 impl Catalogue {
-    /// Opens the catalogue in `root`, making it if there is none.
-    pub(crate) fn open(pool: &str, root: &Path) -> Result<Catalogue> {
+    /// Opens the catalogue in `root`. With `expected` it must be that one; else it is made if there is none.
+    pub(crate) fn open(pool: &str, root: &Path, expected: Option<Uuid>) -> Result<Catalogue> {
+        if let Some(uuid) = expected {
+            still_there(root, uuid).map_err(|why| {
+                PoolError::Invalid(format!(
+                    "pool {pool}: {why} To take what is there now, or begin anew: novastor pool forget {pool}"
+                ))
+            })?;
+        }
         let shown = root.display();
         for folder in [root.to_owned(), root.join("volumes"), root.join("trash")] {
             fs::create_dir_all(&folder).map_err(io_error(format!("pool {pool}: making {}", folder.display())))?;
@@ -309,6 +316,24 @@ impl Catalogue {
                 tracing::warn!("pool {}: cannot remove {}: {error}", self.pool, folder.display());
             }
         }
+    }
+}
+
+/// Whether the pool in `root` is still the one with this UUID; what is there instead, in words.
+pub(crate) fn still_there(root: &Path, uuid: Uuid) -> std::result::Result<(), String> {
+    let file = root.join("pool.json");
+    let shown = root.display();
+    match fs::read(&file).map(|bytes| serde_json::from_slice::<PoolFile>(&bytes)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(format!("{shown} has no pool any more ({} is missing); is its file system mounted?", file.display()))
+        }
+        Err(error) => Err(format!("{}: {error}.", file.display())),
+        Ok(Ok(found)) if found.uuid != uuid => Err(format!(
+            "{shown} has another pool, with UUID {} instead of {uuid}; is the right file system mounted?",
+            found.uuid
+        )),
+        // What is damaged is told by who reads it next.
+        Ok(_) => Ok(()),
     }
 }
 

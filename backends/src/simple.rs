@@ -35,7 +35,7 @@ pub struct SimplePool {
 impl SimplePool {
     /// `folder`: where the catalogue lies. Blocks.
     pub fn open(name: &str, kind: SimpleKind, folder: &Path) -> Result<SimplePool> {
-        Ok(SimplePool { name: name.to_owned(), kind, catalogue: Catalogue::open(name, folder)?, memory: Mutex::default() })
+        Ok(SimplePool { name: name.to_owned(), kind, catalogue: Catalogue::open(name, folder, None)?, memory: Mutex::default() })
     }
 
     fn unsupported<T>(&self, what: &str) -> Result<T> {

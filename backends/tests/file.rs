@@ -160,9 +160,53 @@ fn a_truncated_file_that_grew_again_is_noticed_by_a_flush() {
     client.write(2 * MIB, vec![9; 4096]).unwrap();
     client.flush().unwrap();
     OpenOptions::new().write(true).open(&path).unwrap().set_len(MIB).unwrap();
-    client.write(8 * MIB, vec![1; 4096]).unwrap();
+    // It may be noticed already.
+    let _ = client.write(8 * MIB, vec![1; 4096]);
     assert_eq!(client.flush(), Err(Errno::EIO));
     assert_eq!(client.read(2 * MIB, 4096), Err(Errno::EIO), "zeroes were never written there");
+}
+
+#[test]
+fn a_truncated_file_that_a_write_made_whole_again_gives_no_zeroes() {
+    let rig = Rig::new();
+    let path = rig.file("disk", 16 * MIB);
+    let client = rig.client(&volume(open(&path, true)));
+    client.write(2 * MIB, vec![9; 4096]).unwrap();
+    OpenOptions::new().write(true).open(&path).unwrap().set_len(MIB).unwrap();
+    assert_eq!(client.write(16 * MIB - 4096, vec![1; 4096]), Err(Errno::EIO), "it would hide what was lost");
+    assert_eq!(client.read(2 * MIB, 4096), Err(Errno::EIO));
+    OpenOptions::new().write(true).open(&path).unwrap().set_len(16 * MIB).unwrap();
+    assert_eq!(client.read(2 * MIB, 4096), Err(Errno::EIO), "until it is opened anew");
+}
+
+#[test]
+fn a_truncated_file_that_grew_again_is_noticed_by_a_read() {
+    let rig = Rig::new();
+    let path = rig.file("disk", 16 * MIB);
+    let client = rig.client(&volume(open(&path, true)));
+    client.write(2 * MIB, vec![9; 4096]).unwrap();
+    OpenOptions::new().write(true).open(&path).unwrap().set_len(MIB).unwrap();
+    let _ = client.write(8 * MIB, vec![1; 4096]);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert_eq!(client.read(2 * MIB, 4096), Err(Errno::EIO), "zeroes were never written there");
+}
+
+#[test]
+fn discard_is_offered_where_holes_can_be_made() {
+    let rig = Rig::new();
+    let offered = |path: &Path| open(path, true).capabilities().discard;
+    assert!(offered(&rig.file("disk", MIB)));
+    let path = rig.folder.path().join("ramfs");
+    fs::create_dir(&path).unwrap();
+    command("mount", &["-t", "ramfs", "none", path.to_str().unwrap()]);
+    let mount = LoopMount { path };
+    let file = mount.path.join("disk");
+    fs::File::create_new(&file).unwrap().set_len(MIB).unwrap();
+    assert!(!offered(&file), "its file system has no holes");
+    let client = rig.client(&volume(open(&file, true)));
+    client.write(0, vec![3; 4096]).unwrap();
+    client.run(Op::WriteZeroes { unmap: true, fua: false, fast: false }, 0, 4096, Vec::new()).unwrap();
+    assert_eq!(client.read(0, 4096).unwrap(), vec![0; 4096]);
 }
 
 #[test]

@@ -133,3 +133,17 @@ fn an_ordinary_user_runs_it_and_pastes_its_lines() {
     end(child);
     assert!(!log().contains("ERROR"), "{}", log());
 }
+
+#[test]
+fn a_second_one_in_the_same_folder_changes_nothing_of_the_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("novastor-data");
+    let (child, _) = quickstart(&data);
+    let configuration = || std::fs::read_to_string(data.join("novastor.toml")).unwrap();
+    let before = configuration();
+    let second = command().args(["quickstart", "--size", "64M", "--folder"]).arg(&data).output().unwrap();
+    let said = String::from_utf8_lossy(&second.stderr);
+    assert!(second.status.code() == Some(1) && said.contains("used by another novastor"), "{said}");
+    assert_eq!(configuration(), before);
+    end(child);
+}

@@ -37,6 +37,7 @@ pub struct FileDevice {
     read_only: bool,
     direct: bool,
     fast_zero: bool,
+    discard: bool,
 }
 
 pub(super) struct SharedFile {
@@ -64,7 +65,13 @@ impl SharedFile {
 
     /// True if somebody truncated it: a write since then may have made it longer again, with zeroes in place of what was lost.
     pub(super) fn is_short(&self) -> bool {
-        !self.is_block_device && sys::known_length(&self.file).is_ok_and(|length| length < self.size.load(Ordering::Acquire))
+        if self.is_block_device {
+            return false;
+        }
+        // A resize of our own sets the size before it shortens the file, and after it made it longer.
+        let size = self.size.load(Ordering::Acquire);
+        let short = sys::known_length(&self.file).is_ok_and(|length| length < size);
+        short && self.size.load(Ordering::Acquire) == size
     }
 }
 
@@ -98,9 +105,11 @@ impl FileDevice {
         let file_system = if is_block_device { 0 } else { sys::file_system(&file) };
         let in_memory = file_system == libc::TMPFS_MAGIC;
         let fast_zero = [libc::EXT4_SUPER_MAGIC, libc::XFS_SUPER_MAGIC].contains(&file_system);
+        let discard = options.read_only
+            || sys::can_discard(&file, is_block_device).map_err(io_error(format!("asking {shown} whether it can have holes")))?;
         let (path, helper) = (path.to_owned(), Mutex::new(None));
         let shared = SharedFile { file, path, size, truncated, is_block_device, in_memory, helper };
-        Ok(FileDevice { shared: Arc::new(shared), geometry, read_only: options.read_only, direct, fast_zero })
+        Ok(FileDevice { shared: Arc::new(shared), geometry, read_only: options.read_only, direct, fast_zero, discard })
     }
 
     fn check_file(&self) -> Option<String> {
@@ -230,7 +239,7 @@ impl BlockDevice for FileDevice {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             writable: !self.read_only,
-            discard: true,
+            discard: self.discard,
             write_zeroes: true,
             fast_zero: self.fast_zero,
             // Through the page cache a full disk would show in a durable write as the loss of others: they are told apart by a

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::device::{FileDevice, FileOptions, hold_unused};
 use super::sys;
-use crate::catalogue::{Catalogue, io_error, sync_folder_of};
+use crate::catalogue::{Catalogue, io_error, still_there, sync_folder_of};
 use crate::pool::{
     Flattened, Layout, Pool, PoolError, PoolHealth, Result, SnapshotRecord, Usage, VolumeRecord, VolumeSpec, check_name,
 };
@@ -29,9 +29,14 @@ pub struct FilePool {
 }
 
 impl FilePool {
-    /// Opens the pool in `config.path`, making the directory if it is not there. Blocks.
+    /// Opens the pool in `config.path`, making it if there is none. Blocks.
     pub fn open(name: &str, config: FilePoolConfig) -> Result<FilePool> {
-        Ok(FilePool { name: name.to_owned(), catalogue: Arc::new(Catalogue::open(name, &config.path)?) })
+        FilePool::open_expecting(name, config, None)
+    }
+
+    /// The same; with `expected` it must be the pool with this UUID, and is not made. Blocks.
+    pub fn open_expecting(name: &str, config: FilePoolConfig, expected: Option<Uuid>) -> Result<FilePool> {
+        Ok(FilePool { name: name.to_owned(), catalogue: Arc::new(Catalogue::open(name, &config.path, expected)?) })
     }
 
     /// Where its volumes are noted.
@@ -297,14 +302,12 @@ impl Pool for FilePool {
         let root = self.catalogue.root();
         match space(root) {
             Ok((total, free)) => {
-                let probe = root.join(".health");
-                let writable =
-                    OpenOptions::new().write(true).create(true).truncate(true).open(&probe).and_then(|_| fs::remove_file(&probe));
-                let detail = match &writable {
-                    Ok(()) => "writable".to_owned(),
-                    Err(error) => format!("{}: not writable: {error}", root.display()),
-                };
-                PoolHealth { ok: writable.is_ok(), detail, total: Some(total), free: Some(free) }
+                let usable = still_there(root, self.uuid()).and_then(|()| {
+                    probe(&root.join(".health")).map_err(|error| format!("{}: not writable: {error}", root.display()))
+                });
+                let ok = usable.is_ok();
+                let detail = usable.err().unwrap_or_else(|| "writable".to_owned());
+                PoolHealth { ok, detail, total: Some(total), free: Some(free) }
             }
             Err(error) => PoolHealth { ok: false, detail: format!("{}: {error}", root.display()), total: None, free: None },
         }
@@ -351,6 +354,15 @@ impl FilePool {
         self.catalogue.update(&record)?;
         let path = self.snapshot_path(volume, snapshot);
         fs::remove_file(&path).map_err(io_error(format!("snapshot {volume}@{snapshot}: removing {}", path.display())))
+    }
+}
+
+/// Makes a file and removes it, beside others who do the same.
+fn probe(path: &Path) -> std::io::Result<()> {
+    OpenOptions::new().write(true).create(true).truncate(true).open(path)?;
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
     }
 }
 

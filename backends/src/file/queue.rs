@@ -10,6 +10,7 @@ use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use blockdev::{Completer, Errno, Extent, Handler, HandlerId, IoQueue, Op, Payload, Reactor, Request};
 use io_uring::{opcode, squeue, types};
@@ -29,6 +30,8 @@ const ON_THE_SPOT_MAX: u64 = 256 << 10;
 /// Bytes handed to the kernel together. It merges neighbours among them, and one huge request keeps a device less busy than
 /// several large ones.
 const TOGETHER_MAX: u64 = 256 << 10;
+/// How long a truncation may go unnoticed while there are requests.
+const LOOK: Duration = Duration::from_millis(10);
 /// What a look for extents gives instead of zero when the file ends before them.
 const SHORT: i32 = 1;
 
@@ -44,6 +47,8 @@ struct Inner {
     running: RefCell<Slab<Running>>,
     waiting: RefCell<VecDeque<Request>>,
     queued_bytes: Cell<u64>,
+    /// When the file's length was last looked at.
+    looked: Cell<Option<Instant>>,
     found: Arc<Mutex<HashMap<u32, Vec<Extent>>>>,
 }
 
@@ -68,6 +73,7 @@ impl FileQueue {
             running: RefCell::new(Slab::with_capacity(SLOTS)),
             waiting: RefCell::new(VecDeque::new()),
             queued_bytes: Cell::new(0),
+            looked: Cell::new(None),
             found: Arc::default(),
         });
         FileQueue { inner }
@@ -88,7 +94,7 @@ impl Drop for FileQueue {
 
 impl Inner {
     fn submit(&self, request: Request) {
-        if self.file.truncated.load(Ordering::Relaxed) {
+        if self.was_truncated(&request) {
             return request.complete(Err(Errno::EIO));
         }
         if self.is_quick_copy(&request) && self.reactor.may_copy(request.len) {
@@ -98,6 +104,26 @@ impl Inner {
             return self.waiting.borrow_mut().push_back(request);
         }
         self.start(request);
+    }
+
+    /// A file that was cut reads as zeroes where a write behind them has made it longer again, and looks whole once its last bytes are written:
+    /// before that its length is looked at, and else now and then.
+    fn was_truncated(&self, request: &Request) -> bool {
+        if self.file.truncated.load(Ordering::Relaxed) {
+            return true;
+        }
+        let size = self.file.size.load(Ordering::Acquire);
+        let makes_whole = request.op.modifies() && request.end() >= size;
+        let now = self.reactor.now();
+        if !makes_whole && self.looked.get().is_some_and(|looked| now.duration_since(looked) < LOOK) {
+            return false;
+        }
+        self.looked.set(Some(now));
+        let is_short = self.file.is_short();
+        if is_short {
+            self.note_short(size);
+        }
+        is_short
     }
 
     fn start(&self, request: Request) {

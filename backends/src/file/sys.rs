@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use blockdev::{Extent, ExtentKind};
 
@@ -106,6 +106,29 @@ pub(super) unsafe fn transfer(file: &File, write: bool, parts: &[libc::iovec], o
         }
     };
     usize::try_from(moved).map_err(|_| io::Error::last_os_error())
+}
+
+/// Whether holes can be made in a file that is open to write, or a block device. Where nobody says, an attempt will tell.
+pub(super) fn can_discard(file: &File, is_block_device: bool) -> io::Result<bool> {
+    if is_block_device {
+        return Ok(["discard_max_bytes", "write_zeroes_max_bytes"].iter().all(|limit| queue_limit(file, limit) != Some(0)));
+    }
+    // Past its end there is nothing to lose.
+    let past_end = file.metadata()?.len().next_multiple_of(1 << 20) as libc::off_t;
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: fallocate takes no pointers.
+    match check(unsafe { libc::fallocate(file.as_raw_fd(), mode, past_end, 4096) }) {
+        Err(error) => Ok(![libc::EOPNOTSUPP, libc::ENOSYS].contains(&error.raw_os_error().unwrap_or(0))),
+        Ok(_) => Ok(true),
+    }
+}
+
+/// A limit of a block device's queue; that of a partition is its disk's.
+fn queue_limit(file: &File, name: &str) -> Option<u64> {
+    let number = file.metadata().ok()?.rdev();
+    let device = format!("/sys/dev/block/{}:{}", libc::major(number), libc::minor(number));
+    let read = |queue: &str| std::fs::read_to_string(format!("{device}/{queue}/{name}")).ok();
+    read("queue").or_else(|| read("../queue"))?.trim().parse().ok()
 }
 
 /// Makes `target` share all data of `source` (reflink).

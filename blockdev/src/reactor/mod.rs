@@ -12,7 +12,7 @@
 //! vanishes when it did not.
 //!
 //! Invariants: handlers are called only by this thread and never from inside one another; a handler's slot outlives its
-//! kernel operations; nothing here blocks but the wait in the kernel.
+//! kernel operations; nothing here blocks but the wait in the kernel, and small copies from and to files in memory (decision 6).
 
 mod handle;
 mod spin;

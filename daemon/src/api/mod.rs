@@ -36,6 +36,7 @@ pub fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/pools", get(pools::list))
         .route("/v1/pools/{pool}", get(pools::show))
         .route("/v1/pools/{pool}/check", post(pools::check))
+        .route("/v1/pools/{pool}/forget", post(pools::forget))
         .route("/v1/volumes", get(volumes::list).post(volumes::create))
         .route("/v1/adoptions", post(volumes::adopt))
         .route("/v1/volumes/{volume}", get(volumes::show).delete(volumes::remove))

@@ -17,6 +17,7 @@ use super::{exports, jobs, keys, pools, snapshots, system, volumes};
         pools::list,
         pools::show,
         pools::check,
+        pools::forget,
         volumes::list,
         volumes::create,
         volumes::adopt,

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
+use super::types::Unanswered;
 use crate::daemon::Daemon;
 use crate::daemon::jobs::Job;
 use crate::error::{Error, ErrorKind, Result};
@@ -19,6 +20,47 @@ use crate::error::{Error, ErrorKind, Result};
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub struct ErrorBody {
     pub error: Error,
+    /// Of a list that is not complete: the pools that did not answer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unanswered: Vec<Unanswered>,
+}
+
+/// What several pools hold, as far as they answer.
+pub struct Listed<T> {
+    pub found: Vec<T>,
+    pub unanswered: Vec<Unanswered>,
+}
+
+/// The body of a list that is not complete.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct IncompleteBody<T> {
+    pub error: Error,
+    /// The pools that did not answer.
+    pub unanswered: Vec<Unanswered>,
+    /// What the others hold.
+    pub found: Vec<T>,
+}
+
+impl<T> Listed<T> {
+    /// That there may be more than what was found; nothing if all pools answered.
+    pub fn error(&self) -> Option<Error> {
+        let words = Unanswered::in_words(&self.unanswered);
+        let error =
+            || Error::new(ErrorKind::Backend, format!("the list is not complete; {words}; `novastor pool list` shows all pools"));
+        (!self.unanswered.is_empty()).then(error)
+    }
+}
+
+impl<T: Serialize> IntoResponse for Listed<T> {
+    fn into_response(self) -> Response {
+        match self.error() {
+            None => Json(self.found).into_response(),
+            Some(error) => {
+                let status = error.status();
+                (status, Json(IncompleteBody { error, unanswered: self.unanswered, found: self.found })).into_response()
+            }
+        }
+    }
 }
 
 /// Nothing to say but that it is done.
@@ -38,9 +80,9 @@ pub struct TakeOver {
 
 pub type Reply<T> = Result<Json<T>>;
 
-impl IntoResponse for Error {
-    fn into_response(self) -> Response {
-        let status = match self.kind {
+impl Error {
+    fn status(&self) -> StatusCode {
+        match self.kind {
             ErrorKind::NotFound => StatusCode::NOT_FOUND,
             ErrorKind::Exists | ErrorKind::InUse | ErrorKind::TakenOver | ErrorKind::Cancelled => StatusCode::CONFLICT,
             ErrorKind::Unsupported => StatusCode::NOT_IMPLEMENTED,
@@ -48,8 +90,13 @@ impl IntoResponse for Error {
             ErrorKind::Unauthorized => StatusCode::UNAUTHORIZED,
             ErrorKind::Backend => StatusCode::BAD_GATEWAY,
             ErrorKind::Io | ErrorKind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
-        };
-        (status, Json(ErrorBody { error: self })).into_response()
+        }
+    }
+}
+
+impl IntoResponse for Error {
+    fn into_response(self) -> Response {
+        (self.status(), Json(ErrorBody { error: self, unanswered: Vec::new() })).into_response()
     }
 }
 
@@ -95,8 +142,17 @@ where
     T: Send + 'static,
     F: FnOnce(&Arc<Daemon>) -> Result<T> + Send + 'static,
 {
+    unblocked(daemon, work).await.map(Json)
+}
+
+/// The same for what is no JSON yet.
+pub async fn unblocked<T, F>(daemon: Arc<Daemon>, work: F) -> Result<T>
+where
+    T: Send + 'static,
+    F: FnOnce(&Arc<Daemon>) -> Result<T> + Send + 'static,
+{
     match tokio::task::spawn_blocking(move || work(&daemon)).await {
-        Ok(result) => result.map(Json),
+        Ok(result) => result,
         Err(error) => Err(Error::internal(format!("the operation failed inside the daemon ({error}): its log says more"))),
     }
 }

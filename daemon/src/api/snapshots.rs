@@ -6,10 +6,13 @@ use axum::extract::State;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::reply::{Asked, Body, Done, ErrorBody, Name, Reply, TakeOver, as_cancellable_job, as_job, blocking};
+use super::reply::{
+    Asked, Body, Done, ErrorBody, IncompleteBody, Listed, Name, Reply, TakeOver, as_cancellable_job, as_job, blocking, unblocked,
+};
 use super::types::{SnapshotCreate, SnapshotDiff, SnapshotInfo};
 use crate::daemon::Daemon;
 use crate::daemon::jobs::Job;
+use crate::error::Result;
 
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
@@ -30,11 +33,11 @@ pub struct DiffQuery {
     take_over: bool,
 }
 
-/// All snapshots.
+/// All snapshots. 502 if a pool does not answer; the body then has those of the other pools.
 #[utoipa::path(get, path = "/v1/snapshots", operation_id = "list_snapshots", params(ListQuery),
-    responses((status = 200, body = [SnapshotInfo]), (status = "4XX", body = ErrorBody)))]
-pub async fn list(State(daemon): State<Arc<Daemon>>, Asked(query): Asked<ListQuery>) -> Reply<Vec<SnapshotInfo>> {
-    blocking(daemon, move |daemon| daemon.list_snapshots(query.volume.as_deref())).await
+    responses((status = 200, body = [SnapshotInfo]), (status = "4XX", body = ErrorBody), (status = 502, body = IncompleteBody<SnapshotInfo>)))]
+pub async fn list(State(daemon): State<Arc<Daemon>>, Asked(query): Asked<ListQuery>) -> Result<Listed<SnapshotInfo>> {
+    unblocked(daemon, move |daemon| daemon.list_snapshots(query.volume.as_deref())).await
 }
 
 /// Snapshots of one or several volumes, all at one point in time.

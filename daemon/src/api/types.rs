@@ -35,6 +35,25 @@ pub struct PoolInfo {
     pub free: Option<u64>,
 }
 
+/// A pool that did not say what it holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Unanswered {
+    pub pool: String,
+    /// Why, in words.
+    pub error: String,
+}
+
+impl Unanswered {
+    /// `pool a: why; pool b: why`
+    pub fn in_words(pools: &[Unanswered]) -> String {
+        let of_pool = |Unanswered { pool, error }: &Unanswered| {
+            let subject = format!("pool {pool}");
+            if error.starts_with(&subject) { error.clone() } else { format!("{subject}: {error}") }
+        };
+        pools.iter().map(of_pool).collect::<Vec<_>>().join("; ")
+    }
+}
+
 /// A volume.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct VolumeInfo {

@@ -6,11 +6,12 @@ use axum::extract::State;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::reply::{Asked, Body, Done, ErrorBody, Name, Reply, TakeOver, as_job, blocking};
+use super::reply::{Asked, Body, Done, ErrorBody, IncompleteBody, Listed, Name, Reply, TakeOver, as_job, blocking, unblocked};
 use super::types::{
     CheckReport, VolumeAdopt, VolumeClone, VolumeCreate, VolumeFlattened, VolumeInfo, VolumeRename, VolumeResize, VolumeUsage,
 };
 use crate::daemon::Daemon;
+use crate::error::Result;
 
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
@@ -19,11 +20,11 @@ pub struct ListQuery {
     pool: Option<String>,
 }
 
-/// All volumes.
+/// All volumes. 502 if a pool does not answer; the body then has those of the other pools.
 #[utoipa::path(get, path = "/v1/volumes", operation_id = "list_volumes", params(ListQuery),
-    responses((status = 200, body = [VolumeInfo]), (status = "4XX", body = ErrorBody)))]
-pub async fn list(State(daemon): State<Arc<Daemon>>, Asked(query): Asked<ListQuery>) -> Reply<Vec<VolumeInfo>> {
-    blocking(daemon, move |daemon| daemon.list_volumes(query.pool.as_deref())).await
+    responses((status = 200, body = [VolumeInfo]), (status = "4XX", body = ErrorBody), (status = 502, body = IncompleteBody<VolumeInfo>)))]
+pub async fn list(State(daemon): State<Arc<Daemon>>, Asked(query): Asked<ListQuery>) -> Result<Listed<VolumeInfo>> {
+    unblocked(daemon, move |daemon| daemon.list_volumes(query.pool.as_deref())).await
 }
 
 /// A new volume.

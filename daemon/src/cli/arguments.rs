@@ -120,6 +120,10 @@ pub enum Pool {
     Check {
         pool: String,
     },
+    /// Forget which pool this was, and take what is found in its place, or begin a new one there
+    Forget {
+        pool: String,
+    },
 }
 
 #[derive(Subcommand)]
@@ -322,7 +326,7 @@ pub enum Export {
     Reopen {
         id: String,
     },
-    /// Drop a stuck client, or all
+    /// Drop a client, or all: NBD at once, vhost-user when what is in flight has been answered
     Disconnect {
         id: String,
         client: Option<String>,

@@ -69,7 +69,7 @@ fn run(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Quickstart(command) => quickstart::run(context, &command),
         Command::Serve { config } => {
             let (config, file) = serve::load_config(config.as_deref())?;
-            serve::serve(config, Some(file), Listeners::take_passed(), |_| output::ready())
+            serve::serve(config, Some(file), None, Listeners::take_passed(), |_| output::ready())
         }
         Command::Doctor { config } => doctor::run(context, config.as_deref()),
         Command::Config(command) => config::run(context, command),

@@ -6,8 +6,17 @@ use comfy_table::{Cell, Table, presets};
 use serde::Serialize;
 
 use super::arguments::Usage;
-use crate::api::reply::ErrorBody;
+use crate::api::reply::{ErrorBody, Listed};
+use crate::api::types::Unanswered;
 use crate::error::{Error, ErrorKind};
+
+/// A list was printed that is not complete.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+struct Incomplete {
+    error: Error,
+    unanswered: Vec<Unanswered>,
+}
 
 /// How to print.
 #[derive(Clone, Copy)]
@@ -28,6 +37,15 @@ impl Output {
         line(&text(value))
     }
 
+    /// Prints what was found; fails if there may be more.
+    pub fn print_list<T: Serialize>(self, listed: Listed<T>, text: impl FnOnce(&[T]) -> String) -> anyhow::Result<()> {
+        self.print(&listed.found, |found| text(found))?;
+        match listed.error() {
+            None => Ok(()),
+            Some(error) => Err(Incomplete { error, unanswered: listed.unanswered }.into()),
+        }
+    }
+
     /// Prints even with `-q`: what scripts need.
     pub fn print_id<T: Serialize>(self, value: &T, id: &str, text: impl FnOnce(&T) -> String) -> anyhow::Result<()> {
         if self.quiet && !self.json {
@@ -39,10 +57,7 @@ impl Output {
     /// Reports the failure of the command, once.
     pub fn error(self, error: &anyhow::Error) {
         if self.json {
-            let own = error.downcast_ref::<Error>().cloned();
-            let kind = if error.is::<Usage>() { ErrorKind::Invalid } else { ErrorKind::Io };
-            let body = ErrorBody { error: own.unwrap_or_else(|| Error::new(kind, format!("{error:#}"))) };
-            if let Ok(text) = serde_json::to_string_pretty(&body) {
+            if let Ok(text) = serde_json::to_string_pretty(&body_of(error)) {
                 let _ = writeln!(std::io::stderr(), "{text}");
                 return;
             }
@@ -63,6 +78,15 @@ impl Output {
         std::io::stdin().read_line(&mut answer)?;
         if matches!(answer.trim(), "y" | "Y" | "yes") { Ok(()) } else { Err(anyhow::anyhow!("not done")) }
     }
+}
+
+fn body_of(error: &anyhow::Error) -> ErrorBody {
+    if let Some(Incomplete { error, unanswered }) = error.downcast_ref() {
+        return ErrorBody { error: error.clone(), unanswered: unanswered.clone() };
+    }
+    let own = error.downcast_ref::<Error>().cloned();
+    let kind = if error.is::<Usage>() { ErrorKind::Invalid } else { ErrorKind::Io };
+    ErrorBody { error: own.unwrap_or_else(|| Error::new(kind, format!("{error:#}"))), unanswered: Vec::new() }
 }
 
 /// Prints one line; a closed pipe is no failure of ours to report.

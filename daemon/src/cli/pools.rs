@@ -4,9 +4,11 @@ use super::arguments::Pool;
 use super::output::{facts, table};
 use super::volumes::report_text;
 use super::{Context, long};
+use crate::api::reply::Done;
 use crate::api::types::{CheckReport, PoolInfo};
 use crate::client::encode;
 use crate::units::format_size;
+use serde_json::json;
 
 pub fn run(context: &Context, command: Pool) -> anyhow::Result<()> {
     let client = context.client()?;
@@ -27,6 +29,14 @@ pub fn run(context: &Context, command: Pool) -> anyhow::Result<()> {
             context.output.print(&pools, |pools| list(pools))?;
             let broken: Vec<_> = pools.iter().filter(|pool| !pool.ok).map(|pool| pool.name.as_str()).collect();
             if broken.is_empty() { Ok(()) } else { Err(anyhow::anyhow!("not working: {}", broken.join(", "))) }
+        }
+        Pool::Forget { pool } => {
+            let done: Done = client.post(&format!("/v1/pools/{}/forget", encode(&pool)), &json!({}))?;
+            context.output.print(&done, |_| {
+                format!(
+                    "pool {pool} forgotten: what is found in its place is taken; `novastor pool show {pool}` tells what that is"
+                )
+            })
         }
         Pool::Check { pool } => {
             let report: CheckReport = long::post(context, "pool check", &format!("/v1/pools/{}/check", encode(&pool)))?;

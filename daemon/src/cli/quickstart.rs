@@ -11,7 +11,7 @@ use super::paste::{self, Line, WithLines};
 use crate::api::types::{ExportCreate, ExportInfo, Protocol, VolumeCreate};
 use crate::config::address::{Address, SOCKET_PATH_MAX};
 use crate::config::{self, Config};
-use crate::daemon::data_dir::replace_file;
+use crate::daemon::data_dir::{DataDir, replace_file};
 use crate::daemon::listeners::Listeners;
 use crate::daemon::{Daemon, serve};
 use crate::error::ErrorKind;
@@ -28,6 +28,9 @@ pub fn run(context: &Context, command: &Quickstart) -> anyhow::Result<()> {
     for made in [&folder, &folder.join("pool"), &sockets] {
         std::fs::create_dir_all(made).map_err(|error| anyhow::anyhow!("{}: {error}", made.display()))?;
     }
+    // Before anything is written: the folder may be that of one that runs.
+    let data = folder.join("data");
+    let locked = DataDir::open(&data)?;
     let file = folder.join("novastor.toml");
     let (listener, port) = listen_on_free_port()?;
     replace_file(&file, configuration(&folder, &sockets, port).as_bytes())?;
@@ -36,7 +39,9 @@ pub fn run(context: &Context, command: &Quickstart) -> anyhow::Result<()> {
     let (size, quiet) = (command.size, context.output.quiet);
     let listeners = Listeners::default();
     listeners.add(&Address::Tcp { host: "127.0.0.1".to_owned(), port }, listener.into());
-    serve::serve(config, Some(file.clone()), listeners, move |daemon| {
+    // The environment may say another one.
+    let (data_dir, _also_locked) = if config.daemon.data_dir == data { (Some(locked), None) } else { (None, Some(locked)) };
+    serve::serve(config, Some(file.clone()), data_dir, listeners, move |daemon| {
         let exports = prepare(daemon, size, &vhost_user)?;
         if !quiet {
             output::line(&welcome(daemon, &file, exports))?;

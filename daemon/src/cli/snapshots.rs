@@ -4,7 +4,7 @@ use super::arguments::Snapshot;
 use super::output::table;
 use super::volumes::query;
 use super::{Context, long};
-use crate::api::reply::Done;
+use crate::api::reply::{Done, Listed};
 use crate::api::types::{SnapshotCreate, SnapshotDiff, SnapshotInfo};
 use crate::client::encode;
 use crate::units::{format_size, format_time};
@@ -21,8 +21,8 @@ pub fn run(context: &Context, command: Snapshot) -> anyhow::Result<()> {
         }
         Snapshot::List { volume } => {
             let query = volume.map(|volume| format!("?volume={}", encode(&volume))).unwrap_or_default();
-            let snapshots: Vec<SnapshotInfo> = context.client()?.get(&format!("/v1/snapshots{query}"))?;
-            output.print(&snapshots, |snapshots| list(snapshots))
+            let snapshots: Listed<SnapshotInfo> = context.client()?.list(&format!("/v1/snapshots{query}"))?;
+            output.print_list(snapshots, list)
         }
         Snapshot::Delete { snapshot, claim, consent } => {
             output.confirm(consent.yes, &format!("Deleting snapshot {snapshot} loses that state."))?;

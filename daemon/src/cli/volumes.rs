@@ -3,7 +3,7 @@
 use super::arguments::{Claim, Usage, Volume};
 use super::output::{facts, table};
 use super::{Context, long};
-use crate::api::reply::Done;
+use crate::api::reply::{Done, Listed};
 use crate::api::types::{
     CheckReport, VolumeAdopt, VolumeClone, VolumeCreate, VolumeFlattened, VolumeInfo, VolumeRename, VolumeResize, VolumeUsage,
 };
@@ -32,8 +32,8 @@ pub fn run(context: &Context, command: Volume) -> anyhow::Result<()> {
         }
         Volume::List { pool } => {
             let query = pool.map(|pool| format!("?pool={}", encode(&pool))).unwrap_or_default();
-            let volumes: Vec<VolumeInfo> = context.client()?.get(&format!("/v1/volumes{query}"))?;
-            output.print(&volumes, |volumes| list(volumes))
+            let volumes: Listed<VolumeInfo> = context.client()?.list(&format!("/v1/volumes{query}"))?;
+            output.print_list(volumes, list)
         }
         Volume::Show { volume } => {
             let volume: VolumeInfo = context.client()?.get(&path(&volume))?;

@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 
-use crate::api::reply::ErrorBody;
+use crate::api::reply::{ErrorBody, IncompleteBody, Listed};
 use crate::config::read_secret;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -60,6 +60,15 @@ impl Client {
         self.call(Method::GET, path, None::<&()>)
     }
 
+    /// A list that may lack what pools hold that do not answer.
+    pub fn list<T: DeserializeOwned>(&self, path: &str) -> Result<Listed<T>> {
+        let (status, bytes) = self.runtime.block_on(self.exchange(Method::GET, path, None::<&()>))?;
+        match serde_json::from_slice::<IncompleteBody<T>>(&bytes) {
+            Ok(body) if !status.is_success() => Ok(Listed { found: body.found, unanswered: body.unanswered }),
+            _ => Ok(Listed { found: understood(status, &bytes)?, unanswered: Vec::new() }),
+        }
+    }
+
     pub fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T> {
         self.call(Method::POST, path, Some(body))
     }
@@ -74,17 +83,7 @@ impl Client {
 
     fn call<T: DeserializeOwned>(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<T> {
         let (status, bytes) = self.runtime.block_on(self.exchange(method, path, body))?;
-        if status.is_success() {
-            return serde_json::from_slice(&bytes).map_err(|error| {
-                Error::internal(format!("the daemon's answer is not understood ({error}): are both of one version?"))
-            });
-        }
-        match serde_json::from_slice::<ErrorBody>(&bytes) {
-            Ok(body) => Err(body.error),
-            Err(_) => Err(Error::internal(format!(
-                "the answer, {status}, is not a novastor's: check --admin and NOVASTOR_ADMIN, and that both are of one version"
-            ))),
-        }
+        understood(status, &bytes)
     }
 
     async fn exchange(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<(StatusCode, Bytes)> {
@@ -162,6 +161,20 @@ impl Client {
         let status = response.status();
         let bytes = response.into_body().collect().await.map_err(lost)?.to_bytes();
         Ok((status, bytes))
+    }
+}
+
+fn understood<T: DeserializeOwned>(status: StatusCode, bytes: &[u8]) -> Result<T> {
+    if status.is_success() {
+        return serde_json::from_slice(bytes).map_err(|error| {
+            Error::internal(format!("the daemon's answer is not understood ({error}): are both of one version?"))
+        });
+    }
+    match serde_json::from_slice::<ErrorBody>(bytes) {
+        Ok(body) => Err(body.error),
+        Err(_) => Err(Error::internal(format!(
+            "the answer, {status}, is not a novastor's: check --admin and NOVASTOR_ADMIN, and that both are of one version"
+        ))),
     }
 }
 

@@ -127,7 +127,7 @@ pub struct PoolConfig {
     pub access_key_id_file: Option<PathBuf>,
     /// The id itself; from the environment only.
     pub access_key_id: Option<String>,
-    /// s3: a file holding the secret of the access key; the file must be readable by its owner only.
+    /// s3: a file holding the secret of the access key; the file must not be readable by others than its owner and group.
     pub secret_key_file: Option<PathBuf>,
     /// The secret itself; from the environment only.
     pub secret_key: Option<String>,
@@ -141,7 +141,7 @@ pub struct PoolConfig {
 pub struct TlsConfig {
     /// The server's certificate chain, PEM.
     pub cert: PathBuf,
-    /// Its private key, PEM; the file must be readable by its owner only.
+    /// Its private key, PEM; the file must not be readable by others than its owner and group.
     pub key_file: Option<PathBuf>,
     /// The private key itself, PEM; from the environment only.
     pub key: Option<String>,

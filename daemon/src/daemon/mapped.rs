@@ -10,6 +10,7 @@ use parking_lot::RwLock;
 use volume::pool::{Dedup, MappedPool, MappedPoolOptions, VolumePolicy};
 use volume::{Allowed, Durability, WhenFull};
 
+use super::known_pools::KnownPools;
 use crate::config::{Config, PolicyConfig, PoolConfig};
 use crate::error::{Error, Result};
 use crate::units::parse_size;
@@ -20,6 +21,8 @@ pub type LiveConfig = Arc<RwLock<Arc<Config>>>;
 /// What pools need of the daemon they are opened in.
 pub struct Host {
     pub data_dir: PathBuf,
+    /// The pools that were open before.
+    pub known: KnownPools,
     pub config: LiveConfig,
     /// The data-plane threads.
     pub reactors: Vec<ReactorHandle>,
@@ -50,7 +53,9 @@ impl Host {
 
     /// A pool of raw and of mapped volumes in one directory.
     pub fn file_pool(&self, name: &str, config: &PoolConfig, path: &Path) -> Result<Arc<dyn Pool>> {
-        let files = FilePool::open(name, backends::file::FilePoolConfig { path: path.to_owned() })?;
+        let place = backends::file::FilePoolConfig { path: path.to_owned() };
+        let files = FilePool::open_expecting(name, place, self.known.expected(name))?;
+        self.known.opened(name, files.uuid())?;
         Ok(Arc::new(MappedPool::beside(files, self.options(name, config)?)))
     }
 
@@ -70,21 +75,33 @@ impl Host {
             allow_http: config.allow_http.unwrap_or(usual.allow_http),
             ..usual
         };
-        let failed = |error: StoreError| Error::from(PoolError::Backend(error.to_string()));
+        let expected = self.known.expected(name);
+        let failed = |error: StoreError| match (expected, &error) {
+            (Some(_), StoreError::Absent(_)) => Error::invalid(format!(
+                "{error}, though it was open before; is the bucket the right one? To begin anew there: novastor pool forget {name}"
+            )),
+            (Some(_), StoreError::Refused(_)) => {
+                Error::invalid(format!("{error}; if another pool is meant to be there now: novastor pool forget {name}"))
+            }
+            _ => Error::from(PoolError::Backend(error.to_string())),
+        };
         let open = || {
-            let options = OpenOptions { expected: None, read_only: false, probe: Some(Uuid::new_v4()) };
+            let options = OpenOptions { expected, read_only: false, probe: Some(Uuid::new_v4()) };
             S3Store::open(place.clone(), self.runtime.clone(), options)
         };
         let store = match open() {
-            Err(StoreError::Absent(_)) => match S3Store::make(place.clone(), self.runtime.clone(), Uuid::new_v4()) {
-                // Another host may have been faster.
-                Ok(()) | Err(StoreError::Exists(_)) => open(),
-                Err(error) => Err(error),
-            },
+            Err(StoreError::Absent(_)) if expected.is_none() => {
+                match S3Store::make(place.clone(), self.runtime.clone(), Uuid::new_v4()) {
+                    // Another host may have been faster.
+                    Ok(()) | Err(StoreError::Exists(_)) => open(),
+                    Err(error) => Err(error),
+                }
+            }
             opened => opened,
         };
         let store = Arc::new(store.map_err(failed)?);
         let pool = store.header().uuid;
+        self.known.opened(name, pool)?;
         Ok(Arc::new(MappedPool::in_store(name, "s3", place.location(), (store, pool), self.options(name, config)?)))
     }
 

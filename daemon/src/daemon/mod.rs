@@ -19,6 +19,7 @@ pub mod faults;
 pub mod jobs;
 mod joint_snapshots;
 mod keys;
+pub mod known_pools;
 pub mod listeners;
 mod locks;
 mod log;
@@ -26,6 +27,7 @@ pub mod mapped;
 pub mod open;
 pub mod pools;
 pub mod process;
+mod questions;
 mod reload;
 pub mod serve;
 mod sizes;
@@ -39,12 +41,12 @@ mod watch;
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 
-use backends::{Claim, Layout, PoolError, VolumeRecord};
+use backends::{Claim, Layout, Pool, PoolError, VolumeRecord};
 use blockdev::{BlockDevice, DataPlane, Volume, VolumeOptions};
 
-use crate::api::types::Status;
+use crate::api::types::{Status, Unanswered};
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::exports::Exports;
 use crate::names::{VolumeId, VolumeRef};
 use data_dir::DataDir;
@@ -141,14 +143,18 @@ impl Daemon {
             self.pools.get(pool)?.get(&name.name)?;
             return Ok(id(pool));
         }
-        let mut found = Vec::new();
-        let mut silent = Vec::new();
+        let (mut found, mut silent) = (Vec::new(), Vec::new());
         let wanted = name.name.clone();
-        for answer in self.pools.ask(move |pool| pool.get(&wanted).is_ok()) {
-            match answer.answer {
+        let is_there = move |pool: &dyn Pool| match pool.get(&wanted) {
+            Ok(_) => Ok(true),
+            Err(PoolError::NotFound(_)) => Ok(false),
+            Err(error) => Err(error.to_string()),
+        };
+        for answer in self.pools.ask(is_there) {
+            match answer.answer.and_then(|answer| answer) {
                 Ok(true) => found.push(answer.pool),
                 Ok(false) => {}
-                Err(_) => silent.push(answer.pool),
+                Err(why) => silent.push(Unanswered { pool: answer.pool, error: why }),
             }
         }
         match (found.as_slice(), silent.as_slice()) {
@@ -156,11 +162,14 @@ impl Daemon {
             ([], []) => {
                 Err(Error::not_found(format!("volume {} does not exist: `novastor volume list` shows those that do", name.name)))
             }
-            ([], silent) => Err(Error::not_found(format!(
-                "volume {} is in no pool that answers (not answering: {})",
-                name.name,
-                silent.join(", ")
-            ))),
+            ([], silent) => Err(Error::new(
+                ErrorKind::Backend,
+                format!(
+                    "volume {} is in no pool that answers; {}; if you know its pool, write POOL/NAME",
+                    name.name,
+                    Unanswered::in_words(silent)
+                ),
+            )),
             (several, _) => {
                 Err(Error::invalid(format!("volume {} is in the pools {}: write POOL/NAME", name.name, several.join(", "))))
             }

@@ -3,8 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc;
 use std::time::Duration;
 
 use backends::Pool;
@@ -13,6 +11,7 @@ use backends::simple::{SimpleKind, SimplePool};
 use parking_lot::{Condvar, Mutex};
 
 use super::mapped::Host;
+use super::questions::Questions;
 use crate::config::PoolConfig;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -21,20 +20,20 @@ const RETRY: Duration = Duration::from_secs(5);
 
 /// How long a question to a pool may take before it counts as not answering.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
-/// Questions that a pool may leave unanswered before it is asked no more until it has answered.
-const UNANSWERED_MAX: usize = 4;
 
 /// The pools, by name.
 pub struct Pools {
     host: Host,
     slots: Mutex<BTreeMap<String, Slot>>,
     settled: Condvar,
+    /// Told when what failed may open now.
+    again: Condvar,
 }
 
 struct Slot {
     config: PoolConfig,
     state: State,
-    unanswered: Arc<AtomicUsize>,
+    questions: Arc<Questions>,
 }
 
 /// What a pool answered.
@@ -58,17 +57,18 @@ pub struct PoolState {
     pub driver: String,
     /// The pool, or why there is none.
     pub pool: std::result::Result<Arc<dyn Pool>, String>,
+    questions: Arc<Questions>,
 }
 
 impl Pools {
     /// None yet.
     pub fn new(host: Host) -> Pools {
-        Pools { host, slots: Mutex::default(), settled: Condvar::new() }
+        Pools { host, slots: Mutex::default(), settled: Condvar::new(), again: Condvar::new() }
     }
 
     /// Begins to open a pool.
     pub fn add(self: &Arc<Self>, name: &str, config: &PoolConfig) {
-        let slot = Slot { config: config.clone(), state: State::Opening, unanswered: Arc::default() };
+        let slot = Slot { config: config.clone(), state: State::Opening, questions: Questions::new(ANSWER_LIMIT) };
         self.slots.lock().insert(name.to_owned(), slot);
         let (pools, name, config) = (self.clone(), name.to_owned(), config.clone());
         let spawned = std::thread::Builder::new().name(format!("pool-{name}"));
@@ -96,7 +96,8 @@ impl Pools {
                     self.set(name, State::Failed(error.message));
                 }
             }
-            std::thread::sleep(RETRY);
+            let mut slots = self.slots.lock();
+            self.again.wait_for(&mut slots, RETRY);
         }
     }
 
@@ -105,6 +106,19 @@ impl Pools {
             slot.state = state;
         }
         self.settled.notify_all();
+    }
+
+    /// Accepts whatever is found where a pool was that is not open, and tries at once to open it.
+    pub fn forget(&self, name: &str) -> Result<()> {
+        if !self.host.known.forget(name)? {
+            return Err(Error::not_found(format!("pool {name} was never open here: there is nothing to forget")));
+        }
+        tracing::info!("pool {name}: forgotten; what is found in its place is taken from now on");
+        if let Some(slot) = self.slots.lock().get_mut(name) {
+            slot.state = State::Opening;
+        }
+        self.again.notify_all();
+        Ok(())
     }
 
     /// Waits until every pool has opened or failed once, or `limit` has passed.
@@ -132,32 +146,21 @@ impl Pools {
     /// Asks all pools at once. One that does not answer in time holds up nobody.
     pub fn ask<T: Send + 'static>(&self, question: impl Fn(&dyn Pool) -> T + Clone + Send + 'static) -> Vec<Answer<T>> {
         let deadline = blockdev::clock::monotonic() + ANSWER_LIMIT;
-        let asked: Vec<_> = self.list().into_iter().map(|state| (self.ask_one(&state, question.clone()), state)).collect();
+        let asked: Vec<_> = self
+            .list()
+            .into_iter()
+            .map(|state| {
+                let question = question.clone();
+                let asked = state.pool.clone().and_then(|pool| state.questions.ask(move || question(&*pool)));
+                (asked, state)
+            })
+            .collect();
         let answers = asked.into_iter().map(|(receiver, state)| {
             let left = deadline.saturating_duration_since(blockdev::clock::monotonic());
-            let answer = receiver.and_then(|receiver| receiver.recv_timeout(left).map_err(|_| not_answering()));
+            let answer = receiver.and_then(|receiver| receiver.recv_timeout(left).map_err(|_| state.questions.not_answered()));
             Answer { pool: state.name, driver: state.driver, answer }
         });
         answers.collect()
-    }
-
-    fn ask_one<T: Send + 'static>(
-        &self,
-        state: &PoolState,
-        question: impl Fn(&dyn Pool) -> T + Send + 'static,
-    ) -> std::result::Result<mpsc::Receiver<T>, String> {
-        let pool = state.pool.clone()?;
-        let unanswered = self.slots.lock().get(&state.name).map(|slot| slot.unanswered.clone()).unwrap_or_default();
-        if unanswered.fetch_add(1, Ordering::Relaxed) >= UNANSWERED_MAX {
-            unanswered.fetch_sub(1, Ordering::Relaxed);
-            return Err(not_answering());
-        }
-        let (sender, receiver) = mpsc::channel();
-        std::thread::spawn(move || {
-            let _answered = Answered(unanswered);
-            let _ = sender.send(question(&*pool));
-        });
-        Ok(receiver)
     }
 
     pub fn config(&self, name: &str) -> Option<PoolConfig> {
@@ -178,6 +181,7 @@ impl Pools {
                 State::Opening => Err("still opening: the backend does not answer yet".to_owned()),
                 State::Failed(why) => Err(why.clone()),
             },
+            questions: slot.questions.clone(),
         };
         slots.iter().map(state).collect()
     }
@@ -194,19 +198,6 @@ impl Pools {
                 Err(Error::not_found(format!("pool {name} is not configured; pools: {known}")))
             }
         }
-    }
-}
-
-fn not_answering() -> String {
-    format!("the backend has not answered for {} s", ANSWER_LIMIT.as_secs())
-}
-
-/// Counts a question as answered, even if asking it panicked.
-struct Answered(Arc<AtomicUsize>);
-
-impl Drop for Answered {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -234,4 +225,40 @@ fn open(name: &str, config: &PoolConfig, host: &Host) -> Result<Arc<dyn Pool>> {
         }
         other => return Err(Error::unsupported(format!("no driver {other:?}"))),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::daemon::data_dir::DataDir;
+    use crate::daemon::known_pools::KnownPools;
+
+    #[test]
+    fn twenty_questions_at_once_are_all_answered() {
+        let folder = tempfile::tempdir().unwrap();
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let pools = Arc::new(Pools::new(Host {
+            data_dir: folder.path().to_owned(),
+            known: KnownPools::load(Arc::new(DataDir::open(folder.path()).unwrap())).unwrap(),
+            config: Arc::new(parking_lot::RwLock::new(Arc::new(Config::default()))),
+            reactors: Vec::new(),
+            runtime: runtime.handle().clone(),
+        }));
+        pools.add("a", &PoolConfig { driver: "null".to_owned(), ..PoolConfig::default() });
+        pools.wait_for("a", Duration::from_secs(60));
+        let ask = || {
+            let slow = |pool: &dyn Pool| {
+                std::thread::sleep(Duration::from_millis(100));
+                pool.name().to_owned()
+            };
+            pools.ask(slow).pop().unwrap().answer
+        };
+        std::thread::scope(|scope| {
+            let asking: Vec<_> = (0..20).map(|_| scope.spawn(ask)).collect();
+            for answer in asking {
+                assert_eq!(answer.join().unwrap().as_deref(), Ok("a"));
+            }
+        });
+    }
 }

@@ -15,6 +15,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::data_dir::DataDir;
 use super::jobs::Jobs;
 use super::joint_snapshots::JointSnapshots;
+use super::known_pools::KnownPools;
 use super::listeners::Listeners;
 use super::log::LogControl;
 use super::mapped::Host;
@@ -49,10 +50,12 @@ impl Daemon {
     }
 }
 
-/// Runs the daemon until SIGTERM or SIGINT, on what was passed to it with `listeners`. `announce` is called when exports accept.
+/// Runs the daemon until SIGTERM or SIGINT, on what was passed to it with `listeners`. `data_dir`: of `config`, if it is open already.
+/// `announce` is called when exports accept.
 pub fn serve(
     config: Config,
     config_file: Option<PathBuf>,
+    data_dir: Option<DataDir>,
     listeners: Listeners,
     announce: impl FnOnce(&Arc<Daemon>) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
@@ -64,7 +67,7 @@ pub fn serve(
         .enable_all()
         .build()
         .context("starting the control plane")?;
-    let daemon = runtime.block_on(async { build(config, config_file, log, listeners) })?;
+    let daemon = runtime.block_on(async { build(config, config_file, data_dir, log, listeners) })?;
     let outcome = runtime.block_on(run(daemon.clone(), announce));
     STOPPING.store(true, Ordering::SeqCst);
     daemon.listeners.end();
@@ -83,9 +86,15 @@ pub fn serve(
     outcome
 }
 
-fn build(config: Config, config_file: Option<PathBuf>, log: LogControl, listeners: Listeners) -> anyhow::Result<Arc<Daemon>> {
+fn build(
+    config: Config,
+    config_file: Option<PathBuf>,
+    data_dir: Option<DataDir>,
+    log: LogControl,
+    listeners: Listeners,
+) -> anyhow::Result<Arc<Daemon>> {
     let listeners = Arc::new(listeners);
-    let data_dir = Arc::new(DataDir::open(&config.daemon.data_dir)?);
+    let data_dir = Arc::new(data_dir.map_or_else(|| DataDir::open(&config.daemon.data_dir), Ok)?);
     let options = DataPlaneOptions { threads: config.daemon.threads, spin_max: Duration::from_micros(config.daemon.spin_us) };
     let plane = DataPlane::start(options)
         .map_err(|error| anyhow!("io_uring is not available ({error}): `novastor doctor` says why and what to do"))?;
@@ -93,6 +102,7 @@ fn build(config: Config, config_file: Option<PathBuf>, log: LogControl, listener
     let config = live.read().clone();
     let pools = Arc::new(Pools::new(Host {
         data_dir: data_dir.path().to_owned(),
+        known: KnownPools::load(data_dir.clone())?,
         config: live.clone(),
         reactors: plane.handles().to_vec(),
         runtime: tokio::runtime::Handle::current(),

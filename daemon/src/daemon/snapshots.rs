@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::Daemon;
+use crate::api::reply::Listed;
 use crate::api::types::SnapshotInfo;
 use crate::error::{Error, Result};
 use crate::names::{VolumeId, VolumeRef};
@@ -84,12 +85,13 @@ impl Daemon {
         Ok(id)
     }
 
-    pub fn list_snapshots(&self, volume: Option<&str>) -> Result<Vec<SnapshotInfo>> {
-        let volumes = match volume {
-            Some(volume) => vec![self.show_volume(volume)?],
+    /// Of all volumes, or of one.
+    pub fn list_snapshots(&self, volume: Option<&str>) -> Result<Listed<SnapshotInfo>> {
+        let Listed { found, unanswered } = match volume {
+            Some(volume) => Listed { found: vec![self.show_volume(volume)?], unanswered: Vec::new() },
             None => self.list_volumes(None)?,
         };
-        Ok(volumes.into_iter().flat_map(|volume| volume.snapshots).collect())
+        Ok(Listed { found: found.into_iter().flat_map(|volume| volume.snapshots).collect(), unanswered })
     }
 
     pub fn delete_snapshot(&self, name: &str, takes_over: bool) -> Result<()> {

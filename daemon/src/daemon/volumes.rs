@@ -8,8 +8,10 @@ use super::Daemon;
 use super::jobs::Job;
 use super::mapped;
 use super::pools::Answer;
+use crate::api::reply::Listed;
 use crate::api::types::{
-    CheckReport, PoolInfo, SnapshotInfo, VolumeAdopt, VolumeCreate, VolumeFlattened, VolumeInfo, VolumeResize, VolumeUsage,
+    CheckReport, PoolInfo, SnapshotInfo, Unanswered, VolumeAdopt, VolumeCreate, VolumeFlattened, VolumeInfo, VolumeResize,
+    VolumeUsage,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::names::{VolumeId, VolumeRef};
@@ -36,19 +38,21 @@ impl Daemon {
         Ok(CheckReport { subject: name.to_owned(), ok: problems.is_empty(), problems })
     }
 
-    pub fn list_volumes(&self, pool: Option<&str>) -> Result<Vec<VolumeInfo>> {
+    /// Of all pools, or of one.
+    pub fn list_volumes(&self, pool: Option<&str>) -> Result<Listed<VolumeInfo>> {
+        let mut listed = Listed { found: Vec::new(), unanswered: Vec::new() };
         if let Some(name) = pool {
             let records = self.pools.get(name)?.list()?;
-            return Ok(records.into_iter().map(|record| self.volume_info(name, record)).collect());
+            listed.found.extend(records.into_iter().map(|record| self.volume_info(name, record)));
+            return Ok(listed);
         }
-        let mut volumes = Vec::new();
-        for Answer { pool, answer, .. } in self.pools.ask(|pool| pool.list()) {
-            match answer {
-                Ok(records) => volumes.extend(records?.into_iter().map(|record| self.volume_info(&pool, record))),
-                Err(why) => tracing::debug!("pool {pool} is left out of the list of volumes: {why}"),
+        for Answer { pool, answer, .. } in self.pools.ask(|pool| pool.list().map_err(|error| error.to_string())) {
+            match answer.and_then(|records| records) {
+                Ok(records) => listed.found.extend(records.into_iter().map(|record| self.volume_info(&pool, record))),
+                Err(error) => listed.unanswered.push(Unanswered { pool, error }),
             }
         }
-        Ok(volumes)
+        Ok(listed)
     }
 
     pub fn show_volume(&self, name: &str) -> Result<VolumeInfo> {

@@ -233,17 +233,22 @@ impl Server {
         Ok(Woken { listener: !fds[1].revents().is_empty(), socket: fds.get(2).is_some_and(|fd| !fd.revents().is_empty()) })
     }
 
-    fn accept(&self) {
-        let stream = match self.listener.accept() {
-            Ok((stream, _)) => stream,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+    /// The next connection, if one can be had.
+    fn next_connection(&self) -> Option<UnixStream> {
+        match self.listener.accept() {
+            Ok((stream, _)) => Some(stream),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
             Err(error) => {
                 tracing::warn!("{}: a connection could not be accepted: {error}", self.shared.name);
                 // Out of descriptors, most likely; without a pause this thread would spin.
                 std::thread::sleep(std::time::Duration::from_millis(100));
-                return;
+                None
             }
-        };
+        }
+    }
+
+    fn accept(&self) {
+        let Some(stream) = self.next_connection() else { return };
         self.shared.disconnecting.store(false, Ordering::SeqCst);
         let peer = rustix::net::sockopt::socket_peercred(&stream).ok();
         let (pid, uid) = peer.map_or((0, 0), |peer| (peer.pid.as_raw_nonzero().get(), peer.uid.as_raw()));
@@ -304,7 +309,7 @@ impl Server {
 
     /// Only when the present front end's socket is quiet: one that has just gone away makes room for the next.
     fn refuse_other(&self, reported: &mut bool) {
-        let Ok((stream, _)) = self.listener.accept() else { return };
+        let Some(stream) = self.next_connection() else { return };
         drop(stream);
         if !std::mem::replace(reported, true) {
             tracing::warn!("{}: a second connection was refused: one front end is served at a time", self.shared.name);
