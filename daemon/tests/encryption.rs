@@ -134,8 +134,8 @@ fn a_wrong_key_is_refused_before_anything_of_the_volume_is_touched() {
     daemon.stop();
     let kept = |daemon: &Daemon| -> BTreeMap<PathBuf, (SystemTime, Vec<u8>)> {
         let files = [files_under(&daemon.path("pool")), files_under(&daemon.path("data/log"))].concat();
-        // The store is probed at each opening.
-        let files = files.into_iter().filter(|file| !["probe", "temporary"].iter().any(|part| is_within(file, part)));
+        // The store is probed at each opening, and its reserve is made good.
+        let files = files.into_iter().filter(|file| !["probe", "temporary", "reserve"].iter().any(|part| is_within(file, part)));
         files.map(|file| (file.clone(), (fs::metadata(&file).unwrap().modified().unwrap(), fs::read(&file).unwrap()))).collect()
     };
     let before = kept(&daemon);
