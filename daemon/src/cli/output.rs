@@ -56,11 +56,11 @@ impl Output {
 
     /// Reports the failure of the command, once.
     pub fn error(self, error: &anyhow::Error) {
-        if self.json {
-            if let Ok(text) = serde_json::to_string_pretty(&body_of(error)) {
-                let _ = writeln!(std::io::stderr(), "{text}");
-                return;
-            }
+        if self.json
+            && let Ok(text) = serde_json::to_string_pretty(&body_of(error))
+        {
+            let _ = writeln!(std::io::stderr(), "{text}");
+            return;
         }
         let _ = writeln!(std::io::stderr(), "novastor: {error:#}");
     }
