@@ -66,7 +66,7 @@ impl BufferPool {
     }
 
     /// A buffer even if the budget is spent: for the few requests without which no buffer would ever come back, because all
-    /// holders wait for another. `None` only if `len` is over [`BUFFER_MAX`].
+    /// holders wait for another, and for what is small and limited in number. `None` only if `len` is over [`BUFFER_MAX`].
     pub fn get_beyond_budget(self: &Rc<Self>, len: usize) -> Option<Buffer> {
         let class = class_of(len);
         (class < CLASSES).then(|| self.take(class))

@@ -382,7 +382,7 @@ fn clients_that_do_not_read_one_large_reply_each_hinder_nobody() {
 fn clients_that_do_not_send_the_payload_they_announced_hinder_nobody_for_long() {
     let rig = Rig::with(memory(64 * MIB), 1, ServerOptions::default(), |export| export);
     let mut other = rig.attach(Headers::Simple);
-    let lengths = (14..=25).rev().flat_map(|power| [1 << power; 8]);
+    let lengths = (14..=25).rev().flat_map(|power| [1 << power; 8]).chain([4096; 64]);
     let hogs: Vec<_> = lengths
         .map(|len| {
             let mut hog = rig.attach(Headers::Simple);
@@ -390,11 +390,13 @@ fn clients_that_do_not_send_the_payload_they_announced_hinder_nobody_for_long() 
             hog
         })
         .collect();
+    let mut late = rig.attach(Headers::Simple);
     for n in 0..20 {
         assert_eq!(other.write_all(n * 4096, &[7; 128 << 10]), Answer::Done);
         assert_eq!(other.read(n * 4096, 128 << 10), Answer::Data(vec![7; 128 << 10]));
     }
-    assert!(rig.server.clients().len() < 1 + hogs.len(), "they had all the memory, so some had to go");
+    assert_eq!(late.read(0, 4096), Answer::Data(vec![7; 4096]), "who attaches when all memory is taken waits for it like the others");
+    assert!(rig.server.clients().len() < 2 + hogs.len(), "they had all the memory, so some had to go");
 }
 
 /// A device of which every second part is a hole.

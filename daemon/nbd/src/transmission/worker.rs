@@ -112,7 +112,7 @@ impl Worker {
         prepare_socket(&socket).map_err(|error| format!("preparing the socket: {error}"))?;
         let volume = client.export.volume();
         let queue = volume.queue(&self.reactor).map_err(|error| error.to_string())?;
-        let input = ReceiveBuffer::new(self.reactor.buffers()).ok_or("the buffers of this thread are spent")?;
+        let input = ReceiveBuffer::new(self.reactor.buffers());
         let rules = Rules {
             headers,
             allocation_context,
