@@ -54,7 +54,7 @@ pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
 
 /// Makes `path` with `bytes` in it, durably; leaves it as it is if it exists, even if that happens meanwhile.
 fn write_file_once(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let temporary = path.with_extension(Uuid::new_v4().to_string());
+    let temporary = path.with_extension(blockdev::random::uuid().to_string());
     let made = write_synced(&temporary, bytes).and_then(|()| match fs::hard_link(&temporary, path) {
         // Where there are no hard links, there is no way to leave a file alone that comes into being just now.
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists && !path.exists() => fs::rename(&temporary, path),
@@ -91,7 +91,7 @@ impl Catalogue {
         }
         let file = root.join("pool.json");
         if !file.exists() {
-            let fresh = PoolFile { format: FORMAT, uuid: Uuid::new_v4() };
+            let fresh = PoolFile { format: FORMAT, uuid: blockdev::random::uuid() };
             let bytes = serde_json::to_vec_pretty(&fresh).map_err(|error| PoolError::Backend(error.to_string()))?;
             write_file_once(&file, &bytes).map_err(io_error(format!("pool {pool}: writing {}", file.display())))?;
         }

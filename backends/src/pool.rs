@@ -52,7 +52,7 @@ impl VolumeRecord {
     pub fn new(name: &str, spec: &VolumeSpec) -> VolumeRecord {
         VolumeRecord {
             name: name.to_owned(),
-            uuid: uuid::Uuid::new_v4(),
+            uuid: blockdev::random::uuid(),
             size: spec.size,
             block_size: spec.block_size,
             layout: spec.layout,

@@ -19,7 +19,7 @@ const MIB: usize = 1 << 20;
 const POOL: Uuid = Uuid::from_u128(0x0102_0304);
 
 fn options() -> OpenOptions {
-    OpenOptions { expected: Some(POOL), read_only: false, probe: Some(Uuid::new_v4()) }
+    OpenOptions { expected: Some(POOL), read_only: false, probe: Some(blockdev::random::uuid()) }
 }
 
 fn scratch() -> tempfile::TempDir {
@@ -28,7 +28,7 @@ fn scratch() -> tempfile::TempDir {
 
 /// A new pool below `parent`.
 fn make(parent: &Path) -> PathBuf {
-    let path = parent.join(Uuid::new_v4().to_string());
+    let path = parent.join(blockdev::random::uuid().to_string());
     DirectoryStore::make(&path, POOL).unwrap();
     path
 }
@@ -274,7 +274,7 @@ fn several_openers_probe_at_once() {
         for _ in 0..4 {
             scope.spawn(|| {
                 let store = open(&path);
-                block_on(probe::prove(&store, Uuid::new_v4())).unwrap();
+                block_on(probe::prove(&store, blockdev::random::uuid())).unwrap();
             });
         }
     });

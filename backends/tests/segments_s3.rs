@@ -40,7 +40,7 @@ impl Rig {
 
     /// A new pool; the prefix it is under.
     fn make(&self) -> String {
-        let prefix = format!("pools/{}", Uuid::new_v4());
+        let prefix = format!("pools/{}", blockdev::random::uuid());
         S3Store::make(self.config(self.server.address(), &prefix), self.runtime.handle().clone(), POOL).unwrap();
         prefix
     }
@@ -55,7 +55,7 @@ impl Rig {
 }
 
 fn options() -> OpenOptions {
-    OpenOptions { expected: Some(POOL), read_only: false, probe: Some(Uuid::new_v4()) }
+    OpenOptions { expected: Some(POOL), read_only: false, probe: Some(blockdev::random::uuid()) }
 }
 
 fn create(store: &S3Store, name: &str, content: &Bytes) -> Result<(), StoreError> {

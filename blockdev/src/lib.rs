@@ -29,6 +29,7 @@ pub mod memory;
 pub mod memory_disk;
 pub mod null_disk;
 pub mod offload;
+pub mod random;
 pub mod range_lock;
 pub mod reactor;
 pub mod request;

@@ -4,6 +4,7 @@ mod common;
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 
 use common::{Daemon, Nbd, eventually, exists, http_get};
 use rustix::process::Signal;
@@ -362,6 +363,37 @@ fn the_api_on_tcp_asks_for_its_token() {
     let list = ["--admin", &admin, "--token-file", token_file.to_str().unwrap(), "pool", "list", "--json"];
     assert!(common::command().args(list).output().unwrap().status.success());
     assert_eq!(common::command().args(["--admin", &admin, "pool", "list"]).output().unwrap().status.code(), Some(1));
+}
+
+#[test]
+fn over_tcp_only_files_of_named_folders_are_adopted() {
+    let mut daemon = Daemon::new("");
+    let (token_file, open, closed) = (daemon.path("token"), daemon.path("images"), daemon.path("images-of-others"));
+    std::fs::write(&token_file, "0123456789abcdef").unwrap();
+    std::fs::set_permissions(&token_file, std::fs::Permissions::from_mode(0o600)).unwrap();
+    for folder in [&open, &closed] {
+        std::fs::create_dir(folder).unwrap();
+        std::fs::write(folder.join("disk"), [1; 4096]).unwrap();
+    }
+    std::os::unix::fs::symlink(closed.join("disk"), open.join("link")).unwrap();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let unix = format!("admin = \"unix:{}\"", daemon.path("admin.sock").display());
+    let (token, folder) = (token_file.display(), open.display());
+    let tcp = format!("admin = \"tcp:127.0.0.1:{port}\"\nadmin_token_file = \"{token}\"\nadopt_dirs = [\"{folder}\"]");
+    daemon.configure(&daemon.config().replace(&unix, &tcp));
+    daemon.start();
+    let adopt = |object: PathBuf| {
+        let (admin, object) = (format!("http://127.0.0.1:{port}"), format!("local/{}", object.display()));
+        let place = ["--admin", &admin, "--token-file", token_file.to_str().unwrap()];
+        common::command().args(place).args(["volume", "adopt", &object, "disk"]).output().unwrap()
+    };
+    for refused in [closed.join("disk"), open.join("link"), open.join("../images-of-others/disk"), open.join("none")] {
+        let output = adopt(refused);
+        let words = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && words.contains("add its folder to [daemon].adopt_dirs"), "{words}");
+    }
+    let output = adopt(open.join("disk"));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]

@@ -5,6 +5,7 @@
 
 #![no_main]
 
+use std::collections::HashSet;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -19,6 +20,8 @@ use nbd::protocol::{EXTENDED_REQUEST_MAGIC, Headers, REQUEST_MAGIC, command, com
 use nbd::{Export, Server, ServerOptions};
 
 const DISK_SIZE: u64 = 1 << 20;
+/// Offsets and lengths of requests lie below it.
+const LEN_LIMIT: usize = DISK_SIZE as usize + 4096;
 const HANG: Duration = Duration::from_secs(20);
 
 struct Rig {
@@ -46,7 +49,7 @@ fn framed(records: &[u8], headers: Headers) -> Vec<u8> {
         let extended = headers == Headers::Extended;
         let command = u16::from(record[0] % 10);
         let number24 = |at: usize| u64::from(u32::from_be_bytes([0, record[at], record[at + 1], record[at + 2]]));
-        let (offset, mut len) = (number24(2) % (DISK_SIZE + 4096), number24(5) % (DISK_SIZE + 4096));
+        let (offset, mut len) = (number24(2) % LEN_LIMIT as u64, number24(5) % LEN_LIMIT as u64);
         let mut flags = u16::from(record[1] & 0x3f);
         let carries = command == command::WRITE || (extended && flags & command_flag::PAYLOAD_LEN != 0);
         if carries {
@@ -68,7 +71,22 @@ fn framed(records: &[u8], headers: Headers) -> Vec<u8> {
     bytes
 }
 
-/// Takes chunked replies apart; simple ones cannot be told apart without remembering the requests.
+/// Takes simple replies to the requests of `framed(records, Headers::Simple)` apart: each is answered once at most, with as much as was asked for.
+fn check_simple(mut replies: &[u8], records: &[u8]) {
+    let mut answered = HashSet::new();
+    while !replies.is_empty() {
+        let word = |at: usize| u32::from_be_bytes(replies[at..at + 4].try_into().unwrap());
+        assert_eq!(word(0), nbd::protocol::SIMPLE_REPLY_MAGIC);
+        let number = u64::from_be_bytes(replies[8..16].try_into().unwrap()) as usize;
+        assert!(answered.insert(number), "request {number} is answered twice");
+        let record = &records[number * 8..number * 8 + 8];
+        let has_data = word(4) == 0 && u16::from(record[0] % 10) == command::READ;
+        let len = if has_data { u32::from_be_bytes([0, record[5], record[6], record[7]]) as usize % LEN_LIMIT } else { 0 };
+        replies = &replies[16 + len..];
+    }
+}
+
+/// Takes chunked replies apart.
 fn check_chunks(mut replies: &[u8], headers: Headers) {
     let header_len = if headers == Headers::Extended { 32 } else { 20 };
     while !replies.is_empty() {
@@ -113,7 +131,10 @@ fuzz_target!(|data: &[u8]| {
         }
     });
     // Only garbage is cut off in the middle of a reply.
-    if complete && settings & 4 == 0 && headers != Headers::Simple {
-        check_chunks(&replies, headers);
+    if complete && settings & 4 == 0 {
+        match headers {
+            Headers::Simple => check_simple(&replies, rest),
+            Headers::Structured | Headers::Extended => check_chunks(&replies, headers),
+        }
     }
 });

@@ -68,6 +68,7 @@ impl Aead {
 ///
 /// # Panics
 /// If the system has no randomness to give.
+#[allow(clippy::disallowed_methods)]
 pub fn system_random(bytes: &mut [u8]) {
     aws_lc_rs::rand::fill(bytes).expect("the system's random generator works");
 }

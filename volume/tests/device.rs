@@ -79,7 +79,7 @@ impl Place {
     }
 
     fn options(&self, plane: &DataPlane, durability: Durability) -> MappedOptions {
-        let opening = OpenOptions { expected: Some(POOL), read_only: false, probe: Some(Uuid::new_v4()) };
+        let opening = OpenOptions { expected: Some(POOL), read_only: false, probe: Some(blockdev::random::uuid()) };
         let store = Arc::new(DirectoryStore::open(&self.pool(), opening).unwrap());
         options(plane, store, durability)
     }

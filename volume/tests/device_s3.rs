@@ -76,7 +76,7 @@ fn new_log() -> Arc<dyn BlockDevice> {
 fn conforms_on_s3() {
     let rig = Rig::start();
     let fresh = || -> Arc<dyn BlockDevice> {
-        let options = rig.host(Uuid::new_v4());
+        let options = rig.host(blockdev::random::uuid());
         options.create(conformance::DEVICE_SIZE).unwrap();
         Arc::new(Aligned::new(MappedDevice::open(options, new_log()).unwrap()))
     };
@@ -86,7 +86,7 @@ fn conforms_on_s3() {
 #[test]
 fn a_host_that_was_replaced_is_fenced_and_nothing_flushed_is_lost() {
     let rig = Rig::start();
-    let disk = Uuid::new_v4();
+    let disk = blockdev::random::uuid();
     rig.host(disk).create(4 * MIB).unwrap();
     let first = rig.open(disk);
     first.write(0, vec![1; 65536]).unwrap();

@@ -68,7 +68,7 @@ fn a_deleted_volume_leaves_neither_objects_nor_log_whatever_was_interrupted() {
     let record = pool.create("v", &spec(Layout::Mapped)).unwrap();
     let disk = host.disk(&pool, "v").unwrap();
     for block in 0..64 {
-        disk.write(block * 65536, uuid::Uuid::new_v4().as_bytes().repeat(4096)).unwrap();
+        disk.write(block * 65536, blockdev::random::uuid().as_bytes().repeat(4096)).unwrap();
     }
     disk.flush().unwrap();
     drop(disk);

@@ -235,7 +235,7 @@ impl Pool for FilePool {
         let what = format!("clone of {from} as {to}");
         let record = VolumeRecord {
             name: to.to_owned(),
-            uuid: Uuid::new_v4(),
+            uuid: blockdev::random::uuid(),
             size,
             object: None,
             origin: Some(from),

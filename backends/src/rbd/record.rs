@@ -43,7 +43,7 @@ pub(super) struct Record {
 impl Record {
     pub(super) fn new(block_size: u32) -> Record {
         Record {
-            uuid: Uuid::new_v4(),
+            uuid: blockdev::random::uuid(),
             block_size,
             created: true,
             forgotten: false,

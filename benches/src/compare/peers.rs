@@ -1,5 +1,6 @@
 //! The other servers and their command lines.
 
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 
@@ -59,7 +60,12 @@ pub fn start(peer: &Peer, row: &Row, workspace: &Workspace) -> Result<Running> {
     let file = workspace.file(row.backing);
     let place = Place { socket: &socket, file: file.as_deref(), protocol: row.protocol, backing: row.backing };
     let log = workspace.run.join(format!("{label}.log"));
-    Running::start(&mut (peer.command)(&place), &log, socket.clone(), EXPORT, || socket.exists())
+    // A socket that is bound may not be listened on yet; vhost-user servers take one connection only.
+    let listens = || match row.protocol {
+        Protocol::VhostUser { .. } => socket.exists(),
+        Protocol::Nbd { .. } => UnixStream::connect(&socket).is_ok(),
+    };
+    Running::start(&mut (peer.command)(&place), &log, socket.clone(), EXPORT, listens)
         .with_context(|| format!("start {} (Debian: apt install qemu-system-common qemu-utils nbdkit)", peer.name))
 }
 

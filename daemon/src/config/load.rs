@@ -109,7 +109,7 @@ fn resolve_paths(mut config: Config) -> Config {
         }
     };
     absolute(&mut config.daemon.data_dir);
-    config.daemon.socket_dirs.iter_mut().for_each(absolute);
+    config.daemon.socket_dirs.iter_mut().chain(&mut config.daemon.adopt_dirs).for_each(absolute);
     config.pool.values_mut().filter_map(|pool| pool.path.as_mut()).for_each(absolute);
     config
 }

@@ -50,6 +50,8 @@ pub struct DaemonConfig {
     pub socket_group: Option<String>,
     /// Folders in which sockets may be made and removed, besides those of the sockets named in this file.
     pub socket_dirs: Vec<PathBuf>,
+    /// Folders whose files and devices clients of the admin API on TCP may adopt; those of its unix socket may adopt any.
+    pub adopt_dirs: Vec<PathBuf>,
     /// This host's name in metrics; the host name by default.
     pub node: String,
     /// Data-plane threads.
@@ -75,6 +77,7 @@ impl Default for DaemonConfig {
             socket_mode: "0660".to_owned(),
             socket_group: None,
             socket_dirs: Vec::new(),
+            adopt_dirs: Vec::new(),
             node: rustix::system::uname().nodename().to_string_lossy().into_owned(),
             threads: 2,
             spin_us: 100,

@@ -77,7 +77,7 @@ mod tests {
     fn what_was_open_is_known_after_a_restart_until_it_is_forgotten() {
         let folder = tempfile::tempdir().unwrap();
         let known = || KnownPools::load(Arc::new(DataDir::open(folder.path()).unwrap())).unwrap();
-        let (a, b) = (Uuid::new_v4(), Uuid::new_v4());
+        let (a, b) = (blockdev::random::uuid(), blockdev::random::uuid());
         let first = known();
         assert_eq!(first.expected("a"), None);
         first.opened("a", a).unwrap();

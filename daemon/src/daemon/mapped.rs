@@ -64,7 +64,6 @@ impl Host {
     pub fn s3_pool(&self, name: &str, config: &PoolConfig) -> Result<Arc<dyn Pool>> {
         use backends::segments::object::{S3Config, S3Store};
         use backends::segments::{OpenOptions, StoreError};
-        use uuid::Uuid;
 
         let (access_key_id, secret_key) = crate::config::s3_access_key(config).map_err(Error::invalid)?;
         let usual = S3Config::new(config.bucket.as_deref().unwrap_or_default(), &access_key_id, &secret_key);
@@ -86,12 +85,12 @@ impl Host {
             _ => Error::from(PoolError::Backend(error.to_string())),
         };
         let open = || {
-            let options = OpenOptions { expected, read_only: false, probe: Some(Uuid::new_v4()) };
+            let options = OpenOptions { expected, read_only: false, probe: Some(blockdev::random::uuid()) };
             S3Store::open(place.clone(), self.runtime.clone(), options)
         };
         let store = match open() {
             Err(StoreError::Absent(_)) if expected.is_none() => {
-                match S3Store::make(place.clone(), self.runtime.clone(), Uuid::new_v4()) {
+                match S3Store::make(place.clone(), self.runtime.clone(), blockdev::random::uuid()) {
                     // Another host may have been faster.
                     Ok(()) | Err(StoreError::Exists(_)) => open(),
                     Err(error) => Err(error),

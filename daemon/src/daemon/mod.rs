@@ -11,6 +11,7 @@
 //! Invariants: all methods block and run on control-plane threads, never on a data-plane thread; a panic in one of them fails
 //! that operation alone; control operations on one volume exclude each other.
 
+mod adoption;
 pub mod data_dir;
 mod diff;
 mod encryption;

@@ -1,4 +1,4 @@
-//! Volumes: create, adopt, show, resize, rename, delete, clone, usage, check.
+//! Volumes: create, show, resize, rename, delete, clone, usage, check.
 
 use std::sync::Arc;
 
@@ -10,8 +10,7 @@ use super::mapped;
 use super::pools::Answer;
 use crate::api::reply::Listed;
 use crate::api::types::{
-    CheckReport, PoolInfo, SnapshotInfo, Unanswered, VolumeAdopt, VolumeCreate, VolumeFlattened, VolumeInfo, VolumeResize,
-    VolumeUsage,
+    CheckReport, PoolInfo, SnapshotInfo, Unanswered, VolumeCreate, VolumeFlattened, VolumeInfo, VolumeResize, VolumeUsage,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::names::{VolumeId, VolumeRef};
@@ -60,7 +59,7 @@ impl Daemon {
         Ok(self.volume_info(&id.pool, self.record(&id)?))
     }
 
-    fn volume_info(&self, pool: &str, record: VolumeRecord) -> VolumeInfo {
+    pub(super) fn volume_info(&self, pool: &str, record: VolumeRecord) -> VolumeInfo {
         let id = VolumeId::new(pool, &record.name);
         let open = self.open.get(&id);
         let snapshots = record.snapshots.iter().map(|(name, snapshot)| SnapshotInfo {
@@ -162,19 +161,6 @@ impl Daemon {
         Err(Error::in_use(format!(
             "volume {id}: import refused, and no volume made: it is exported ({ids}) as soon as there is one; `novastor export remove` first"
         )))
-    }
-
-    pub fn adopt_volume(&self, request: &VolumeAdopt) -> Result<VolumeInfo> {
-        let pool = self.pools.get(&request.pool)?;
-        let name = match &request.name {
-            Some(name) => name.clone(),
-            None => name_after(&request.object)?,
-        };
-        backends::check_name("volume", &name)?;
-        let id = VolumeId::new(&request.pool, &name);
-        let _held = self.hold([&id]);
-        let record = pool.adopt(&request.object, &name)?;
-        Ok(self.volume_info(&request.pool, record))
     }
 
     pub fn resize_volume(&self, name: &str, request: &VolumeResize) -> Result<VolumeInfo> {
@@ -373,19 +359,6 @@ fn check_size(name: &str, size: u64, block_size: u32, layout: Layout) -> Result<
         return Err(Error::invalid(format!("volume {name}: size {size} is no multiple of {what} {unit}: the next is {next}")));
     }
     Ok(())
-}
-
-/// A volume name made from the last part of an object's name.
-fn name_after(object: &str) -> Result<String> {
-    let last = object.rsplit('/').next().unwrap_or(object);
-    let stem = last.strip_suffix(".raw").or_else(|| last.strip_suffix(".img")).unwrap_or(last);
-    let name = stem.to_ascii_lowercase();
-    match backends::check_name("volume", &name) {
-        Ok(()) => Ok(name),
-        Err(_) => Err(Error::invalid(format!(
-            "{object:?} gives no good volume name: name it, `novastor volume adopt POOL/OBJECT NAME`"
-        ))),
-    }
 }
 
 #[cfg(test)]

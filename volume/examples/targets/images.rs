@@ -54,7 +54,7 @@ pub fn measure(dataset: &Path) {
 fn pool_in(folder: &TempDir, settings: Settings) -> (Rig, PathBuf) {
     let pool = folder.path().join("pool");
     DirectoryStore::make(&pool, Uuid::from_u128(2)).expect("a pool");
-    let probe = Some(Uuid::new_v4());
+    let probe = Some(blockdev::random::uuid());
     let store = DirectoryStore::open(&pool, OpenOptions { expected: None, read_only: false, probe }).expect("the pool opens");
     (Rig::new(Counting::new(Arc::new(store)), log(), settings), pool)
 }

@@ -210,7 +210,7 @@ fn memory(what: &str) -> u64 {
 fn in_directory(folder: &Path, log: &Path, log_len: u64, direct: bool) -> Rig {
     let pool = folder.join("pool");
     DirectoryStore::make(&pool, Uuid::from_u128(2)).expect("a pool");
-    let probe = Some(Uuid::new_v4());
+    let probe = Some(blockdev::random::uuid());
     let store = DirectoryStore::open(&pool, OpenOptions { expected: None, read_only: false, probe }).expect("the pool opens");
     File::create(log).and_then(|file| file.set_len(log_len)).expect("a log");
     let log = Arc::new(FileDevice::open(log, FileOptions { read_only: false, direct }).expect("the log opens"));

@@ -49,7 +49,7 @@ impl MappedPool {
         let size = origin.snapshots.get(snapshot).map_or(origin.size, |snapshot| snapshot.size);
         let record = VolumeRecord {
             name: to.to_owned(),
-            uuid: Uuid::new_v4(),
+            uuid: blockdev::random::uuid(),
             size,
             origin: Some(from.clone()),
             snapshots: BTreeMap::new(),

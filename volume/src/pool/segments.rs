@@ -147,7 +147,7 @@ fn named(path: &Path, error: StoreError) -> PoolError {
 }
 
 fn open_directory(path: &Path, pool: Uuid, may_make: bool) -> std::result::Result<DirectoryStore, StoreError> {
-    let options = || OpenOptions { expected: Some(pool), read_only: false, probe: Some(Uuid::new_v4()) };
+    let options = || OpenOptions { expected: Some(pool), read_only: false, probe: Some(blockdev::random::uuid()) };
     match DirectoryStore::open(path, options()) {
         Err(StoreError::Absent(_)) if may_make => {}
         opened => return opened,

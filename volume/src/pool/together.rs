@@ -47,7 +47,7 @@ impl MappedPool {
                 break;
             }
         }
-        record.group = Some(found.unwrap_or_else(Uuid::new_v4));
+        record.group = Some(found.unwrap_or_else(blockdev::random::uuid));
         Ok(found.is_some())
     }
 

@@ -381,18 +381,28 @@ fn a_file_shorter_than_its_region_is_refused() {
 
 #[test]
 fn features_toggled_in_flight_do_no_harm() {
-    let (_server, frontend, mut queue, mut other) = pair();
+    let plan = FaultPlan::new(1);
+    let delay = Duration::from_millis(50);
+    plan.set(vec![FaultRule { class: OpClass::Write, errors_per_million: 0, errno: Errno::EIO, delay, jitter: Duration::ZERO }]);
+    let server = Server::of(Arc::new(Faulty::new(Arc::new(MemoryDisk::new(DISK, 1)), plan)));
+    let frontend = Frontend::connect(&server.socket());
+    let (mut queue, mut other) = (Queue::new(0, 64), Queue::new(1, 64));
+    frontend.start(&queue, 0);
+    frontend.start(&other, 0);
+    let mut in_flight = 0;
     for round in 0..20u8 {
         queue.write_request(&frontend.memory, 0, T_OUT, u64::from(round), Data::Out(&[round; 512]));
         queue.offer(&frontend.memory, 0);
         queue.kick();
         let features = if round % 2 == 0 { frontend.features & !F_EVENT_INDEX } else { frontend.features };
         frontend.must(req::SET_FEATURES, &u64s(&[features]), &[]);
+        in_flight += u32::from(queue.used_index(&frontend.memory) == queue.seen_used);
         assert_eq!(queue.wait_used(&frontend.memory).0, 0);
         assert_eq!(queue.status(&frontend.memory, 0), 0);
         assert_eq!(other.run(&frontend.memory, T_IN, u64::from(round), Data::In(512)), 0);
         assert_eq!(other.read_data(&frontend.memory, 0, 512), [round; 512]);
     }
+    assert!(in_flight > 0, "no request was in flight while features changed");
 }
 
 /// Descriptors biased towards being almost right.

@@ -133,7 +133,7 @@ proptest! {
 #[test]
 fn what_is_retired_is_swept_and_what_is_being_made_is_not() {
     let records = records(0);
-    let group = Some(Uuid::new_v4());
+    let group = Some(blockdev::random::uuid());
     let (kept, deleted) = (record("kept"), VolumeRecord { group, ..record("deleted") });
     let staged = record("staged");
     records.add(&kept, &|| Ok(())).unwrap();
