@@ -1,11 +1,12 @@
 //! A sparse log file that gets its space a good way before the log needs it.
 //!
 //! ```text
-//!   written ────────────▶│◀── ALLOCATED_AHEAD: no write waits for space ──▶│ a hole as yet
+//!   written ────────────▶│◀── ahead: no write waits for space ──▶│ a hole as yet
 //! ```
 //!
 //! A write into a hole waits for the file system to find space for it, on a thread of the kernel's. The log goes through its file from the start to
-//! the end, and then over what has its space already. Of a disk that is nearly full nothing is taken ahead: others need it, and so do writes.
+//! the end, and then over what has its space already. A volume of which little is written needs little ahead. Of a disk that is nearly full nothing is
+//! taken ahead: others need it, and so do writes.
 
 use std::fs::File;
 use std::path::Path;
@@ -18,9 +19,10 @@ use blockdev::offload::Offload;
 use blockdev::{BlockDevice, Capabilities, DeviceError, Geometry, IoQueue, Op, Reactor, Request};
 use rustix::fs::{FallocateFlags, fallocate, fstatvfs};
 
-const ALLOCATED_AHEAD: u64 = 64 << 20;
+const AHEAD_MIN: u64 = 1 << 20;
+const AHEAD_MAX: u64 = 64 << 20;
 /// What has to be free for that.
-const FREE_MIN: u64 = 2 * ALLOCATED_AHEAD;
+const FREE_MIN: u64 = 2 * AHEAD_MAX;
 
 /// The device of a log.
 pub(super) struct GrowingLog {
@@ -54,11 +56,12 @@ impl Space {
     /// Sees to it that there is space beyond `written`.
     fn keep_ahead(self: &Arc<Self>, written: u64) {
         let end = self.end.load(Ordering::Relaxed);
-        let is_enough = end == self.len || end >= written.saturating_add(ALLOCATED_AHEAD / 2);
+        let ahead = written.clamp(AHEAD_MIN, AHEAD_MAX);
+        let is_enough = end == self.len || end >= written.saturating_add(ahead / 2);
         if is_enough {
             return;
         }
-        let (from, to) = (end.max(written), written.saturating_add(ALLOCATED_AHEAD).min(self.len));
+        let (from, to) = (end.max(written), written.saturating_add(ahead).min(self.len));
         self.end.store(to, Ordering::Relaxed);
         let space = self.clone();
         allocators().run(move || {
@@ -140,16 +143,13 @@ mod tests {
             }
         };
         assert_eq!(allocated(), 0);
-        log.space.keep_ahead(MIB);
-        settled(64);
-        log.space.keep_ahead(20 * MIB);
-        settled(64);
-        log.space.keep_ahead(40 * MIB);
-        settled(103);
-        log.space.keep_ahead(1000 * MIB);
-        settled(127);
+        let steps = [(1, 1), (2, 3), (3, 5), (40, 45), (60, 85), (70, 85), (1000, 109)];
+        for (written, allocated) in steps {
+            log.space.keep_ahead(written * MIB);
+            settled(allocated);
+        }
         log.space.keep_ahead(1024 * MIB);
         log.space.keep_ahead(MIB);
-        settled(127);
+        settled(109);
     }
 }
