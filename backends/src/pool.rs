@@ -365,6 +365,10 @@ pub trait Pool: Send + Sync {
         Ok(None)
     }
     fn usage(&self, volume: &str) -> Result<Usage>;
+    /// Whether this host may have writes of a mapped volume, in its log, that the pool has not got yet.
+    fn has_log(&self, _volume: &str) -> bool {
+        false
+    }
     /// Of a mapped volume that is open here.
     fn engine_use(&self, _volume: &str) -> Option<EngineUse> {
         None

@@ -458,6 +458,10 @@ impl Pool for MappedPool {
         }
     }
 
+    fn has_log(&self, volume: &str) -> bool {
+        self.found(volume).is_ok_and(|(record, raw)| raw.is_none() && self.logs.path(record.group()).exists())
+    }
+
     fn engine_use(&self, volume: &str) -> Option<EngineUse> {
         let device = self.open.lock().get(volume).and_then(|(_, device)| device.upgrade())?;
         device.usage()
