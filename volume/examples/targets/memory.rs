@@ -5,7 +5,8 @@
 //!                           └─ after each: checkpoint, freed memory goes back to the system, resident memory is read
 //! ```
 //!
-//! What is the same with more data is fixed: caches, buffers, the map's upper pages. What grows is told for a TiB of data by the last two steps.
+//! What grows with data is told for a TiB of it, from the last two steps; the index is made for the size of the volume. The rest is fixed: caches, buffers,
+//! the upper pages of the map.
 
 use std::time::Duration;
 
@@ -37,12 +38,12 @@ pub fn measure() {
     let began = now();
     let mut random = Random(11);
     let told = |what: &str, kept: &Kept| {
-        let (more, index) = ((kept.resident.saturating_sub(without)) as f64 / MIB as f64, kept.index as f64 / MIB as f64);
+        let more = kept.resident.saturating_sub(without) as f64 / MIB as f64;
+        let (index, most, after) = (kept.index / MIB, memory_of_process("VmHWM:") / MIB, began.elapsed().as_secs());
         let measured = format!(
-            "{more:.1} MiB more than without it, of which index {index:.2}; after {:.0} s",
-            began.elapsed().as_secs_f64()
+            "{more:.1} MiB more than without it; index made for {index} MiB; {most} MiB at most up to now, after {after} s"
         );
-        tell(&format!("resident memory of a volume of 1 TiB that rests, {what}"), measured, "");
+        tell(&format!("resident memory with a volume of 1 TiB that rests, {what}"), measured, "");
     };
     let mut kept = vec![at_rest(&open)];
     told("empty", &kept[0]);
@@ -58,18 +59,16 @@ pub fn measure() {
         told(&format!("{} GiB more, in runs of 1 MiB", data / GIB), &kept[kept.len() - 1]);
     }
     let [.., less, more] = &kept[..] else { return };
-    let of_data = (DATA[1] - DATA[0]) as f64;
-    let per_tib = |grown: f64| grown * (1024 * GIB) as f64 / of_data / MIB as f64;
-    let grown = per_tib(more.resident as f64 - less.resident as f64);
-    let fixed = (less.resident.saturating_sub(without)) as f64 / MIB as f64 - grown * DATA[0] as f64 / (1024 * GIB) as f64;
+    let mib = |bytes: u64| bytes as f64 / MIB as f64;
+    // The index has its size from the beginning, and is in memory as far as it was used: all of it by then.
+    let index = mib(less.index);
+    let grown = (mib(more.resident) - mib(less.resident)) * SIZE as f64 / (DATA[1] - DATA[0]) as f64;
+    let fixed = mib(less.resident.saturating_sub(without)) - index - grown * DATA[0] as f64 / SIZE as f64;
+    let (from, to, most) = (DATA[0] / GIB, DATA[1] / GIB, memory_of_process("VmHWM:") / MIB);
     tell(
-        "pinned memory for each TiB of data, and fixed",
+        "pinned memory for a TiB of data, and fixed",
         format!(
-            "{grown:.0} MiB (of which index {:.0}) + {fixed:.0} MiB, extrapolated from {} and {} GiB; at most {} MiB resident",
-            per_tib(more.index as f64 - less.index as f64),
-            DATA[0] / GIB,
-            DATA[1] / GIB,
-            memory_of_process("VmHWM:") / MIB
+            "index {index:.0} + {grown:.0} MiB, extrapolated from {from} and {to} GiB; fixed {fixed:.0} MiB; the process took {most} MiB at most"
         ),
         "≤ 96 MiB + 192 MiB",
     );
