@@ -32,7 +32,7 @@ use crate::step_header::StepHeader;
 use crate::table::Content;
 
 /// Pages of one object.
-const PAGES_MAX: usize = 8192;
+pub(crate) const PAGES_MAX: usize = 8192;
 /// Neighbours are compressed, and read, together.
 const PACKING: Packing = Packing { compression: Compression::Zstd { level: 1 }, frame_blocks: PAGES_PER_FRAME };
 
@@ -115,6 +115,8 @@ impl PageWriter<'_> {
         let (bytes, opened) = self.core.store_object(source, Kind::Step, StepHeader::default().encode(), body).await?;
         self.core.reader.opened(handle.get(), opened);
         self.core.reader.table.borrow_mut().set_size(handle.get(), pages as u32, bytes);
+        // Every page that was added is in the store, and need not be kept.
+        self.core.reader.settle_fresh();
         Ok(())
     }
 }

@@ -182,6 +182,12 @@ impl Reader {
         self.fresh.borrow_mut().insert(pointer, Rc::new(page));
     }
 
+    /// How many of them there are.
+    #[cfg(test)]
+    pub(crate) fn fresh_pages(&self) -> usize {
+        self.fresh.borrow().len()
+    }
+
     /// All pages are in the store now.
     pub(crate) fn settle_fresh(&self) {
         let fresh = std::mem::take(&mut *self.fresh.borrow_mut());

@@ -9,6 +9,7 @@
 //!   cargo xtask dataset DIR                                images of cloned machines, to measure reduction with
 //!   cargo xtask bench [compare --rows REGEX …]             novastor beside other servers
 //!   cargo xtask bench reduction --dataset DIR              what is stored of the images, beside qcow2
+//!   cargo xtask bench speed [MIB]                          how fast one thread reduces and decodes
 //!   cargo xtask bench mapped [--rows REGEX …]              a mapped volume beside a raw one
 //!   cargo xtask bench engine [ROW…|images DATASET]         a mapped volume against what it is meant to reach
 //! ```

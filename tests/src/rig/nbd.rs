@@ -17,6 +17,7 @@ const OPTION_GO: u32 = 7;
 const OPTION_EXTENDED_HEADERS: u32 = 11;
 const REPLY_ACK: u32 = 1;
 const REPLY_INFO: u32 = 3;
+const COMMAND_READ: u16 = 0;
 const COMMAND_WRITE: u16 = 1;
 const COMMAND_FLUSH: u16 = 3;
 const COMMAND_TRIM: u16 = 4;
@@ -24,7 +25,12 @@ const COMMAND_TRIM: u16 = 4;
 const FLAG_PAYLOAD_LENGTH: u16 = 1 << 5;
 const CHUNK_DONE: u16 = 1;
 const CHUNK_NONE: u16 = 0;
+const CHUNK_DATA: u16 = 1;
+const CHUNK_HOLE: u16 = 2;
 const CHUNK_ERROR: u16 = (1 << 15) + 1;
+const COOKIE: u64 = 1;
+/// Of an answer without data.
+const ANSWER_MAX: u64 = 8192;
 
 #[derive(Debug)]
 pub struct NbdClient {
@@ -69,23 +75,57 @@ impl NbdClient {
         }
     }
 
-    /// Makes a request without an answer of its own, and waits until it is done; the NBD error number, 0 for success.
-    fn request(&mut self, (flags, command): (u16, u16), offset: u64, length: u64, payload: &[u8]) -> Result<u32> {
-        let cookie = 1u64;
-        let words = [cookie, offset, length].map(u64::to_be_bytes).concat();
+    fn send(&mut self, (flags, command): (u16, u16), offset: u64, length: u64, payload: &[u8]) -> Result<()> {
+        let words = [COOKIE, offset, length].map(u64::to_be_bytes).concat();
         let head = [&REQUEST_MAGIC.to_be_bytes()[..], &flags.to_be_bytes(), &command.to_be_bytes()].concat();
-        self.stream.write_all(&[&head, &words, payload].concat()).with_context(|| format!("sending command {command}"))?;
+        self.stream.write_all(&[&head, &words, payload].concat()).with_context(|| format!("sending command {command}"))
+    }
+
+    /// A chunk of the answer: flags, type, content.
+    fn chunk(&mut self, length_max: u64) -> Result<(u16, u16, Vec<u8>)> {
         let magic = u32::from_be_bytes(self.receive()?);
         let [flags, kind] = [self.receive()?, self.receive()?].map(u16::from_be_bytes);
         let [answered, _, length] = [self.receive()?, self.receive()?, self.receive()?].map(u64::from_be_bytes);
-        let good = (magic, flags, answered) == (REPLY_MAGIC, CHUNK_DONE, cookie) && length < 8192;
-        ensure!(good, "command {command} was answered with {magic:#x}, flags {flags}, type {kind:#x}, {length} bytes");
+        let good = (magic, answered) == (REPLY_MAGIC, COOKIE) && length < length_max;
+        ensure!(good, "answered with {magic:#x}, flags {flags}, type {kind:#x}, {length} bytes");
         let mut answer = vec![0; usize::try_from(length)?];
         self.stream.read_exact(&mut answer)?;
-        match (kind, answer.first_chunk()) {
-            (CHUNK_NONE, None) => Ok(0),
-            (CHUNK_ERROR, Some(error)) if *error != [0; 4] => Ok(u32::from_be_bytes(*error)),
-            _ => anyhow::bail!("command {command} was answered with type {kind:#x}: {answer:?}"),
+        Ok((flags, kind, answer))
+    }
+
+    /// Makes a request without an answer of its own, and waits until it is done; the NBD error number, 0 for success.
+    fn request(&mut self, (flags, command): (u16, u16), offset: u64, length: u64, payload: &[u8]) -> Result<u32> {
+        self.send((flags, command), offset, length, payload)?;
+        match self.chunk(ANSWER_MAX)? {
+            (CHUNK_DONE, CHUNK_NONE, answer) if answer.is_empty() => Ok(0),
+            (CHUNK_DONE, CHUNK_ERROR, answer) => match answer.first_chunk() {
+                Some(error) if *error != [0; 4] => Ok(u32::from_be_bytes(*error)),
+                _ => anyhow::bail!("command {command} was answered with an error that is none: {answer:?}"),
+            },
+            (flags, kind, answer) => {
+                anyhow::bail!("command {command} was answered with flags {flags}, type {kind:#x}: {answer:?}")
+            }
+        }
+    }
+
+    /// Reads a range.
+    pub fn read(&mut self, offset: u64, length: u32) -> Result<Vec<u8>> {
+        self.send((0, COMMAND_READ), offset, length.into(), &[])?;
+        let mut found = vec![0; usize::try_from(length)?];
+        loop {
+            let (flags, kind, answer) = self.chunk(u64::from(length) + ANSWER_MAX)?;
+            match (kind, answer.split_first_chunk()) {
+                (CHUNK_DATA, Some((at, data))) => {
+                    let start = usize::try_from(u64::from_be_bytes(*at).wrapping_sub(offset))?;
+                    let place = start.checked_add(data.len()).and_then(|end| found.get_mut(start..end));
+                    place.context("bytes from outside the range")?.copy_from_slice(data);
+                }
+                (CHUNK_HOLE | CHUNK_NONE, _) => {}
+                _ => anyhow::bail!("a read was answered with type {kind:#x}: {answer:?}"),
+            }
+            if flags & CHUNK_DONE != 0 {
+                return Ok(found);
+            }
         }
     }
 

@@ -3,7 +3,11 @@
 //! `cargo run --release -p volume --example targets [-- ROW…]`, or `-- images DATASET`, see `images`. The rows of counts need no quiet machine; those of times do. Needs 12 GiB of
 //! memory, and 12 GiB of disk under the folder for temporary files.
 
+mod costs;
 mod images;
+mod killed;
+mod latency;
+mod memory;
 mod rig;
 mod store;
 
@@ -25,13 +29,17 @@ use volume::{Durability, Settings};
 
 type Row = (&'static str, fn());
 
-const ROWS: [Row; 7] = [
+const ROWS: [Row; 11] = [
     ("puts", puts),
     ("flush", flush),
+    ("latency", latency::measure),
     ("amplification", amplification),
     ("snapshots", dead_space_beside_snapshots),
     ("opening", opening),
+    ("killed", killed::measure),
+    ("memory", memory::measure),
     ("snapshot", snapshot_of_a_tebibyte),
+    ("costs", costs::measure),
     ("trim", trim),
 ];
 
@@ -193,18 +201,18 @@ fn measure_dead_space(rig: &Rig, size: u64, content: &dyn Fn(&mut Random, u64) -
             (1.0 - after as f64 / before as f64) * 100.0,
             before / MIB,
             began.elapsed().as_secs_f64(),
-            memory("VmRSS:"),
-            memory("VmHWM:"),
+            memory_of_process("VmRSS:") / MIB,
+            memory_of_process("VmHWM:") / MIB,
         ),
         "≥ 90 % in 600 s",
     );
 }
 
-/// MiB, as the system counts them.
-fn memory(what: &str) -> u64 {
+/// Bytes, as the system counts them.
+fn memory_of_process(what: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("the status of this process");
     let line = status.lines().find_map(|line| line.strip_prefix(what)).expect("a line of the status");
-    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") >> 10
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
 }
 
 fn in_directory(folder: &Path, log: &Path, log_len: u64, direct: bool) -> Rig {

@@ -1,16 +1,19 @@
-//! Cases of many: snapshots by the thousand, and clones of clones of clones.
+//! Cases of many: snapshots by the thousand, clones of clones of clones, and pages of the map by the thousand.
 
+use std::cell::Cell;
+use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::join_all;
 
 use super::bench::{Bench, versions_in};
+use crate::checkpoint::PAGES_MAX;
 use crate::clone::{SnapshotView, clone_snapshot};
 use crate::segment::BLOCK;
 use crate::simulation::VOLUME;
 use crate::simulation::contents::{Version, content_of};
-use crate::{Durability, MappedVolume, VolumeError};
+use crate::{Durability, MappedVolume, Settings, VolumeError};
 
 const SNAPSHOTS: u64 = 10_000;
 /// Made at once.
@@ -114,4 +117,38 @@ fn a_clone_a_thousand_generations_deep_opens_reads_and_writes() {
     assert!(took < Duration::from_secs(1), "opening and reading it took {took:?} of simulated time");
     let len = meta_len(&bench, &format!("{GENERATIONS:032x}"));
     assert!(len < 1 << 20, "{len} bytes");
+}
+
+/// Blocks under a leaf of the map.
+const LEAF: u64 = 512;
+const LEAVES: u64 = 9_000;
+
+#[test]
+fn a_checkpoint_keeps_only_pages_that_are_not_in_the_store_yet() {
+    let bench = Bench::new(9_000, LEAVES * LEAF, Durability::Local);
+    let settings = Settings { checkpoint_segments: u64::MAX, gathers: false, ..bench.settings };
+    let owner = bench.try_open(&bench.disk(), settings).unwrap();
+    let changed = bench.run(&owner, |volume| async move {
+        for batch in 0..LEAVES / BATCH {
+            let first_blocks = (batch * BATCH..(batch + 1) * BATCH).map(|leaf| leaf * LEAF * BLOCK as u64);
+            for done in join_all(first_blocks.map(|offset| volume.zero(offset, BLOCK as u64, false))).await {
+                done?;
+            }
+        }
+        volume.destage().await
+    });
+    changed.unwrap();
+    let (volume, is_done) = (owner.volume.clone(), Rc::new(Cell::new(false)));
+    let done = is_done.clone();
+    let checkpoint = async move {
+        volume.checkpoint().await.unwrap();
+        done.set(true);
+    };
+    bench.world.spawn(owner.process, Box::pin(checkpoint));
+    let mut kept_most = 0;
+    while !is_done.get() {
+        bench.steps(1);
+        kept_most = kept_most.max(owner.volume.core.reader.fresh_pages());
+    }
+    assert!((1..=PAGES_MAX).contains(&kept_most), "{kept_most} pages were kept, of {LEAVES} and more");
 }
