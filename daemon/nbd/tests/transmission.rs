@@ -395,7 +395,11 @@ fn clients_that_do_not_send_the_payload_they_announced_hinder_nobody_for_long() 
         assert_eq!(other.write_all(n * 4096, &[7; 128 << 10]), Answer::Done);
         assert_eq!(other.read(n * 4096, 128 << 10), Answer::Data(vec![7; 128 << 10]));
     }
-    assert_eq!(late.read(0, 4096), Answer::Data(vec![7; 4096]), "who attaches when all memory is taken waits for it like the others");
+    assert_eq!(
+        late.read(0, 4096),
+        Answer::Data(vec![7; 4096]),
+        "who attaches when all memory is taken waits for it like the others"
+    );
     assert!(rig.server.clients().len() < 2 + hogs.len(), "they had all the memory, so some had to go");
 }
 
