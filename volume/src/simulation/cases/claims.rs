@@ -1,17 +1,21 @@
 //! Owners that come and go while requests of the one before are still on their way.
 
+use std::time::Duration;
+
 use backends::segments::StoreError;
 use backends::segments::probe::prove;
+use blockdev::Errno;
 use bytes::Bytes;
 use uuid::Uuid;
 
-use super::bench::{BLOCKS, Bench, Owner, numbers};
+use super::bench::{BLOCKS, Begun, Bench, Owner, numbers};
 use crate::names::{Family, Source, root_path};
+use crate::object::CLEAR_LEN;
 use crate::segment::BLOCK;
 use crate::simulation::VOLUME;
 use crate::simulation::contents::{Version, contents_of, indexed};
 use crate::simulation::requests::{Leg, Verb};
-use crate::{Durability, Settings, VolumeError};
+use crate::{Durability, MappedVolume, Settings, VolumeError};
 
 const RUN: u64 = BLOCKS / 2;
 
@@ -32,11 +36,11 @@ fn steps(bench: &Bench) -> u64 {
 }
 
 fn is_there(bench: &Bench, name: &str) -> bool {
-    bench.store.content(name).is_some_and(|content| content.len() > crate::object::CLEAR_LEN)
+    bench.store.content(name).is_some_and(|content| content.len() > CLEAR_LEN)
 }
 
 /// Writes all blocks and flushes, some time.
-fn write_and_flush(bench: &Bench, owner: &Owner, from: Version) -> super::bench::Begun<Result<(), blockdev::Errno>> {
+fn write_and_flush(bench: &Bench, owner: &Owner, from: Version) -> Begun<Result<(), Errno>> {
     let volume = owner.volume.clone();
     bench.begin(owner.process, async move {
         for (block, version) in (0..).zip(numbers(from)) {
@@ -62,7 +66,7 @@ fn case_07_a_segment_overtakes_the_one_before_it() {
             let writing = write_and_flush(&bench, &first, 200);
             bench.until("the segment behind the hole", || is_there(&bench, &last));
             assert!(hold.has_begun() && !is_there(&bench, &missing), "{place}");
-            bench.pass(&first, std::time::Duration::from_secs(30));
+            bench.pass(&first, Duration::from_secs(30));
             assert!(!writing.is_done(), "{place}: a flush came back with a hole");
             assert_eq!(bench.content(&first).unwrap(), numbers(200), "{place}");
             bench.kill(first);
@@ -111,10 +115,10 @@ fn case_29_an_old_request_comes_through_between_the_look_and_the_seal_or_after_i
                 request.process == successor && request.is(Verb::Create, &held)
             });
             let settings = bench.settings;
-            let opening = bench.begin(successor, async move { crate::MappedVolume::open(&parts, VOLUME, settings).await });
+            let opening = bench.begin(successor, async move { MappedVolume::open(&parts, VOLUME, settings).await });
             bench.until("the seal", || seal.has_begun());
             put.release();
-            bench.steps(20);
+            bench.pass(&first, Duration::from_millis(100));
             assert_eq!(is_there(&bench, &name), is_before, "{place}");
             let told = is_before.then(|| bench.end(&writing));
             seal.release();
@@ -123,7 +127,7 @@ fn case_29_an_old_request_comes_through_between_the_look_and_the_seal_or_after_i
             // It was told of no flush that its successor does not know.
             assert!(told.is_none_or(|told| told.is_ok()), "{place}");
             assert!(read == contents_of(&[if is_before { 200 } else { 100 }]), "{place}");
-            bench.pass(&first, std::time::Duration::from_secs(20));
+            bench.pass(&first, Duration::from_secs(20));
             assert!(is_before || bench.end(&writing).is_err(), "{place}");
             assert_eq!(first.volume.failed(), Some(VolumeError::Fenced), "{place}");
             bench.world.kill(successor);
@@ -156,7 +160,7 @@ fn case_31_a_deletion_of_an_owner_that_was_replaced_comes_through_after_the_next
             bench.until("the request", || hold.has_begun());
 
             let second = bench.open(&bench.disk());
-            bench.pass(&second, std::time::Duration::from_secs(1));
+            bench.pass(&second, Duration::from_secs(1));
             let expected = [&numbers(500)[..RUN as usize - 1], &run[RUN as usize - 1..], &run[..]].concat();
             bench.write(&second, RUN, &run).unwrap();
             let hits = second.volume.core.reader.tally.hits.get();
@@ -166,7 +170,7 @@ fn case_31_a_deletion_of_an_owner_that_was_replaced_comes_through_after_the_next
             // The new owner may have deleted by itself what the root says is to go.
             assert!(is_there(&bench, &segment) || verb == Verb::Delete, "{place}");
             hold.release();
-            bench.pass(&second, std::time::Duration::from_secs(20));
+            bench.pass(&second, Duration::from_secs(20));
             assert_eq!(is_there(&bench, &segment), verb == Verb::Swap, "{place}");
             assert_eq!(bench.content(&second).unwrap(), expected, "{place}");
             if verb == Verb::Swap {
@@ -227,7 +231,7 @@ fn case_35_the_log_of_a_host_that_was_fenced_returns_after_others_wrote() {
         assert!([100, 777].contains(&at_first[0]), "seed {seed}");
         bench.write(&second, 0, &numbers(200)).unwrap();
         // Alive, and after it was started anew.
-        bench.pass(&first, std::time::Duration::from_secs(20));
+        bench.pass(&first, Duration::from_secs(20));
         assert_eq!(first.volume.failed(), Some(VolumeError::Fenced), "seed {seed}");
         bench.kill(first);
         for accept_loss in [false, true] {

@@ -1,5 +1,8 @@
 //! Crashes at each step of what an owner does to the store, one after the other.
 
+use std::rc::Rc;
+use std::time::Duration;
+
 use bytes::Bytes;
 
 use super::bench::{BLOCKS, Bench, Owner, numbers};
@@ -8,9 +11,6 @@ use crate::simulation::disk::HostDisk;
 use crate::simulation::requests::{Leg, Request, Verb};
 use crate::simulation::store::Unheard;
 use crate::{Durability, MappedVolume, Settings};
-
-use std::rc::Rc;
-use std::time::Duration;
 
 /// What becomes of the changes that are under way when their owner dies.
 const OUTCOMES: [Unheard; 3] = [Unheard::Never, Unheard::Later, Unheard::Done];

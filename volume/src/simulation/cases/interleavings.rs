@@ -4,9 +4,14 @@
 //!   one, so many requests ─▶ the other, so many ─▶ one of them to its end ─▶ the other to its end
 //! ```
 
+use std::time::Duration;
+
+use bytes::Bytes;
+
 use super::bench::{BLOCKS, Begun, Bench, Owner, numbers, versions_in};
 use crate::clone::{clone_snapshot, delete_volume};
 use crate::simulation::VOLUME;
+use crate::simulation::contents::contents_of;
 use crate::simulation::requests::{Request, Verb};
 use crate::simulation::world::{Paused, ProcessId};
 use crate::{Durability, MappedVolume, Settings, VolumeError};
@@ -120,7 +125,7 @@ fn with_snapshot(seed: u64) -> (Bench, Owner) {
     });
     taken.unwrap();
     bench.write(&owner, 0, &numbers(200)).unwrap();
-    bench.pass(&owner, std::time::Duration::from_secs(1));
+    bench.pass(&owner, Duration::from_secs(1));
     (bench, owner)
 }
 
@@ -216,7 +221,7 @@ fn opening(bench: &Bench) -> (Actor<Result<MappedVolume, VolumeError>>, Paused) 
 fn overwrite(bench: &Bench, process: ProcessId, volume: &MappedVolume, from: u64) -> bool {
     let volume = volume.clone();
     let writing = async move {
-        let bytes = bytes::Bytes::from(crate::simulation::contents::contents_of(&numbers(from)));
+        let bytes = Bytes::from(contents_of(&numbers(from)));
         volume.write(0, bytes).await.is_ok() && volume.flush().await.is_ok()
     };
     bench.world.wait_for(process, writing).unwrap()

@@ -1,5 +1,7 @@
 //! Logs of which a crash, or rot, has left each possible part.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 
 use super::bench::{Bench, Owner};
@@ -155,7 +157,7 @@ fn case_02_a_bit_flips_at_each_place_of_a_log_that_is_durable() {
             bench.run(&owner, |volume| async move { volume.flush().await }).unwrap();
         }
         // The proof that the last one is durable.
-        bench.pass(&owner, std::time::Duration::from_secs(1));
+        bench.pass(&owner, Duration::from_secs(1));
         bench.kill(owner);
         let content = disk.content();
         let last = content.iter().rposition(|byte| *byte != 0).unwrap();

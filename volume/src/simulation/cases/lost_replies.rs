@@ -70,6 +70,7 @@ fn case_06_the_reply_to_each_change_of_the_store_is_lost() {
                 if leg == Leg::Back {
                     bench.scan(&owner);
                 }
+                bench.pass(&owner, 100 * MOMENT);
                 bench.kill(owner);
                 let next = bench.open(&bench.disk());
                 assert_eq!(bench.content(&next).unwrap(), expected, "{place}");
