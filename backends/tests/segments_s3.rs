@@ -149,7 +149,7 @@ impl Broken {
 }
 
 #[test]
-fn a_lost_reply_is_unknown_and_a_read_shows_the_truth() {
+fn case_06_a_lost_reply_is_unknown_and_a_read_shows_the_truth() {
     let broken = Broken::start();
     let (store, truth) = broken.stores();
     let content = Bytes::from(vec![9; 300_000]);

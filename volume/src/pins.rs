@@ -85,6 +85,7 @@ impl Chain {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn pins_come_back_and_any_flipped_bit_is_noticed() {
@@ -97,5 +98,25 @@ mod tests {
             assert!(decode(&bytes, "x").is_err(), "bit {bit}");
         }
         assert!(decode(&bytes[..40], "x").is_err());
+    }
+
+    proptest! {
+        /// Whatever a store hands in under a good checksum.
+        #[test]
+        fn no_bytes_panic_and_what_is_read_is_what_would_be_written(
+            pins in proptest::collection::vec(any::<u8>(), 0..200),
+            is_whole: bool,
+        ) {
+            let len = if is_whole { pins.len() / PIN_LEN * PIN_LEN } else { pins.len() };
+            let mut bytes = [&MAGIC[..], &[0; 4], &VERSION.to_le_bytes(), &pins[..len]].concat();
+            let crc = crc32c(&bytes[12..]);
+            bytes[8..12].copy_from_slice(&crc.to_le_bytes());
+            let read = decode(&bytes, "x");
+            prop_assert_eq!(read.is_ok(), len.is_multiple_of(PIN_LEN));
+            if let Ok(pins) = read {
+                prop_assert_eq!(&encode(&pins)[..], &bytes[..]);
+            }
+            let _ = decode(&pins, "x");
+        }
     }
 }

@@ -125,6 +125,7 @@ impl Root {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn a_root_comes_back_and_any_flipped_bit_is_noticed() {
@@ -150,5 +151,32 @@ mod tests {
             assert!(Root::decode(&bytes, "x").is_err(), "bit {bit}");
         }
         assert!(Root::decode(&bytes[..50], "x").is_err());
+    }
+
+    proptest! {
+        /// Whatever a store hands in under a good checksum.
+        #[test]
+        fn no_bytes_panic_and_what_is_read_is_what_would_be_written(
+            mut bytes in proptest::collection::vec(any::<u8>(), 0..LEN + 8),
+            is_long: bool,
+            is_known: bool,
+        ) {
+            if is_long {
+                bytes.resize(LEN, 0);
+            }
+            if bytes.len() >= 16 {
+                bytes[..8].copy_from_slice(&MAGIC);
+                if is_known {
+                    bytes[12..16].copy_from_slice(&VERSION.to_le_bytes());
+                }
+                let crc = crc32c(&bytes[12..]);
+                bytes[8..12].copy_from_slice(&crc.to_le_bytes());
+            }
+            let read = Root::decode(&bytes, "x");
+            prop_assert_eq!(read.is_ok(), bytes.len() == LEN && u32_at(&bytes, 12) == VERSION);
+            if let Ok(root) = read {
+                prop_assert_eq!(Root::decode(&root.encode(), "x"), Ok(root));
+            }
+        }
     }
 }

@@ -108,7 +108,7 @@ fn number(bytes: &[u8]) -> u64 {
 }
 
 #[test]
-#[ignore = "the other process of what_was_acknowledged_survives_kills"]
+#[ignore = "the other process of case_36_what_was_acknowledged_survives_kills_with_writes_in_flight"]
 fn writer_process() {
     let place = Place(std::env::var_os("WRITER_PLACE").expect("this is started by another test").into());
     let durability = if std::env::var_os("WRITER_REMOTE").is_some() { Durability::Remote } else { Durability::Local };
@@ -144,7 +144,7 @@ fn writer(place: &Place, remote: bool) -> Child {
 }
 
 #[test]
-fn what_was_acknowledged_survives_kills() {
+fn case_36_what_was_acknowledged_survives_kills_with_writes_in_flight() {
     use std::io::{BufRead, BufReader};
     for remote in [false, true] {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();

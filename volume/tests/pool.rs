@@ -122,7 +122,7 @@ fn a_pool_that_was_copied_in_part_is_not_filled_anew() {
 }
 
 #[test]
-fn a_lost_log_is_missed_until_its_loss_is_accepted_once() {
+fn case_17_and_35_a_lost_log_is_missed_until_its_loss_is_accepted_once_and_set_aside_when_it_returns() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let host = Host::new(folder.path(), "host");
     let store = Arc::new(MemoryStore::new());
@@ -225,6 +225,43 @@ fn what_another_host_had_last_is_taken_from_it_only_if_asked_for() {
     is_refused(pools[0].open_as("v", Claim::Return).map(drop));
     drop(taken);
     pools[1].snapshot(&["v"], "late").expect("the host that had it last");
+}
+
+/// Every object of a store, and the root of a volume, with its version.
+fn everything(store: &dyn SegmentStore, volume: uuid::Uuid) -> (Vec<(String, Vec<u8>)>, Vec<u8>, String) {
+    let read = |name: &str| block_on(store.read(name, 0..u64::from(u32::MAX))).unwrap().to_vec();
+    let objects = block_on(store.list("")).unwrap().into_iter().map(|listed| (listed.name.clone(), read(&listed.name))).collect();
+    let (root, tag) = block_on(store.read_root(&format!("{}/root", volume.simple()))).unwrap().expect("the volume has a root");
+    (objects, root.to_vec(), tag.0)
+}
+
+#[test]
+fn case_52_a_key_is_not_there_when_another_host_is_to_take_over() {
+    for kek in [None, Some([9; 32])] {
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let mut hosts = ["a", "b"].map(|name| Host::new(folder.path(), name));
+        hosts[1].kek = kek;
+        let store = Arc::new(MemoryStore::new());
+        let pools = [0, 1].map(|index: usize| hosts[index].store_pool(&store, Durability::Remote));
+        let secret = VolumeSpec { policy: Some("secret".to_owned()), ..spec(Layout::Mapped) };
+        let record = pools[0].create("v", &secret).unwrap();
+        let owner = hosts[0].disk(&pools[0], "v").unwrap();
+        owner.write(0, vec![1; 4096]).unwrap();
+        owner.flush().unwrap();
+
+        let before = everything(&*store, record.uuid);
+        for claim in [Claim::Own, Claim::Return, Claim::TakeOver, Claim::AcceptLoss] {
+            let refused = pools[1].open_as("v", claim).map(drop).unwrap_err().to_string();
+            assert!(refused.contains("key") || claim != Claim::TakeOver, "{kek:?}: {refused}");
+            assert!(everything(&*store, record.uuid) == before, "{kek:?}, {claim:?}: something was written");
+        }
+        owner.write(4096, vec![2; 4096]).unwrap();
+        owner.flush().expect("its owner goes on");
+        hosts[1].kek = Some([8; 32]);
+        let pool = hosts[1].store_pool(&store, Durability::Remote);
+        let taken = hosts[1].client(pool.open_as("v", Claim::TakeOver).expect("the key is there")).unwrap();
+        assert!(taken.read(0, 8192).unwrap() == [[1; 4096], [2; 4096]].concat());
+    }
 }
 
 #[test]

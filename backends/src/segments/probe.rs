@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn every_broken_promise_is_found() {
+    fn case_10_every_broken_promise_is_found() {
         for (words, faults) in broken_promises() {
             let error = probe(faults).expect_err(words);
             assert!(matches!(&error, StoreError::Refused(text) if text.contains(words)), "{words}: {error}");

@@ -174,7 +174,7 @@ fn a_body_without_room_takes_what_needs_none() {
 
 /// Two contents under one hash: within a batch the bytes tell them apart, between batches the reader does.
 #[test]
-fn a_collision_is_stored_twice() {
+fn case_23_a_collision_is_stored_twice() {
     let (one, two) = (samples::text(1), samples::text(2));
     let collide = |blocks: &[(u64, Block)]| hash_blocks_by(|_| BlockHash([0x40; 16]), blocks.iter().map(|(_, block)| block));
     let blocks = [(0, one), (1, two), (2, one)];

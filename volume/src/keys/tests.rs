@@ -216,7 +216,7 @@ fn at_every_step(
 }
 
 #[test]
-fn a_rotation_killed_at_any_step_is_completed_by_the_next() {
+fn case_26_a_rotation_killed_at_any_step_is_completed_by_the_next() {
     for fault in [Fault::DiesBefore, Fault::DiesAfter, Fault::LosesAnswer] {
         let (origin, secrets) = pool_under(keks(1, None));
         let content: Vec<(String, Bytes)> = [POOL_RECORD.to_owned()]

@@ -57,7 +57,8 @@ pub async fn scan(parts: &Parts, volume: &MappedVolume) -> Result<(), String> {
 
 /// Reads every page and block of some trees. Which handles their pointers name.
 async fn read_all(reader: &Reader, trees: &[Tree]) -> Result<BTreeSet<u32>, String> {
-    let mut pointers: HashSet<Pointer> = HashSet::new();
+    // In an order that is the same each time.
+    let mut pointers: BTreeSet<Pointer> = BTreeSet::new();
     for tree in trees {
         let walked = walk(&[*tree], reader, |pointer, _| pointers.extend([pointer])).await;
         let unreadable = walked.map_err(|error| format!("a tree cannot be walked: {error}"))?;

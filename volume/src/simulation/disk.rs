@@ -18,6 +18,8 @@ use crate::bytes_at::{array_at, u64_at};
 use crate::disk::LogDisk;
 use crate::environment::LocalFuture;
 use crate::log::BatchHeader;
+#[cfg(test)]
+use crate::simulation::digest;
 use crate::simulation::world::{Fate, ProcessId, World};
 
 struct Version {
@@ -236,7 +238,10 @@ impl LogDisk for SimulatedDisk {
         let state = self.host.state.clone();
         let read = move |fate| {
             let from = offset as usize;
-            (fate == Fate::Happens).then(|| Ok(state.borrow().current[from..from + len].to_vec()))
+            let read = || state.borrow().current[from..from + len].to_vec();
+            #[cfg(test)]
+            digest::note(&[b"read", &offset.to_le_bytes(), &read()]);
+            (fate == Fate::Happens).then(|| Ok(read()))
         };
         self.host.world.operation(self.process, read)
     }
@@ -247,6 +252,8 @@ impl LogDisk for SimulatedDisk {
         let sector = state.borrow().sector;
         assert!(offset.is_multiple_of(sector as u64) && bytes.len().is_multiple_of(sector), "a misaligned write");
         state.borrow_mut().watch_seals(&bytes);
+        #[cfg(test)]
+        digest::note(&[b"write", &offset.to_le_bytes(), &bytes]);
         let landing = self.host.world.clone();
         let write = move |fate| {
             let mut state = state.borrow_mut();
@@ -284,6 +291,8 @@ impl LogDisk for SimulatedDisk {
             let errno = if syncs.get() == Syncs::Full { Errno::ENOSPC } else { Errno::EIO };
             let fails = world.random.per_mille(failures) || [Syncs::Fail, Syncs::Full].contains(&syncs.get());
             state.borrow_mut().settle(before, !fails);
+            #[cfg(test)]
+            digest::note(&[b"sync", &before.to_le_bytes(), &[fails.into()]]);
             Some(if fails { Err(errno) } else { Ok(()) })
         };
         waiting.operation(self.process, sync)

@@ -14,6 +14,8 @@ mod contents;
 #[cfg(test)]
 mod damage;
 mod deletions;
+#[cfg(test)]
+mod digest;
 mod disk;
 #[cfg(test)]
 mod encrypted_log;
@@ -22,6 +24,8 @@ mod history;
 mod idle_rot;
 mod late;
 mod race;
+#[cfg(test)]
+mod requests;
 mod rotten;
 mod seen;
 mod store;

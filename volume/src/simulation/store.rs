@@ -2,7 +2,8 @@
 //!
 //! Fault model: each operation takes effect as a whole at one moment, in any order with others. Its reply may be lost: the caller hears
 //! `Unknown`, whether it took effect, takes effect later, or never does. A process that dies leaves its requests under way. The store may
-//! be full for a while. It never breaks its conditions.
+//! be full for a while. It never breaks its conditions, unless a case has it
+//! ignore them from some moment on.
 //!
 //! It also watches what is deleted: never what the newest checkpoint of a volume, or its history after that, refers to.
 
@@ -22,6 +23,10 @@ use crate::bytes_at::array_at;
 use crate::environment::Environment;
 use crate::object::CLEAR_LEN;
 use crate::simulation::deletions;
+#[cfg(test)]
+use crate::simulation::digest;
+#[cfg(test)]
+use crate::simulation::requests::{Hold, Leg, Request, Requests, Verb};
 use crate::simulation::world::{Fate, ProcessId, World};
 #[cfg(test)]
 use crate::simulation::world::{NOBODY, SimulatedEnvironment};
@@ -91,7 +96,26 @@ pub struct SharedStore {
     capacity: Rc<Cell<Option<u64>>>,
     #[cfg(test)]
     late: Rc<RefCell<Option<Late>>>,
+    #[cfg(test)]
+    pub requests: Rc<Requests>,
+    /// Instead of chance.
+    #[cfg(test)]
+    unheard: Rc<Cell<Option<Unheard>>>,
+    #[cfg(test)]
+    ignores_conditions: Rc<Cell<bool>>,
 }
+
+/// What becomes of a change whose caller is dead, or never hears what became of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Unheard {
+    Never,
+    Later,
+    /// Whoever is alive is told that there is no room; for the dead it is done.
+    Refused,
+    Done,
+}
+
+const UNHEARD: [Unheard; 4] = [Unheard::Never, Unheard::Later, Unheard::Refused, Unheard::Done];
 
 /// A create that takes long.
 #[cfg(test)]
@@ -114,6 +138,12 @@ impl SharedStore {
             capacity: Rc::default(),
             #[cfg(test)]
             late: Rc::default(),
+            #[cfg(test)]
+            requests: Rc::default(),
+            #[cfg(test)]
+            unheard: Rc::default(),
+            #[cfg(test)]
+            ignores_conditions: Rc::default(),
         }
     }
 
@@ -182,6 +212,48 @@ impl SharedStore {
     #[cfg(test)]
     pub fn is_delaying(&self) -> bool {
         self.late.borrow().is_none()
+    }
+
+    /// The next request of that kind stays on its way.
+    #[cfg(test)]
+    pub fn hold(&self, leg: Leg, wanted: impl Fn(&Request) -> bool + 'static) -> Hold {
+        self.requests.hold(leg, wanted)
+    }
+
+    /// What becomes of the changes that processes have under way when they die; `None`: that is left to chance.
+    #[cfg(test)]
+    pub fn set_unheard(&self, unheard: Option<Unheard>) {
+        self.unheard.set(unheard);
+    }
+
+    /// From now on, or no longer: what is there is replaced by whatever is created or swapped, and the writer is told that he won.
+    #[cfg(test)]
+    pub fn set_ignores_conditions(&self, ignores: bool) {
+        self.ignores_conditions.set(ignores);
+    }
+
+    #[cfg(test)]
+    fn heeds_conditions(&self) -> bool {
+        !self.ignores_conditions.get()
+    }
+
+    #[cfg(not(test))]
+    fn heeds_conditions(&self) -> bool {
+        true
+    }
+
+    #[cfg(test)]
+    fn unheard(&self) -> Unheard {
+        self.unheard.get().unwrap_or_else(|| self.draw_unheard())
+    }
+
+    #[cfg(not(test))]
+    fn unheard(&self) -> Unheard {
+        self.draw_unheard()
+    }
+
+    fn draw_unheard(&self) -> Unheard {
+        UNHEARD[self.world.random.below(4) as usize]
     }
 
     pub fn opened_by(&self, process: ProcessId) -> SimulatedStore {
@@ -266,16 +338,19 @@ pub struct SimulatedStore {
 impl SimulatedStore {
     /// `apply` happens once, or never.
     fn changes<'a, T: 'static>(&self, apply: impl FnOnce(&mut State) -> Result<T, StoreError> + 'static) -> StoreFuture<'a, T> {
-        let SharedStore { world, state, faults, .. } = self.shared.clone();
+        let shared = self.shared.clone();
         let run = move |fate| {
+            let SharedStore { world, state, faults, .. } = shared.clone();
             if fate == Fate::Happens && !world.random.per_mille(faults.get()) {
                 return Some(apply(&mut state.borrow_mut()));
             }
-            match world.random.below(4) {
-                0 => {}
-                1 => world.loose_operation(move || drop(apply(&mut state.borrow_mut()))),
-                2 if fate == Fate::Happens => return Some(Err(StoreError::NoSpace("the simulated store is full".into()))),
-                _ => drop(apply(&mut state.borrow_mut())),
+            match shared.unheard() {
+                Unheard::Never => {}
+                Unheard::Later => world.loose_operation(move || drop(apply(&mut state.borrow_mut()))),
+                Unheard::Refused if fate == Fate::Happens => {
+                    return Some(Err(StoreError::NoSpace("the simulated store is full".into())));
+                }
+                Unheard::Refused | Unheard::Done => drop(apply(&mut state.borrow_mut())),
             }
             (fate == Fate::Happens).then(unknown)
         };
@@ -308,6 +383,39 @@ impl SimulatedStore {
 
 #[cfg(test)]
 impl SimulatedStore {
+    /// A request is made: what holds it, if anything does.
+    fn made(&self, verb: Verb, name: &str, content: &[u8]) -> Option<Hold> {
+        digest::note(&[&[verb as u8], &self.process.to_le_bytes(), name.as_bytes(), content]);
+        self.shared.requests.made(Request { process: self.process, verb, name: name.to_owned() })
+    }
+
+    /// Takes effect, and is answered, when it is let through, even if its caller is dead by then.
+    fn held<T: 'static>(
+        &self,
+        hold: Hold,
+        apply: impl FnOnce(&mut State) -> Result<T, StoreError> + 'static,
+    ) -> StoreFuture<'static, T> {
+        let (state, (asked, done)) = (self.shared.state.clone(), crate::signal::answer());
+        let effect = async move {
+            let mut apply = Some(move || apply(&mut state.borrow_mut()));
+            let mut applied = if hold.leg() == Leg::Back { apply.take().map(|apply| apply()) } else { None };
+            let mut asked = Some(asked);
+            if hold.leg() == Leg::Unheard
+                && let Some(asked) = asked.take()
+            {
+                asked.give(unknown());
+            }
+            hold.begin();
+            hold.wait().await;
+            applied = applied.or_else(|| apply.map(|apply| apply()));
+            if let (Some(asked), Some(applied)) = (asked, applied) {
+                asked.give(if hold.is_lost() { unknown() } else { applied });
+            }
+        };
+        self.shared.world.spawn(NOBODY, Box::pin(effect));
+        Box::pin(done.get())
+    }
+
     /// Takes effect when its time has come, even if its caller is dead by then.
     fn takes_long(
         &self,
@@ -347,10 +455,13 @@ fn unknown<T>() -> Result<T, StoreError> {
 impl SegmentStore for SimulatedStore {
     fn create<'a>(&'a self, name: &'a str, content: Vec<Bytes>) -> StoreFuture<'a, ()> {
         let (name, content, capacity) = (name.to_owned(), content.concat(), self.shared.capacity.get());
+        let heeds_conditions = self.shared.heeds_conditions();
+        #[cfg(test)]
+        let hold = self.made(Verb::Create, &name, &content);
         #[cfg(test)]
         let late = self.shared.late.borrow_mut().take_if(|late| name.contains(late.part));
         let apply = move |state: &mut State| {
-            if state.objects.contains_key(&name) {
+            if heeds_conditions && state.objects.contains_key(&name) {
                 return Err(StoreError::Exists(name));
             }
             has_room(state, capacity, content.len())?;
@@ -365,48 +476,83 @@ impl SegmentStore for SimulatedStore {
         if let Some(late) = late {
             return self.takes_long(&late, apply);
         }
+        #[cfg(test)]
+        if let Some(hold) = hold {
+            return self.held(hold, apply);
+        }
         self.changes(apply)
     }
 
     fn read<'a>(&'a self, name: &'a str, range: Range<u64>) -> StoreFuture<'a, Bytes> {
         let name = name.to_owned();
-        self.looks(move |state| {
+        #[cfg(test)]
+        let hold = self.made(Verb::Read, &name, &[range.start, range.end].map(u64::to_le_bytes).concat());
+        let look = move |state: &State| {
             let object = state.objects.get(&name).ok_or(StoreError::Absent(name))?;
             let end = (range.end as usize).min(object.len());
             Ok(object.slice((range.start as usize).min(end)..end))
-        })
+        };
+        #[cfg(test)]
+        if let Some(hold) = hold {
+            return self.held(hold, move |state| look(state));
+        }
+        self.looks(look)
     }
 
     fn delete<'a>(&'a self, name: &'a str) -> StoreFuture<'a, ()> {
         let name = name.to_owned();
-        self.changes(move |state| {
+        #[cfg(test)]
+        let hold = self.made(Verb::Delete, &name, &[]);
+        let apply = move |state: &mut State| {
             if let Err(why) = deletions::check(state, &name) {
                 panic!("{name} is deleted, {why}");
             }
             state.objects.remove(&name);
             state.damaged.remove(&name);
             Ok(())
-        })
+        };
+        #[cfg(test)]
+        if let Some(hold) = hold {
+            return self.held(hold, apply);
+        }
+        self.changes(apply)
     }
 
     fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, Vec<Listed>> {
         let prefix = prefix.to_owned();
-        self.looks(move |state| {
+        #[cfg(test)]
+        let hold = self.made(Verb::List, &prefix, &[]);
+        let look = move |state: &State| {
             let matching = state.objects.range(prefix.clone()..).take_while(|(name, _)| name.starts_with(&prefix));
             Ok(matching.map(|(name, object)| Listed { name: name.clone(), len: object.len() as u64 }).collect())
-        })
+        };
+        #[cfg(test)]
+        if let Some(hold) = hold {
+            return self.held(hold, move |state| look(state));
+        }
+        self.looks(look)
     }
 
     fn read_root<'a>(&'a self, name: &'a str) -> StoreFuture<'a, Option<(Bytes, Tag)>> {
         let name = name.to_owned();
-        self.looks(move |state| Ok(state.roots.get(&name).map(|(bytes, tag)| (bytes.clone(), Tag(tag.to_string())))))
+        #[cfg(test)]
+        let hold = self.made(Verb::ReadRoot, &name, &[]);
+        let look = move |state: &State| Ok(state.roots.get(&name).map(|(bytes, tag)| (bytes.clone(), Tag(tag.to_string()))));
+        #[cfg(test)]
+        if let Some(hold) = hold {
+            return self.held(hold, move |state| look(state));
+        }
+        self.looks(look)
     }
 
     fn swap<'a>(&'a self, name: &'a str, expected: Option<&'a Tag>, content: Bytes) -> StoreFuture<'a, Tag> {
         let (name, expected, capacity) = (name.to_owned(), expected.cloned(), self.shared.capacity.get());
-        self.changes(move |state| {
+        let heeds_conditions = self.shared.heeds_conditions();
+        #[cfg(test)]
+        let hold = self.made(Verb::Swap, &name, &content);
+        let apply = move |state: &mut State| {
             let now = state.roots.get(&name).map(|(_, tag)| Tag(tag.to_string()));
-            if now != expected {
+            if heeds_conditions && now != expected {
                 return Err(StoreError::Changed(name));
             }
             has_room(state, capacity, content.len())?;
@@ -414,6 +560,11 @@ impl SegmentStore for SimulatedStore {
             let tag = state.next_tag;
             state.roots.insert(name, (content, tag));
             Ok(Tag(tag.to_string()))
-        })
+        };
+        #[cfg(test)]
+        if let Some(hold) = hold {
+            return self.held(hold, apply);
+        }
+        self.changes(apply)
     }
 }

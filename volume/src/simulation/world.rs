@@ -18,6 +18,8 @@ use std::time::Duration;
 
 use crate::environment::{Environment, LocalFuture};
 use crate::signal::answer;
+#[cfg(test)]
+use crate::simulation::digest;
 
 /// Random numbers from a seed (SplitMix64).
 #[derive(Debug)]
@@ -172,6 +174,8 @@ impl World {
         self.now.set(self.now.get() + Duration::from_micros(self.random.below(200)));
         self.fire_timers();
         let chosen = self.random.below((ready + operations) as u64) as usize;
+        #[cfg(test)]
+        digest::note(&[&self.now.get().as_nanos().to_le_bytes(), &[ready, operations, chosen].map(usize::to_le_bytes).concat()]);
         if chosen < ready {
             self.poll_ready(chosen);
         } else {

@@ -27,14 +27,17 @@ pub fn spec(layout: Layout) -> VolumeSpec {
 pub struct Host {
     pub plane: DataPlane,
     pub folder: PathBuf,
+    /// The key-encryption key, if it can be had.
+    pub kek: Option<[u8; 32]>,
 }
 
 impl Host {
     pub fn new(folder: &Path, name: &str) -> Host {
-        Host { plane: DataPlane::start(DataPlaneOptions::default()).unwrap(), folder: folder.join(name) }
+        Host { plane: DataPlane::start(DataPlaneOptions::default()).unwrap(), folder: folder.join(name), kek: Some([8; 32]) }
     }
 
     fn options(&self, durability: Durability) -> MappedPoolOptions {
+        let kek = self.kek;
         MappedPoolOptions {
             homes: self.plane.handles().to_vec(),
             log_folder: self.folder.clone(),
@@ -47,7 +50,7 @@ impl Host {
                 Ok(VolumePolicy { durability, compression: Allowed::Auto, dedup, when_full })
             }),
             encrypts: Box::new(|record| record.policy.as_deref().is_some_and(|policy| policy.ends_with("secret"))),
-            keks: Box::new(|| Ok(Keks { current: Some(Kek::new([8; 32])), previous: None })),
+            keks: Box::new(move || Ok(Keks { current: kek.map(Kek::new), previous: None })),
         }
     }
 

@@ -2,9 +2,15 @@
 //! about did happen: schedules at random here, and arranged ones beside.
 
 mod bench;
+mod claims;
 mod clones;
+mod collections;
+mod crashes;
 mod full;
 mod hosts;
+mod interleavings;
+mod logs;
+mod lost_replies;
 mod objects;
 mod owners;
 mod reclaim;
@@ -31,37 +37,37 @@ fn families(seeds: std::ops::Range<u64>) -> Seen {
 }
 
 #[test]
-fn case_11_a_crash_at_each_step_of_a_collection() {
+fn case_11_schedules_crash_while_they_collect() {
     let seen = schedules(1_100..1_140);
     assert!(seen.collections > 0 && seen.forwards > 0 && seen.scans > 0, "{seen}");
 }
 
 #[test]
-fn case_12_a_hit_races_the_retirement_of_what_it_found() {
+fn case_12_schedules_find_duplicates_while_they_collect() {
     let seen = schedules(1_200..1_240);
     assert!(seen.hits > 0 && seen.blocks_moved > 0, "{seen}");
 }
 
 #[test]
-fn case_14_snapshots_are_made_and_deleted_while_the_log_is_brought_into_the_pool() {
+fn case_14_schedules_make_and_delete_snapshots_while_the_log_is_brought_into_the_pool() {
     let seen = schedules(1_400..1_440);
     assert!(seen.snapshots_made > 0 && seen.snapshots_deleted > 0 && seen.snapshots_read > 0 && seen.rollbacks > 0, "{seen}");
 }
 
 #[test]
-fn case_31_an_owner_that_was_replaced_still_deletes() {
+fn case_31_schedules_take_volumes_from_owners_that_go_on() {
     let seen = schedules(3_100..3_140);
     assert!(seen.takeovers > 0 && seen.hits > 0 && seen.collections > 0, "{seen}");
 }
 
 #[test]
-fn case_40_a_clone_races_the_deletion_of_its_snapshot_or_its_volume() {
+fn case_40_schedules_clone_while_they_delete() {
     let seen = families(4_000..4_040);
     assert!(seen.clones > 0 && seen.refusals > 0 && seen.snapshots_deleted > 0 && seen.volumes_deleted > 0, "{seen}");
 }
 
 #[test]
-fn case_41_a_collection_moves_what_a_clone_reads() {
+fn case_41_schedules_collect_what_clones_read() {
     let seen = families(4_100..4_160);
     assert!(seen.foreign_forwards > 0 && seen.flattened > 0 && seen.scans > 0, "{seen}");
 }
@@ -88,7 +94,7 @@ fn what_another_reader_has_found_is_not_missing() {
 }
 
 #[test]
-fn case_49_handles_stand_for_other_objects_later() {
+fn case_49_schedules_use_handles_again() {
     let seen = schedules(4_900..4_940);
     assert!(seen.handles_released > 0 && seen.forwards > 0, "{seen}");
 }

@@ -192,7 +192,7 @@ fn case_44_a_store_is_full_while_blocks_are_trimmed_and_garbage_is_collected() {
 }
 
 #[test]
-fn case_45_no_object_is_deleted_that_the_newest_checkpoint_needs() {
+fn case_45_schedules_delete_nothing_that_the_newest_checkpoint_needs() {
     // The store watches each deletion.
     let mut seen = schedules(4_500..4_540);
     seen += families(4_500..4_520);
