@@ -228,11 +228,11 @@ fn what_another_host_had_last_is_taken_from_it_only_if_asked_for() {
 }
 
 /// Every object of a store, and the root of a volume, with its version.
-fn everything(store: &dyn SegmentStore, volume: uuid::Uuid) -> (Vec<(String, Vec<u8>)>, Vec<u8>, String) {
+fn everything(store: &dyn SegmentStore, volume: uuid::Uuid) -> Vec<(String, Vec<u8>)> {
     let read = |name: &str| block_on(store.read(name, 0..u64::from(u32::MAX))).unwrap().to_vec();
-    let objects = block_on(store.list("")).unwrap().into_iter().map(|listed| (listed.name.clone(), read(&listed.name))).collect();
     let (root, tag) = block_on(store.read_root(&format!("{}/root", volume.simple()))).unwrap().expect("the volume has a root");
-    (objects, root.to_vec(), tag.0)
+    let objects = block_on(store.list("")).unwrap().into_iter().map(|listed| (listed.name.clone(), read(&listed.name)));
+    objects.chain([(tag.0, root.to_vec())]).collect()
 }
 
 #[test]

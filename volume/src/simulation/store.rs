@@ -2,8 +2,8 @@
 //!
 //! Fault model: each operation takes effect as a whole at one moment, in any order with others. Its reply may be lost: the caller hears
 //! `Unknown`, whether it took effect, takes effect later, or never does. A process that dies leaves its requests under way. The store may
-//! be full for a while. It never breaks its conditions, unless a case has it
-//! ignore them from some moment on.
+//! be full for a while. It never breaks its conditions, unless a case has it ignore
+//! them from some moment on.
 //!
 //! It also watches what is deleted: never what the newest checkpoint of a volume, or its history after that, refers to.
 

@@ -63,7 +63,7 @@ fn crash_at_each_change<F: Future<Output = ()> + 'static>(
     let before = changes_of(bench, process).len();
     bench.run(&undisturbed.owner, &work);
     let changes = changes_of(bench, process).split_off(before);
-    for number in 0..changes.len() {
+    for (number, change) in changes.iter().enumerate() {
         for outcome in OUTCOMES {
             let Arranged { bench, disk, owner, content, snapshot } = arrange(seed);
             let process = owner.process;
@@ -75,7 +75,7 @@ fn crash_at_each_change<F: Future<Output = ()> + 'static>(
             bench.world.kill(process);
             bench.store.set_unheard(None);
 
-            let place = format!("seed {seed}, change {number}: {:?}, {outcome:?}", changes[number]);
+            let place = format!("seed {seed}, change {number}: {change:?}, {outcome:?}");
             // The next owner may be on another host.
             let next = bench.open(&if number % 2 == 0 { disk } else { bench.disk() });
             assert_eq!(bench.content(&next).unwrap(), content, "{place}");
