@@ -2,8 +2,7 @@
 //!
 //! Fault model: each operation takes effect as a whole at one moment, in any order with others. Its reply may be lost: the caller hears
 //! `Unknown`, whether it took effect, takes effect later, or never does. A process that dies leaves its requests under way. The store may
-//! be full for a while. It never breaks its conditions, unless a case has it ignore
-//! them from some moment on.
+//! be full for a while. It never breaks its conditions, unless a case has it ignore them from some moment on (`arranged.rs`).
 //!
 //! It also watches what is deleted: never what the newest checkpoint of a volume, or its history after that, refers to.
 
@@ -11,25 +10,22 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::rc::Rc;
-#[cfg(test)]
-use std::time::Duration;
 
 use backends::segments::{Listed, SegmentStore, StoreError, StoreFuture, Tag};
 use bytes::Bytes;
 use dedup::seal::Protection;
 
 use crate::bytes_at::array_at;
-#[cfg(test)]
-use crate::environment::Environment;
 use crate::object::CLEAR_LEN;
 use crate::simulation::deletions;
 #[cfg(test)]
-use crate::simulation::digest;
-#[cfg(test)]
-use crate::simulation::requests::{Hold, Leg, Request, Requests, Verb};
+use crate::simulation::requests::{Requests, Verb};
 use crate::simulation::world::{Fate, ProcessId, World};
+
 #[cfg(test)]
-use crate::simulation::world::{NOBODY, SimulatedEnvironment};
+mod arranged;
+#[cfg(test)]
+pub use arranged::Late;
 
 /// In the header in clear.
 const PROTECTION_AT: usize = 60;
@@ -117,17 +113,6 @@ pub enum Unheard {
 
 const UNHEARD: [Unheard; 4] = [Unheard::Never, Unheard::Later, Unheard::Refused, Unheard::Done];
 
-/// A create that takes long.
-#[cfg(test)]
-pub struct Late {
-    /// In its name.
-    pub part: &'static str,
-    /// Until it takes effect, whatever becomes of its caller.
-    pub takes: Duration,
-    /// Its caller hears `Unknown` long before.
-    pub times_out: bool,
-}
-
 impl SharedStore {
     pub fn new(world: &Rc<World>) -> SharedStore {
         SharedStore {
@@ -155,81 +140,6 @@ impl SharedStore {
     /// Operations out of a thousand that take long.
     pub fn set_slow(&self, per_mille: u64) {
         self.slow.set(per_mille);
-    }
-
-    /// What would make it hold more bytes than these is refused.
-    #[cfg(test)]
-    pub fn set_capacity(&self, bytes: Option<u64>) {
-        self.capacity.set(bytes);
-    }
-
-    /// Bytes that it holds.
-    #[cfg(test)]
-    pub fn used(&self) -> u64 {
-        self.state.borrow().used()
-    }
-
-    /// Bytes of an object, 0 if there is none.
-    #[cfg(test)]
-    pub fn len_of(&self, name: &str) -> usize {
-        self.state.borrow().object(name).map_or(0, Bytes::len)
-    }
-
-    /// What stands under a name.
-    #[cfg(test)]
-    pub fn content(&self, name: &str) -> Option<Bytes> {
-        self.state.borrow().object(name).cloned()
-    }
-
-    /// The root of a volume.
-    #[cfg(test)]
-    pub fn root(&self, name: &str) -> Option<Bytes> {
-        self.state.borrow().root(name).cloned()
-    }
-
-    /// Somebody else puts a root there.
-    #[cfg(test)]
-    pub fn set_root(&self, name: &str, content: Bytes) {
-        let mut state = self.state.borrow_mut();
-        state.next_tag += 1;
-        let tag = state.next_tag;
-        state.roots.insert(name.to_owned(), (content, tag));
-    }
-
-    /// Why an object may not be deleted.
-    #[cfg(test)]
-    pub fn may_delete(&self, name: &str) -> Result<(), String> {
-        deletions::check(&self.state.borrow(), name)
-    }
-
-    /// The next create of such a name is late.
-    #[cfg(test)]
-    pub fn delay(&self, late: Late) {
-        self.late.replace(Some(late));
-    }
-
-    /// Whether a create that was to be late has begun.
-    #[cfg(test)]
-    pub fn is_delaying(&self) -> bool {
-        self.late.borrow().is_none()
-    }
-
-    /// The next request of that kind stays on its way.
-    #[cfg(test)]
-    pub fn hold(&self, leg: Leg, wanted: impl Fn(&Request) -> bool + 'static) -> Hold {
-        self.requests.hold(leg, wanted)
-    }
-
-    /// What becomes of the changes that processes have under way when they die; `None`: that is left to chance.
-    #[cfg(test)]
-    pub fn set_unheard(&self, unheard: Option<Unheard>) {
-        self.unheard.set(unheard);
-    }
-
-    /// From now on, or no longer: what is there is replaced by whatever is created or swapped, and the writer is told that he won.
-    #[cfg(test)]
-    pub fn set_ignores_conditions(&self, ignores: bool) {
-        self.ignores_conditions.set(ignores);
     }
 
     #[cfg(test)]
@@ -378,63 +288,6 @@ impl SimulatedStore {
             }
             world.operation(process, run).await
         })
-    }
-}
-
-#[cfg(test)]
-impl SimulatedStore {
-    /// A request is made: what holds it, if anything does.
-    fn made(&self, verb: Verb, name: &str, content: &[u8]) -> Option<Hold> {
-        digest::note(&[&[verb as u8], &self.process.to_le_bytes(), name.as_bytes(), content]);
-        self.shared.requests.made(Request { process: self.process, verb, name: name.to_owned() })
-    }
-
-    /// Takes effect, and is answered, when it is let through, even if its caller is dead by then.
-    fn held<T: 'static>(
-        &self,
-        hold: Hold,
-        apply: impl FnOnce(&mut State) -> Result<T, StoreError> + 'static,
-    ) -> StoreFuture<'static, T> {
-        let (state, (asked, done)) = (self.shared.state.clone(), crate::signal::answer());
-        let effect = async move {
-            let mut apply = Some(move || apply(&mut state.borrow_mut()));
-            let mut applied = if hold.leg() == Leg::Back { apply.take().map(|apply| apply()) } else { None };
-            let mut asked = Some(asked);
-            if hold.leg() == Leg::Unheard
-                && let Some(asked) = asked.take()
-            {
-                asked.give(unknown());
-            }
-            hold.begin();
-            hold.wait().await;
-            applied = applied.or_else(|| apply.map(|apply| apply()));
-            if let (Some(asked), Some(applied)) = (asked, applied) {
-                asked.give(if hold.is_lost() { unknown() } else { applied });
-            }
-        };
-        self.shared.world.spawn(NOBODY, Box::pin(effect));
-        Box::pin(done.get())
-    }
-
-    /// Takes effect when its time has come, even if its caller is dead by then.
-    fn takes_long(
-        &self,
-        late: &Late,
-        apply: impl FnOnce(&mut State) -> Result<(), StoreError> + 'static,
-    ) -> StoreFuture<'static, ()> {
-        let SharedStore { world, state, .. } = self.shared.clone();
-        let (asked, done) = crate::signal::answer();
-        let (clock, takes) = (SimulatedEnvironment { world: world.clone(), process: NOBODY }, late.takes);
-        let effect = async move {
-            clock.sleep(takes).await;
-            let applied = apply(&mut state.borrow_mut());
-            asked.give(applied);
-        };
-        world.spawn(NOBODY, Box::pin(effect));
-        if late.times_out {
-            return world.operation(self.process, |fate| (fate == Fate::Happens).then(unknown));
-        }
-        Box::pin(done.get())
     }
 }
 
