@@ -77,6 +77,8 @@ pub struct History {
     busy: Vec<bool>,
     acknowledged: usize,
     flushed: usize,
+    /// What the owner that has it now, and none before, said to be flushed.
+    flushed_by_owner: usize,
     contents: Contents,
 }
 
@@ -101,6 +103,7 @@ impl History {
             snapshots: Vec::new(),
             acknowledged: 0,
             flushed: 0,
+            flushed_by_owner: 0,
             contents: contents.clone(),
         }
     }
@@ -285,10 +288,12 @@ impl History {
 
     pub fn flushed(&mut self, covered: usize) {
         self.flushed = self.flushed.max(covered);
+        self.flushed_by_owner = self.flushed_by_owner.max(covered);
     }
 
-    pub fn flushed_changes(&self) -> usize {
-        self.flushed
+    /// An owner before may have said more, on the word of a log whose loss was accepted since.
+    pub fn flushed_by_owner(&self) -> usize {
+        self.flushed_by_owner
     }
 
     /// Checks a range that the caller has taken.
@@ -361,6 +366,7 @@ impl History {
         self.changes.truncate(longest);
         self.acknowledged = longest;
         self.flushed = if durable { longest } else { self.flushed.min(longest) };
+        self.flushed_by_owner = 0;
         self.busy = vec![false; found.len()];
         self.now = found;
         Ok(longest)
@@ -388,6 +394,12 @@ mod tests {
         assert!(with(&[1, 0], Kept::Acknowledged).unwrap_err().contains("2 were acknowledged"));
         assert!(with(&[0, 2], Kept::Nothing).unwrap_err().contains("none that the volume ever had"));
         assert!(with(&[1, 2, 0], Kept::Nothing).unwrap_err().contains("none that the volume ever had"));
+        let mut owned = history.clone();
+        owned.flushed(2);
+        owned.recover(&contents_of(&[1, 2]), Kept::Flushed, false).unwrap();
+        assert_eq!((owned.flushed, owned.flushed_by_owner()), (2, 0), "the next owner has said nothing yet");
+        owned.flushed(2);
+        assert_eq!(owned.flushed_by_owner(), 2);
         let mut torn = contents_of(&[1, 2]);
         torn[BLOCK - 1] ^= 1;
         assert!(history.clone().recover(&torn, Kept::Nothing, false).unwrap_err().contains("never written"));

@@ -349,7 +349,7 @@ impl Schedule {
         }
         for replaced in &self.replaced {
             replaced.verdict.violation()?;
-            let flushed = replaced.history.borrow().flushed_changes();
+            let flushed = replaced.history.borrow().flushed_by_owner();
             if replaced.durability == Durability::Remote && replaced.found.is_some_and(|found| flushed > found) {
                 return Err(format!(
                     "a replaced owner flushed {flushed} changes, of which its successor found {:?}",
