@@ -5,10 +5,10 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockdev::Errno;
 use blockdev::layers::fault::{FaultPlan, FaultRule, Faulty};
 use blockdev::memory_disk::MemoryDisk;
 use blockdev::stats::OpClass;
+use blockdev::{BlockDevice, Errno};
 use proptest::prelude::*;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
@@ -17,7 +17,18 @@ use crate::{DISK, Server, eventually};
 
 /// Two queues; the second must survive what happens to the first.
 fn pair() -> (Server, Frontend, Queue, Queue) {
-    let server = Server::of(Arc::new(MemoryDisk::new(DISK, 1)));
+    pair_on(Arc::new(MemoryDisk::new(DISK, 1)))
+}
+
+/// With a disk whose writes take so long.
+fn slow_pair(delay: Duration) -> (Server, Frontend, Queue, Queue) {
+    let plan = FaultPlan::new(1);
+    plan.set(vec![FaultRule { class: OpClass::Write, errors_per_million: 0, errno: Errno::EIO, delay, jitter: Duration::ZERO }]);
+    pair_on(Arc::new(Faulty::new(Arc::new(MemoryDisk::new(DISK, 1)), plan)))
+}
+
+fn pair_on(disk: Arc<dyn BlockDevice>) -> (Server, Frontend, Queue, Queue) {
+    let server = Server::of(disk);
     let frontend = Frontend::connect(&server.socket());
     let (victim, witness) = (Queue::new(0, 64), Queue::new(1, 64));
     frontend.start(&victim, 0);
@@ -136,14 +147,7 @@ fn impossible_indices_break_the_ring() {
 
 #[test]
 fn a_head_made_available_twice_breaks_its_ring() {
-    let plan = FaultPlan::new(1);
-    let delay = Duration::from_millis(100);
-    plan.set(vec![FaultRule { class: OpClass::Write, errors_per_million: 0, errno: Errno::EIO, delay, jitter: Duration::ZERO }]);
-    let server = Server::of(Arc::new(Faulty::new(Arc::new(MemoryDisk::new(DISK, 1)), plan)));
-    let frontend = Frontend::connect(&server.socket());
-    let (mut victim, mut witness) = (Queue::new(0, 64), Queue::new(1, 64));
-    frontend.start(&victim, 0);
-    frontend.start(&witness, 0);
+    let (_server, frontend, mut victim, mut witness) = slow_pair(Duration::from_millis(100));
     victim.write_request(&frontend.memory, 0, T_OUT, 0, Data::Out(&[3; 512]));
     victim.offer(&frontend.memory, 0);
     victim.offer(&frontend.memory, 0);
@@ -381,22 +385,17 @@ fn a_file_shorter_than_its_region_is_refused() {
 
 #[test]
 fn features_toggled_in_flight_do_no_harm() {
-    let plan = FaultPlan::new(1);
-    let delay = Duration::from_millis(50);
-    plan.set(vec![FaultRule { class: OpClass::Write, errors_per_million: 0, errno: Errno::EIO, delay, jitter: Duration::ZERO }]);
-    let server = Server::of(Arc::new(Faulty::new(Arc::new(MemoryDisk::new(DISK, 1)), plan)));
-    let frontend = Frontend::connect(&server.socket());
-    let (mut queue, mut other) = (Queue::new(0, 64), Queue::new(1, 64));
-    frontend.start(&queue, 0);
-    frontend.start(&other, 0);
+    let (_server, frontend, mut queue, mut other) = slow_pair(Duration::from_millis(50));
     let mut in_flight = 0;
     for round in 0..20u8 {
         queue.write_request(&frontend.memory, 0, T_OUT, u64::from(round), Data::Out(&[round; 512]));
         queue.offer(&frontend.memory, 0);
         queue.kick();
+        // Time to take it, and too little to finish it.
+        std::thread::sleep(Duration::from_millis(10));
+        in_flight += u32::from(queue.used_index(&frontend.memory) == queue.seen_used);
         let features = if round % 2 == 0 { frontend.features & !F_EVENT_INDEX } else { frontend.features };
         frontend.must(req::SET_FEATURES, &u64s(&[features]), &[]);
-        in_flight += u32::from(queue.used_index(&frontend.memory) == queue.seen_used);
         assert_eq!(queue.wait_used(&frontend.memory).0, 0);
         assert_eq!(queue.status(&frontend.memory, 0), 0);
         assert_eq!(other.run(&frontend.memory, T_IN, u64::from(round), Data::In(512)), 0);
