@@ -45,7 +45,8 @@ pub struct Capabilities {
     pub block_status: bool,
     /// A read leaves its bytes where the next read of them finds them sooner, as in a page cache.
     pub caches_reads: bool,
-    /// A failed flush may have lost writes for good (a page cache): the volume then refuses writes until it is reopened.
+    /// A failed flush may have lost writes for good, and the next one may succeed (a page cache): the volume then refuses writes and flushes until it is
+    /// reopened, and never has two flushes under way. A device that fails every later write and flush by itself does not need that.
     pub flush_failure_loses_writes: bool,
 }
 

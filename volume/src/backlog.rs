@@ -22,6 +22,9 @@ use crate::signal::Signal;
 
 /// What a record adds to a segment's header, in bytes, whatever it carries.
 const RECORD_COST: u64 = 64;
+/// Steps that are cut for flushes and not yet stored. A flush that comes later shares the next one with others: with more under way, each would wait for
+/// the slowest of more PUTs, as they count in order.
+const FLUSHING_MAX: usize = 2;
 
 /// Bytes that are in the log, kept in memory too.
 #[derive(Debug)]
@@ -68,6 +71,8 @@ pub(crate) struct Step {
     pub(crate) end: Tail,
     /// The log has the marker there that this step ends with.
     pub(crate) marker: Option<PayloadPlace>,
+    /// Whoever flushes waits for it.
+    pub(crate) is_for_flush: bool,
 }
 
 pub(crate) struct Backlog {
@@ -77,6 +82,8 @@ pub(crate) struct Backlog {
     steps: RefCell<VecDeque<Rc<Step>>>,
     /// How many of them, from the oldest, are on their way.
     taken: Cell<usize>,
+    /// Steps that were cut for a flush and are not yet stored.
+    flushing: Cell<usize>,
     open_from: Cell<u64>,
     open_bytes: Cell<u64>,
     open_marker: Cell<Option<PayloadPlace>>,
@@ -95,6 +102,7 @@ impl Backlog {
             open: RefCell::default(),
             steps: RefCell::default(),
             taken: Cell::new(0),
+            flushing: Cell::new(0),
             open_from: Cell::new(end.position),
             open_bytes: Cell::new(0),
             open_marker: Cell::new(None),
@@ -107,11 +115,28 @@ impl Backlog {
 
     /// Ends the open step, if there is anything in it.
     pub(crate) fn cut(&self) {
+        self.cut_step(false);
+    }
+
+    /// Ends the open step for a flush of everything before `wanted`, if it has any of that; not yet while enough steps are under way for other flushes.
+    pub(crate) fn cut_for_flush(&self, wanted: u64) {
+        if self.open_from.get() < wanted && self.flushing.get() < FLUSHING_MAX {
+            self.flushing.set(self.flushing.get() + 1);
+            self.cut_step(true);
+        }
+    }
+
+    /// The pool has a step that was cut for a flush, though perhaps not all before it.
+    pub(crate) fn flush_stored(&self) {
+        self.flushing.set(self.flushing.get() - 1);
+    }
+
+    fn cut_step(&self, is_for_flush: bool) {
         let end = self.end.get();
         if end.position == self.open_from.get() {
             return;
         }
-        let step = Step { runs: self.open.take(), end, marker: self.open_marker.take() };
+        let step = Step { runs: self.open.take(), end, marker: self.open_marker.take(), is_for_flush };
         self.steps.borrow_mut().push_back(Rc::new(step));
         self.open_from.set(end.position);
         self.open_bytes.set(0);

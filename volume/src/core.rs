@@ -211,13 +211,16 @@ impl Core {
         self.live.set(self.live.get().saturating_sub(blocks));
     }
 
-    /// Brings everything acknowledged so far into the pool.
+    /// Brings everything acknowledged so far into the pool. Those who wait at the same time share steps.
     pub(crate) async fn publish_all(&self) -> Result<(), Errno> {
         let wanted = self.backlog.end().position;
-        self.backlog.cut();
         let settled = || match self.failed_errno() {
             Some(errno) => Some(Err(errno)),
-            None => (self.published.get() >= wanted).then_some(Ok(())),
+            None if self.published.get() >= wanted => Some(Ok(())),
+            None => {
+                self.backlog.cut_for_flush(wanted);
+                None
+            }
         };
         self.changed.wait_for(settled).await
     }

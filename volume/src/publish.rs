@@ -55,7 +55,7 @@ impl Core {
 
     async fn publish(self: &Rc<Self>, place: Place, step: Rc<Step>) -> Result<(), VolumeError> {
         let ingredients = self.ingredients(place, &step).await?;
-        let end = step.end;
+        let (end, is_for_flush) = (step.end, step.is_for_flush);
         drop(step);
         let environment = &*self.chain.environment;
         let hashed = offload(environment, move || hash_step(ingredients)).await.ok_or(VolumeError::Panicked)?;
@@ -63,6 +63,10 @@ impl Core {
         let sealed = offload(environment, move || make_segment(hashed, duplicates)).await;
         let sealed = sealed.unwrap_or(Err(VolumeError::Panicked))?;
         self.chain.publish(&sealed.segment.source, &sealed.header, &sealed.body).await?;
+        if is_for_flush {
+            self.backlog.flush_stored();
+            self.changed.notify();
+        }
         self.waiting.borrow_mut().insert(place, Published { segment: sealed.segment, end, _uses: uses });
         self.apply_in_order().await
     }

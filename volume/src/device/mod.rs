@@ -234,7 +234,8 @@ impl BlockDevice for MappedDevice {
             fua: true,
             block_status: true,
             caches_reads: false,
-            flush_failure_loses_writes: true,
+            // After a flush has failed, the engine refuses everything by itself.
+            flush_failure_loses_writes: false,
         }
     }
 
