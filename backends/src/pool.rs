@@ -128,6 +128,8 @@ pub struct Usage {
     pub reduced: Option<ReducedUsage>,
     /// Of a mapped volume.
     pub shares: Option<Shares>,
+    /// Of a mapped volume whose log is on this host: what that holds and the pool has not got yet.
+    pub log: Option<u64>,
 }
 
 /// What the blocks that a mapped volume keeps are for, in bytes. Of a very large one, estimated from a part of its objects.
@@ -365,10 +367,6 @@ pub trait Pool: Send + Sync {
         Ok(None)
     }
     fn usage(&self, volume: &str) -> Result<Usage>;
-    /// Whether this host may have writes of a mapped volume, in its log, that the pool has not got yet.
-    fn has_log(&self, _volume: &str) -> bool {
-        false
-    }
     /// Of a mapped volume that is open here.
     fn engine_use(&self, _volume: &str) -> Option<EngineUse> {
         None

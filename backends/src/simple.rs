@@ -142,7 +142,7 @@ impl Pool for SimplePool {
     fn usage(&self, volume: &str) -> Result<Usage> {
         let record = self.get(volume)?;
         let allocated = self.memory.lock().get(&record.uuid).map_or(0, |disk| disk.allocated());
-        Ok(Usage { logical: record.size, allocated, snapshots: 0, reduced: None, shares: None })
+        Ok(Usage { logical: record.size, allocated, snapshots: 0, reduced: None, shares: None, log: None })
     }
 
     fn health(&self) -> PoolHealth {

@@ -2,9 +2,10 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -128,11 +129,43 @@ fn usage_counts_what_the_log_of_a_closed_volume_holds() {
     assert_eq!((client.write(0, &noise(1)), client.flush()), (0, 0));
     drop(client);
     daemon.json(&["export", "remove", &id]);
+    let owners = roots(&daemon.path("pool/segments/roots"));
     for _ in 0..2 {
         assert_eq!(daemon.json(&["volume", "usage", "v"])["data"], 1 << 20);
         daemon.kill();
         daemon.start();
     }
+    assert!(!owners.is_empty() && roots(&daemon.path("pool/segments/roots")) == owners, "a look opens nothing");
+}
+
+#[test]
+fn usage_counts_an_image_that_was_imported_just_now() {
+    let mut daemon = Daemon::new("");
+    daemon.start();
+    let image = daemon.path("image.raw");
+    fs::write(&image, noise(1)).unwrap();
+    daemon.json(&["image", "import", image.to_str().unwrap(), "local/v"]);
+    let usage = || daemon.json(&["volume", "usage", "v"]);
+    eventually("the import lets go of the volume", || usage()["log"].is_u64());
+    let owners = roots(&daemon.path("pool/segments/roots"));
+    let first = usage();
+    assert_eq!(first["data"], 1 << 20);
+    assert_eq!(usage(), first);
+    assert!(roots(&daemon.path("pool/segments/roots")) == owners, "a look opens nothing");
+    daemon.json(&["volume", "delete", "v", "--yes"]);
+}
+
+/// Each root in a folder: whoever opens a volume changes that of its group.
+fn roots(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => found.append(&mut roots(&path)),
+            false => drop(found.insert(path.clone(), fs::read(path).unwrap())),
+        }
+    }
+    found
 }
 
 /// A MiB that does not compress.

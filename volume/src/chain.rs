@@ -52,6 +52,14 @@ pub(crate) struct Claimed {
     pub(crate) segments: Vec<Segment>,
 }
 
+/// Where a history ends.
+enum End {
+    /// Nothing stands there yet.
+    Absent(Place),
+    /// It goes on in an epoch that is not followed.
+    Sealed { next: u64 },
+}
+
 impl Chain {
     /// Makes the root of a new volume; not if the store takes nothing now. What may be there already is not given up.
     pub(crate) async fn create(&self, root: &Root) -> Result<(), VolumeError> {
@@ -82,15 +90,41 @@ impl Chain {
         let meta = self.meta_of(&root).await?.ok_or(VolumeError::Fenced)?;
         let mut segments = Vec::new();
         let mut place = root.checkpoint.place;
+        loop {
+            match self.follow(&root, place, root.epoch, &mut segments).await? {
+                End::Absent(end) => {
+                    self.seal(&root, end).await?;
+                    place = end;
+                }
+                End::Sealed { next } if next == root.epoch => break,
+                End::Sealed { .. } => return Err(VolumeError::Fenced),
+            }
+        }
+        let (now, _) = self.read_root().await?;
+        if now.owner != root.owner {
+            return Err(VolumeError::Fenced);
+        }
+        Ok(Claimed { root, tag, meta, segments })
+    }
+
+    /// The group as its last owner left it, claimed by nobody: its history goes as far as the store has it. Fails if it is being taken over.
+    pub(crate) async fn look(&self) -> Result<Claimed, VolumeError> {
+        let (root, tag) = self.read_root().await?;
+        let meta = self.meta_of(&root).await?.ok_or(VolumeError::Raced)?;
+        let mut segments = Vec::new();
+        match self.follow(&root, root.checkpoint.place, root.epoch + 1, &mut segments).await? {
+            End::Absent(_) => Ok(Claimed { root, tag, meta, segments }),
+            End::Sealed { .. } => Err(VolumeError::Raced),
+        }
+    }
+
+    /// The history from a place on, up to the end, or to a seal that begins epoch `until` or a later one.
+    async fn follow(&self, root: &Root, mut place: Place, until: u64, segments: &mut Vec<Segment>) -> Result<End, VolumeError> {
         let mut ahead = VecDeque::new();
         loop {
-            match self.next_link(&root, place, &mut ahead).await? {
-                None => {
-                    ahead.clear();
-                    self.seal(&root, place).await?;
-                }
-                Some(Link::Seal { next }) if next == root.epoch => break,
-                Some(Link::Seal { next }) if next > root.epoch => return Err(VolumeError::Fenced),
+            match self.next_link(root, place, &mut ahead).await? {
+                None => return Ok(End::Absent(place)),
+                Some(Link::Seal { next }) if next >= until => return Ok(End::Sealed { next }),
                 Some(Link::Seal { next }) if next > place.epoch => {
                     ahead.clear();
                     place = Place { epoch: next, sequence: 0 };
@@ -105,11 +139,6 @@ impl Chain {
                 }
             }
         }
-        let (now, _) = self.read_root().await?;
-        if now.owner != root.owner {
-            return Err(VolumeError::Fenced);
-        }
-        Ok(Claimed { root, tag, meta, segments })
     }
 
     /// The root as it is, and its version.

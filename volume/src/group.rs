@@ -252,13 +252,14 @@ async fn log_for(parts: &Parts, root: &Root, settings: Settings) -> Result<(Supe
 }
 
 /// The end of what the pool has of this log.
-fn log_end(checkpoint: &Checkpoint, segments: &[Segment], log_id: LogId) -> Tail {
+pub(crate) fn log_end(checkpoint: &Checkpoint, segments: &[Segment], log_id: LogId) -> Tail {
     let of_this_log = |segment: &Segment| (segment.step.log_id == log_id).then_some(segment.step.log_end);
     let in_checkpoint = if checkpoint.log_id == log_id { checkpoint.log_end } else { Tail::default() };
     segments.iter().rev().find_map(of_this_log).unwrap_or(in_checkpoint)
 }
 
-async fn new_core(
+/// What there is of a group that was claimed, or is looked at.
+pub(crate) async fn new_core(
     chain: Chain,
     log: Rc<Log>,
     backlog: Rc<Backlog>,

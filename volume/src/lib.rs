@@ -9,6 +9,7 @@
 //! Everything runs on one thread as futures over [`Environment`], [`LogDisk`] and the store, so that a simulator can stand in for all three
 //! and make any crash happen at any point.
 
+mod at_rest;
 mod backlog;
 mod bytes_at;
 mod chain;
@@ -59,6 +60,7 @@ mod troubles;
 mod usage;
 mod view;
 
+pub use at_rest::RestingUse;
 pub use clone::{SnapshotView, clone_snapshot, delete_volume};
 pub use crypto::system_random;
 pub use dedup::frame::Allowed;

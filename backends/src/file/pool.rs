@@ -295,7 +295,8 @@ impl Pool for FilePool {
     fn usage(&self, volume: &str) -> Result<Usage> {
         let record = self.get(volume)?;
         let snapshots = record.snapshots.keys().map(|name| allocated(&self.snapshot_path(volume, name))).sum();
-        Ok(Usage { logical: record.size, allocated: allocated(&self.data_path(&record)), snapshots, reduced: None, shares: None })
+        let (logical, allocated) = (record.size, allocated(&self.data_path(&record)));
+        Ok(Usage { logical, allocated, snapshots, reduced: None, shares: None, log: None })
     }
 
     fn health(&self) -> PoolHealth {

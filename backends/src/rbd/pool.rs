@@ -223,7 +223,7 @@ impl RbdPool {
             before = Some(snapshot.name);
         }
         found.image.allocated(before.as_deref(), false, 0, logical, |_, len| total += len)?;
-        Ok(Usage { logical, allocated, snapshots: total.saturating_sub(allocated), reduced: None, shares: None })
+        Ok(Usage { logical, allocated, snapshots: total.saturating_sub(allocated), reduced: None, shares: None, log: None })
     }
 }
 

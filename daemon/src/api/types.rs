@@ -181,7 +181,7 @@ pub struct VolumeUsage {
     pub compressed: Option<u64>,
     /// Of a mapped volume: what its map takes.
     pub map: Option<u64>,
-    /// Of a mapped volume that is open: what its local log holds for the pool.
+    /// Of a mapped volume whose local log is here: what that holds for the pool.
     pub log: Option<u64>,
 }
 

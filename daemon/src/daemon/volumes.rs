@@ -7,7 +7,6 @@ use backends::{Flattened, Layout, Pool, PoolHealth, VolumeRecord, VolumeSpec};
 use super::Daemon;
 use super::jobs::Job;
 use super::mapped;
-use super::open::Lease;
 use super::pools::Answer;
 use crate::api::reply::Listed;
 use crate::api::types::{
@@ -256,7 +255,6 @@ impl Daemon {
     pub fn volume_usage(&self, name: &str) -> Result<VolumeUsage> {
         let id = self.resolve(&name.parse::<VolumeRef>()?.without_snapshot()?)?;
         let pool = self.pools.get(&id.pool)?;
-        let _lease = self.lease_at_rest(&id, &*pool);
         let usage = pool.usage(&id.name)?;
         Ok(VolumeUsage {
             volume: id.to_string(),
@@ -268,17 +266,8 @@ impl Daemon {
             unique: usage.reduced.map(|reduced| reduced.unique),
             compressed: usage.reduced.map(|reduced| reduced.compressed),
             map: usage.reduced.map(|reduced| reduced.map),
-            log: pool.engine_use(&id.name).map(|found| found.log.used),
+            log: usage.log,
         })
-    }
-
-    /// Opens a volume that nobody uses and that has a log here, as no checkpoint knows of what is in that. Not one that another host has.
-    fn lease_at_rest(&self, id: &VolumeId, pool: &dyn Pool) -> Option<Lease> {
-        if self.open.get(id).is_some() || !pool.has_log(&id.name) {
-            return None;
-        }
-        let _held = self.hold([id]);
-        self.lease(id, false).inspect_err(|error| tracing::info!("usage is that of the last checkpoint: {error}")).ok()
     }
 
     /// Whether the volume opens, has the size that the catalogue says, and is healthy; of a mapped one, whether all of it can be read.

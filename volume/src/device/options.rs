@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use super::OpenError;
 use super::engine::{self, Home};
+use crate::at_rest::{self, RestingUse};
 use crate::clone::{clone_snapshot, delete_volume, diff_snapshots, refuse_clones};
 use crate::contents::Contents;
 use crate::environment::LocalFuture;
@@ -83,6 +84,18 @@ impl MappedOptions {
     pub fn usage(&self) -> Result<ReducedUsage, OpenError> {
         let group = self.group.into_bytes();
         self.in_store(move |parts| Box::pin(async move { Ok(parts.chain(group).read_meta().await?.1.table.usage()) }))
+    }
+
+    /// What the volume uses while nobody has it open, with what its log on this host holds that the pool has not got yet. Nothing is changed, and the log
+    /// is let go of before the map is read. Fails if somebody takes the volume meanwhile. Blocks; never call it from a data-plane thread.
+    pub fn usage_at_rest(&self, log: Arc<dyn BlockDevice>) -> Result<RestingUse, OpenError> {
+        let (id, group) = (self.id(), self.group.into_bytes());
+        let begin = move |parts| -> LocalFuture<'static, engine::Begun<_>> {
+            Box::pin(async move { at_rest::read_log(&parts, group).await.map(|unpublished| (None, unpublished)) })
+        };
+        let (_, unpublished) = Home::start(self, &log, begin)?;
+        drop(log);
+        self.in_store(move |parts| Box::pin(async move { at_rest::usage(&parts, id, unpublished).await }))
     }
 
     /// What the group needs in the pool, as its newest checkpoint says. Blocks.

@@ -31,7 +31,7 @@ pub(crate) use format::{BatchHeader, LogId, RecordKind, Tail};
 use format::{PAYLOAD_MAX, RECORDS_MAX, Record};
 pub use full::WhenFull;
 use recover::behead;
-pub(crate) use recover::{behead_torn, is_unused, make_durable, recover, refuse_if_beheaded};
+pub(crate) use recover::{Found, behead_torn, is_unused, make_durable, recover, refuse_if_beheaded};
 use superblock::SUPERBLOCK_LEN;
 pub(crate) use superblock::{SUPERBLOCK_START, Superblock, id_in};
 

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use backends::PoolError;
-use backends::file::hold_unused;
+use backends::file::{FileDevice, FileOptions, hold_unused};
 use backends::pool::Result;
 use blockdev::clock;
 use uuid::Uuid;
@@ -69,6 +69,11 @@ impl Logs {
             self.make(&path).map_err(failed(format!("making the log {}", path.display())))?;
         }
         Ok(GrowingLog::open(&path)?)
+    }
+
+    /// Opens the log of a group for reading; nobody writes to it meanwhile. Blocks.
+    pub(super) fn open_read_only(&self, group: Uuid) -> Result<FileDevice> {
+        Ok(FileDevice::open(&self.path(group), FileOptions { read_only: true, direct: true })?)
     }
 
     fn make(&self, path: &Path) -> std::io::Result<()> {

@@ -29,6 +29,7 @@ mod segments;
 mod snapshots;
 mod store_records;
 mod together;
+mod usage;
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
@@ -204,22 +205,6 @@ impl MappedPool {
         let record = self.get(volume)?;
         let raw = self.raw.as_ref().filter(|_| record.layout == Layout::Raw);
         Ok((record, raw))
-    }
-
-    fn usage_mapped(&self, record: &VolumeRecord) -> Result<Usage> {
-        let opened = self.store()?;
-        let allocated = groups::stored(&*opened.store, record.group()).map_err(|error| segments::failed(&self.name, error))?;
-        let device = self.opened(record);
-        let found = match device.as_ref().and_then(|device| Some((device, device.usage()?))) {
-            Some((device, found)) => device.shares().map(|shares| (found.reduced, shares)),
-            None => {
-                let engine = self.engine_of(record, &opened)?;
-                engine.usage().and_then(|reduced| Ok((reduced, engine.shares()?)))
-            }
-        };
-        let (reduced, shares) = found.map_err(|error| snapshots::refused(&format!("volume {}: usage", record.name), error))?;
-        let (reduced, shares) = (Some(reduced), Some(shares));
-        Ok(Usage { logical: record.size, allocated, snapshots: shares.map_or(0, |shares| shares.snapshots), reduced, shares })
     }
 
     /// Volumes that are open here and wait for the pool, and what of it is told.
@@ -456,10 +441,6 @@ impl Pool for MappedPool {
             (_, Some(raw)) => raw.usage(volume),
             (record, None) => self.usage_mapped(&record),
         }
-    }
-
-    fn has_log(&self, volume: &str) -> bool {
-        self.found(volume).is_ok_and(|(record, raw)| raw.is_none() && self.logs.path(record.group()).exists())
     }
 
     fn engine_use(&self, volume: &str) -> Option<EngineUse> {

@@ -62,6 +62,11 @@ impl MappedPool {
         })
     }
 
+    /// Whether this host had a group last.
+    pub(super) fn is_here(&self, group: Uuid) -> Result<bool> {
+        Ok(self.place_of(group)? == Place::Here)
+    }
+
     /// Whether another host had a group last, as far as this one knows.
     pub(super) fn is_elsewhere(&self, group: Uuid) -> Result<bool> {
         Ok(self.place_of(group)? == Place::Elsewhere)

@@ -1,6 +1,7 @@
 //! Some of what the engine must survive, by the names it was given when it was designed. Each case runs fixed seeds, and sees that what it is
 //! about did happen: schedules at random here, and arranged ones beside.
 
+mod at_rest;
 mod bench;
 mod claims;
 mod clones;
