@@ -209,6 +209,12 @@ impl Catalogue {
         Ok(record)
     }
 
+    pub fn has(&self, volume: &str) -> Result<bool> {
+        check_name("volume", volume)?;
+        let path = self.folder(volume).join("volume.json");
+        path.try_exists().map_err(io_error(format!("volume {volume}: looking for {}", path.display())))
+    }
+
     pub fn refuse_existing(&self, volume: &str) -> Result<()> {
         check_name("volume", volume)?;
         if self.folder(volume).exists() {

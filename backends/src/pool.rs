@@ -116,6 +116,15 @@ pub struct VolumeSpec {
     pub wrapped_key: Option<String>,
 }
 
+/// Whether what was looked for is there.
+pub fn is_found<T>(looked: Result<T>) -> Result<bool> {
+    match looked {
+        Ok(_) => Ok(true),
+        Err(PoolError::NotFound(_)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// Space of one volume, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
@@ -300,6 +309,10 @@ pub trait Pool: Send + Sync {
     }
     fn list(&self) -> Result<Vec<VolumeRecord>>;
     fn get(&self, volume: &str) -> Result<VolumeRecord>;
+    /// Whether there is such a volume; that it can be used is not said.
+    fn has(&self, volume: &str) -> Result<bool> {
+        is_found(self.get(volume))
+    }
     fn create(&self, volume: &str, spec: &VolumeSpec) -> Result<VolumeRecord>;
     /// Takes an existing object under this pool's management, unchanged.
     fn adopt(&self, object: &str, volume: &str) -> Result<VolumeRecord>;
@@ -352,8 +365,8 @@ pub trait Pool: Send + Sync {
     /// and bytes in all, from any thread. Once begun it cannot be stopped; what a daemon that ends leaves half done, the next call
     /// completes.
     fn flatten(&self, volume: &str, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<Flattened>;
-    /// A snapshot of each volume, all at one point in time; the caller holds their writes back where that needs it.
-    fn snapshot(&self, volumes: &[&str], snapshot: &str) -> Result<()>;
+    /// A snapshot of each volume, all at one point in time; the caller holds their writes back where that needs it. What was made, by volume.
+    fn snapshot(&self, volumes: &[&str], snapshot: &str) -> Result<BTreeMap<String, SnapshotRecord>>;
     fn delete_snapshot(&self, volume: &str, snapshot: &str) -> Result<()>;
     /// The volume's content becomes the snapshot's. The volume is not open.
     fn rollback(&self, volume: &str, snapshot: &str) -> Result<()>;

@@ -2,7 +2,7 @@
 //!
 //! Their catalogue lies in a directory like that of any pool, so that volumes and exports of them survive a restart.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 
 use crate::catalogue::Catalogue;
-use crate::pool::{Flattened, Pool, PoolError, PoolHealth, Result, Usage, VolumeRecord, VolumeSpec};
+use crate::pool::{Flattened, Pool, PoolError, PoolHealth, Result, SnapshotRecord, Usage, VolumeRecord, VolumeSpec};
 
 /// What the volumes of a [`SimplePool`] do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -127,7 +127,7 @@ impl Pool for SimplePool {
         self.get(volume).map(|_| Flattened::NoParent)
     }
 
-    fn snapshot(&self, _volumes: &[&str], _snapshot: &str) -> Result<()> {
+    fn snapshot(&self, _volumes: &[&str], _snapshot: &str) -> Result<BTreeMap<String, SnapshotRecord>> {
         self.unsupported("a snapshot")
     }
 

@@ -204,7 +204,7 @@ fn what_another_host_had_last_is_taken_from_it_only_if_asked_for() {
 
     let log = hosts[1].logs().remove(0);
     is_refused(pools[1].open_as("v", Claim::Return).map(drop));
-    is_refused(pools[1].snapshot(&["v"], "s"));
+    is_refused(pools[1].snapshot(&["v"], "s").map(drop));
     is_refused(pools[1].delete_snapshot("v", "early"));
     is_refused(pools[1].rollback("v", "early"));
     is_refused(pools[1].flatten("v", &|_, _| ()).map(drop));

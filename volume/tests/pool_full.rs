@@ -126,7 +126,7 @@ fn a_store_that_refuses_is_told_and_waited_for(error: StoreError) {
     assert!(disk.read(0, 4096).unwrap() == vec![1; 4096] && disk.read(4096, 8192).unwrap() == vec![2; 8192], "reads go on");
     let refused = pool.create("w", &spec(Layout::Mapped)).unwrap_err().to_string();
     assert!(refused.contains(&words), "{refused}");
-    let refused = [pool.snapshot(&["v"], "s"), pool.clone_volume("v", Some("before"), "c").map(drop)];
+    let refused = [pool.snapshot(&["v"], "s").map(drop), pool.clone_volume("v", Some("before"), "c").map(drop)];
     for refused in refused {
         let why = refused.unwrap_err().to_string();
         assert!(why.contains(&words), "{why}");

@@ -91,7 +91,7 @@ impl FilePool {
         })
     }
 
-    fn snapshot_one(&self, volume: &str, snapshot: &str) -> Result<()> {
+    fn snapshot_one(&self, volume: &str, snapshot: &str) -> Result<SnapshotRecord> {
         let mut record = self.get(volume)?;
         let target = self.snapshot_path(volume, snapshot);
         let what = format!("snapshot {volume}@{snapshot}");
@@ -104,8 +104,10 @@ impl FilePool {
         self.reflink(&what, &self.data_path(&record), &target)?;
         sync_folder_of(&target).map_err(io_error(what))?;
         let size = fs::metadata(&target).map_err(io_error("reading the snapshot's size"))?.len();
-        record.snapshots.insert(snapshot.to_owned(), SnapshotRecord { created: now_seconds(), size });
-        self.catalogue.update(&record)
+        let made = SnapshotRecord { created: now_seconds(), size };
+        record.snapshots.insert(snapshot.to_owned(), made.clone());
+        self.catalogue.update(&record)?;
+        Ok(made)
     }
 }
 
@@ -136,6 +138,10 @@ impl Pool for FilePool {
 
     fn get(&self, volume: &str) -> Result<VolumeRecord> {
         self.catalogue.get(volume)
+    }
+
+    fn has(&self, volume: &str) -> Result<bool> {
+        self.catalogue.has(volume)
     }
 
     fn create(&self, volume: &str, spec: &VolumeSpec) -> Result<VolumeRecord> {
@@ -251,18 +257,22 @@ impl Pool for FilePool {
         self.get(volume).map(|_| Flattened::NoParent)
     }
 
-    fn snapshot(&self, volumes: &[&str], snapshot: &str) -> Result<()> {
+    fn snapshot(&self, volumes: &[&str], snapshot: &str) -> Result<BTreeMap<String, SnapshotRecord>> {
         check_name("snapshot", snapshot)?;
         let _lock = self.catalogue.lock()?;
-        for (done, volume) in volumes.iter().enumerate() {
-            if let Err(error) = self.snapshot_one(volume, snapshot) {
-                for taken in &volumes[..done] {
-                    let _ = self.forget_snapshot(taken, snapshot);
+        let mut made = BTreeMap::new();
+        for volume in volumes {
+            match self.snapshot_one(volume, snapshot) {
+                Ok(record) => made.insert((*volume).to_owned(), record),
+                Err(error) => {
+                    for taken in made.keys() {
+                        let _ = self.forget_snapshot(taken, snapshot);
+                    }
+                    return Err(error);
                 }
-                return Err(error);
-            }
+            };
         }
-        Ok(())
+        Ok(made)
     }
 
     fn delete_snapshot(&self, volume: &str, snapshot: &str) -> Result<()> {

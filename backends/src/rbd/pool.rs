@@ -1,6 +1,6 @@
 //! A Ceph pool as a pool of volumes: each image is one.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -17,7 +17,9 @@ use super::library::{FEATURE_EXCLUSIVE_LOCK, FLAG_FAST_DIFF_INVALID};
 use super::lock;
 use super::openings::Openings;
 use super::record::{self, Record};
-use crate::pool::{Flattened, Pool, PoolError, PoolHealth, Result, Usage, VolumeRecord, VolumeSpec, check_name};
+use crate::pool::{
+    Flattened, Pool, PoolError, PoolHealth, Result, SnapshotRecord, Usage, VolumeRecord, VolumeSpec, check_name,
+};
 
 /// How a pool is reached.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -447,7 +449,7 @@ impl Pool for RbdPool {
     }
 
     /// Each image's snapshot is taken in turn: the caller holds back writes meanwhile.
-    fn snapshot(&self, volumes: &[&str], snapshot: &str) -> Result<()> {
+    fn snapshot(&self, volumes: &[&str], snapshot: &str) -> Result<BTreeMap<String, SnapshotRecord>> {
         let mut images = Vec::with_capacity(volumes.len());
         for volume in volumes {
             images.push(self.find(volume)?.image_name);
@@ -461,7 +463,12 @@ impl Pool for RbdPool {
             }
             return Err(self.failed(volumes[number], &format!("taking snapshot {snapshot}"), source));
         }
-        Ok(())
+        let mut made = BTreeMap::new();
+        for volume in volumes {
+            let record = self.get(volume)?.snapshots.remove(snapshot);
+            made.extend(record.map(|record| ((*volume).to_owned(), record)));
+        }
+        Ok(made)
     }
 
     fn delete_snapshot(&self, volume: &str, snapshot: &str) -> Result<()> {

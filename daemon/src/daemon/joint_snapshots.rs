@@ -148,14 +148,19 @@ impl Daemon {
         Ok(())
     }
 
-    /// Runs `make`, which makes all of `targets` or takes back what it made. The caller holds their volumes, and none of the snapshots is in the catalogue.
-    pub(super) fn all_or_none(&self, targets: &[VolumeId], make: impl FnOnce() -> Result<()>) -> Result<()> {
+    /// Runs `make`, which makes all of `targets` or takes back what it made. The caller holds their volumes, and of several, none of the snapshots is in the
+    /// catalogue.
+    pub(super) fn all_or_none<T>(&self, targets: &[VolumeId], make: impl FnOnce() -> Result<T>) -> Result<T> {
         if targets.len() == 1 {
             return make();
         }
         let noted = targets.iter().map(|target| self.noted(target)).collect::<Result<Vec<Noted>>>()?;
         self.joint_snapshots.note(&noted)?;
-        let Err(error) = make().and_then(|()| self.joint_snapshots.forget(&noted)) else { return Ok(()) };
+        let made = make().and_then(|made| self.joint_snapshots.forget(&noted).map(|()| made));
+        let error = match made {
+            Ok(made) => return Ok(made),
+            Err(error) => error,
+        };
         for (target, one) in targets.iter().zip(&noted) {
             let is_gone = self.record(target).is_ok_and(|record| !record.snapshots.contains_key(&one.snapshot));
             // One that existed, though the catalogue did not say so, is not ours.

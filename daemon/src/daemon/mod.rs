@@ -141,16 +141,16 @@ impl Daemon {
     pub fn resolve(&self, name: &VolumeRef) -> Result<VolumeId> {
         let id = |pool: &str| VolumeId { pool: pool.to_owned(), name: name.name.clone(), snapshot: name.snapshot.clone() };
         if let Some(pool) = &name.pool {
-            self.pools.get(pool)?.get(&name.name)?;
+            let found = self.pools.get(pool)?;
+            if !found.has(&name.name)? {
+                // Says what there is instead.
+                found.get(&name.name)?;
+            }
             return Ok(id(pool));
         }
         let (mut found, mut silent) = (Vec::new(), Vec::new());
         let wanted = name.name.clone();
-        let is_there = move |pool: &dyn Pool| match pool.get(&wanted) {
-            Ok(_) => Ok(true),
-            Err(PoolError::NotFound(_)) => Ok(false),
-            Err(error) => Err(error.to_string()),
-        };
+        let is_there = move |pool: &dyn Pool| pool.has(&wanted).map_err(|error| error.to_string());
         for answer in self.pools.ask(is_there) {
             match answer.answer.and_then(|answer| answer) {
                 Ok(true) => found.push(answer.pool),

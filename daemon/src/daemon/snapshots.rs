@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use backends::SnapshotRecord;
+
 use super::Daemon;
 use crate::api::reply::Listed;
 use crate::api::types::SnapshotInfo;
@@ -30,38 +32,45 @@ impl Daemon {
             volumes.iter().try_for_each(|id| self.take_over(id))?;
         }
         self.take_back_earlier(&targets)?;
-        for target in &targets {
-            let snapshot = target.snapshot.as_deref().unwrap_or_default();
-            if self.record(target)?.snapshots.contains_key(snapshot) {
-                return Err(Error::exists(format!("snapshot {target} exists already: choose another name")));
-            }
+        if targets.len() > 1 {
+            targets.iter().try_for_each(|target| self.refuse_existing_snapshot(target))?;
         }
-        self.all_or_none(&targets, || self.with_writes_held(&volumes, || self.take_snapshots(&targets)))?;
-        targets.iter().map(|target| self.snapshot_info(target)).collect()
+        let made = self.all_or_none(&targets, || self.with_writes_held(&volumes, || self.take_snapshots(&targets)))?;
+        targets.iter().map(|target| told(target, made.get(target))).collect()
+    }
+
+    fn refuse_existing_snapshot(&self, target: &VolumeId) -> Result<()> {
+        let snapshot = target.snapshot.as_deref().unwrap_or_default();
+        if self.record(target)?.snapshots.contains_key(snapshot) {
+            return Err(Error::exists(format!("snapshot {target} exists already: choose another name")));
+        }
+        Ok(())
     }
 
     /// One call per pool and snapshot name; what was made is taken back if a later one fails.
-    fn take_snapshots(&self, targets: &[VolumeId]) -> Result<()> {
+    fn take_snapshots(&self, targets: &[VolumeId]) -> Result<BTreeMap<VolumeId, SnapshotRecord>> {
         let mut groups: BTreeMap<(&str, &str), Vec<&str>> = BTreeMap::new();
         for target in targets {
             let snapshot = target.snapshot.as_deref().unwrap_or_default();
             groups.entry((&target.pool, snapshot)).or_default().push(&target.name);
         }
-        let mut made = Vec::new();
+        let mut made: BTreeMap<VolumeId, SnapshotRecord> = BTreeMap::new();
         for ((pool_name, snapshot), volumes) in groups {
-            let pool = self.pools.get(pool_name)?;
-            if let Err(error) = pool.snapshot(&volumes, snapshot) {
-                for (pool, volume, snapshot) in made {
-                    let pool: std::sync::Arc<dyn backends::Pool> = pool;
-                    if let Err(error) = pool.delete_snapshot(volume, snapshot) {
-                        tracing::warn!("snapshot {volume}@{snapshot} was left behind: {error}");
-                    }
-                }
-                return Err(error.into());
-            }
-            made.extend(volumes.into_iter().map(|volume| (pool.clone(), volume, snapshot)));
+            let taken = self.pools.get(pool_name).and_then(|pool| Ok(pool.snapshot(&volumes, snapshot)?));
+            let taken = taken.inspect_err(|_| made.keys().for_each(|id| self.leave_none(id)))?;
+            let id = |volume: String| VolumeId { snapshot: Some(snapshot.to_owned()), ..VolumeId::new(pool_name, &volume) };
+            made.extend(taken.into_iter().map(|(volume, record)| (id(volume), record)));
         }
-        Ok(())
+        Ok(made)
+    }
+
+    /// Takes back a snapshot that others of the same point in time did not follow.
+    fn leave_none(&self, id: &VolumeId) {
+        let snapshot = id.snapshot.as_deref().unwrap_or_default();
+        let deleted = self.pools.get(&id.pool).and_then(|pool| Ok(pool.delete_snapshot(&id.name, snapshot)?));
+        if let Err(error) = deleted {
+            tracing::warn!("snapshot {id} was left behind: {error}");
+        }
     }
 
     /// Runs `work` while no write of the open ones among `volumes` is in flight or starts.
@@ -72,9 +81,7 @@ impl Daemon {
 
     fn snapshot_info(&self, id: &VolumeId) -> Result<SnapshotInfo> {
         let record = self.record(id)?;
-        let name = id.snapshot.as_deref().unwrap_or_default();
-        let snapshot = record.snapshots.get(name).ok_or_else(|| missing(id))?;
-        Ok(SnapshotInfo { name: id.to_string(), created: snapshot.created, size: snapshot.size })
+        told(id, record.snapshots.get(id.snapshot.as_deref().unwrap_or_default()))
     }
 
     /// A snapshot that exists.
@@ -126,6 +133,11 @@ impl Daemon {
         self.open.ensure_closed(&volume, false, "rollback")?;
         Ok(self.pools.get(&id.pool)?.rollback(&id.name, id.snapshot.as_deref().unwrap_or_default())?)
     }
+}
+
+fn told(id: &VolumeId, found: Option<&SnapshotRecord>) -> Result<SnapshotInfo> {
+    let SnapshotRecord { created, size } = found.ok_or_else(|| missing(id))?;
+    Ok(SnapshotInfo { name: id.to_string(), created: *created, size: *size })
 }
 
 fn missing(id: &VolumeId) -> Error {

@@ -31,7 +31,7 @@ mod store_records;
 mod together;
 mod usage;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicUsize;
@@ -42,7 +42,7 @@ use backends::pool::Result;
 use backends::segments::SegmentStore;
 use backends::segments::drive::block_on;
 use backends::{
-    Claim, EngineUse, Flattened, KeyRecord, KeyRotation, Layout, Pool, PoolError, PoolHealth, Usage, VolumeRecord, VolumeSpec,
+    Claim, EngineUse, Flattened, KeyRecord, KeyRotation, Layout, Pool, PoolError, PoolHealth, SnapshotRecord, Usage, VolumeRecord, VolumeSpec,
     check_name,
 };
 use blockdev::{BlockDevice, ReactorHandle};
@@ -265,6 +265,10 @@ impl Pool for MappedPool {
         self.records.get(volume)
     }
 
+    fn has(&self, volume: &str) -> Result<bool> {
+        self.records.has(volume)
+    }
+
     fn create(&self, volume: &str, spec: &VolumeSpec) -> Result<VolumeRecord> {
         if let (Layout::Raw, Some(raw)) = (spec.layout, &self.raw) {
             return raw.create(volume, spec);
@@ -343,7 +347,7 @@ impl Pool for MappedPool {
     fn resized(&self, volume: &str, size: u64) -> Result<()> {
         match self.found(volume)? {
             (_, Some(raw)) => raw.resized(volume, size),
-            (record, None) => self.mirror(&record, &*self.device(&record)?),
+            (record, None) => self.mirror_change(&record, &*self.device(&record)?).map(drop),
         }
     }
 
@@ -395,7 +399,7 @@ impl Pool for MappedPool {
         }
     }
 
-    fn snapshot(&self, volumes: &[&str], snapshot: &str) -> Result<()> {
+    fn snapshot(&self, volumes: &[&str], snapshot: &str) -> Result<BTreeMap<String, SnapshotRecord>> {
         check_name("snapshot", snapshot)?;
         let (mut raw, mut mapped) = (Vec::new(), Vec::new());
         for volume in volumes {
@@ -404,11 +408,12 @@ impl Pool for MappedPool {
                 (record, None) => mapped.push(record),
             }
         }
-        self.snapshot_mapped(&mapped, snapshot)?;
-        let Some(files) = self.raw.as_ref().filter(|_| !raw.is_empty()) else { return Ok(()) };
-        files.snapshot(&raw, snapshot).inspect_err(|_| {
-            mapped.iter().for_each(|record| self.take_back(record, snapshot));
-        })
+        let mut made = self.snapshot_mapped(&mapped, snapshot)?;
+        if let Some(files) = self.raw.as_ref().filter(|_| !raw.is_empty()) {
+            let beside = files.snapshot(&raw, snapshot);
+            made.append(&mut beside.inspect_err(|_| mapped.iter().for_each(|record| self.take_back(record, snapshot)))?);
+        }
+        Ok(made)
     }
 
     fn delete_snapshot(&self, volume: &str, snapshot: &str) -> Result<()> {

@@ -74,12 +74,12 @@ impl MappedPool {
             error => self.not_opened(record, error.into()),
         })?;
         // Another host may have deleted it before it was claimed; from now on it would notice us.
-        match self.records.get(&record.name) {
-            Ok(now) if now.uuid == record.uuid => {}
+        let now = match self.records.get(&record.name) {
+            Ok(now) if now.uuid == record.uuid => now,
             Ok(_) | Err(PoolError::NotFound(_)) => return Err(moved_away(record)),
             Err(error) => return Err(error),
-        }
-        self.mirror(record, &device)?;
+        };
+        self.mirror(&now, &device)?;
         let device = Arc::new(device);
         let mut open = self.open.lock();
         open.retain(|_, (_, device)| device.strong_count() > 0);

@@ -10,7 +10,7 @@
 use std::sync::Arc;
 
 use backends::catalogue::Catalogue;
-use backends::pool::Result;
+use backends::pool::{Result, is_found};
 use backends::{PoolError, VolumeRecord};
 use uuid::Uuid;
 
@@ -37,6 +37,11 @@ pub(super) trait Records: Send + Sync {
     fn list_all(&self) -> Result<Vec<VolumeRecord>>;
 
     fn get(&self, volume: &str) -> Result<VolumeRecord>;
+
+    /// Whether there is such a volume.
+    fn has(&self, volume: &str) -> Result<bool> {
+        is_found(self.get(volume))
+    }
 
     /// Adds a volume: stages it, then has it made by `make`. If that fails it stays staged.
     fn add(&self, record: &VolumeRecord, make: &dyn Fn() -> Result<()>) -> Result<()>;
@@ -90,6 +95,10 @@ impl Records for DirectoryRecords {
         self.0.get(volume)
     }
 
+    fn has(&self, volume: &str) -> Result<bool> {
+        self.0.has(volume)
+    }
+
     fn add(&self, record: &VolumeRecord, make: &dyn Fn() -> Result<()>) -> Result<()> {
         let _lock = self.0.lock()?;
         self.0.refuse_existing(&record.name)?;
@@ -100,9 +109,10 @@ impl Records for DirectoryRecords {
 
     fn update(&self, record: &VolumeRecord, change: &dyn Fn(&mut VolumeRecord)) -> Result<()> {
         let _lock = self.0.lock()?;
-        let mut now = self.own(record)?;
+        let before = self.own(record)?;
+        let mut now = before.clone();
         change(&mut now);
-        self.0.update(&now)
+        if now == before { Ok(()) } else { self.0.update(&now) }
     }
 
     fn rename(&self, volume: &str, to: &str) -> Result<()> {

@@ -20,6 +20,9 @@ use super::MappedPool;
 use crate::device::{MappedDevice, OpenError, SnapshotDevice};
 use crate::error::VolumeError;
 
+/// By name.
+type Snapshots = BTreeMap<String, SnapshotRecord>;
+
 /// Ranges that the engine is asked for at once.
 const RANGES_MAX: usize = 65_536;
 /// How long a snapshot may be on its way before its owner counts as gone.
@@ -67,11 +70,32 @@ impl MappedPool {
         }
     }
 
-    /// Makes the record say what the engine says. A deletion that a crash interrupted is completed first. Blocks.
+    /// Makes the record say what the engine says, if it does not; `record` is what it says now. A deletion that a crash interrupted is completed first.
+    /// Blocks.
     pub(super) fn mirror(&self, record: &VolumeRecord, device: &MappedDevice) -> Result<()> {
+        let (snapshots, size) = (self.settled(record, device)?, device.geometry().size);
+        let is_right = snapshots == record.snapshots && size == record.size;
+        if is_right { Ok(()) } else { self.note(record, &snapshots, size) }
+    }
+
+    /// The same after the engine has changed, and `record` perhaps too since it was read: gives the snapshots that there are.
+    pub(super) fn mirror_change(&self, record: &VolumeRecord, device: &MappedDevice) -> Result<Snapshots> {
+        let snapshots = self.settled(record, device)?;
+        self.note(record, &snapshots, device.geometry().size)?;
+        Ok(snapshots)
+    }
+
+    fn note(&self, record: &VolumeRecord, snapshots: &Snapshots, size: u64) -> Result<()> {
+        self.records.update(record, &|record| {
+            record.snapshots.clone_from(snapshots);
+            record.size = size;
+        })
+    }
+
+    /// The snapshots that the engine has, once it has none that is half deleted.
+    fn settled(&self, record: &VolumeRecord, device: &MappedDevice) -> Result<Snapshots> {
         let failed = |error| refused(&format!("volume {}", record.name), error);
-        let record = self.records.get(&record.name)?;
-        let listed = || -> Result<BTreeMap<String, SnapshotRecord>> {
+        let listed = || -> Result<Snapshots> {
             let snapshots = device.snapshots().map_err(failed)?.into_iter();
             Ok(snapshots.map(|found| (found.name, SnapshotRecord { created: found.created, size: found.size })).collect())
         };
@@ -86,37 +110,34 @@ impl MappedPool {
         if !half_deleted.is_empty() {
             snapshots = listed()?;
         }
-        let size = device.geometry().size;
-        if snapshots == record.snapshots && size == record.size {
-            return Ok(());
-        }
-        self.records.update(&record, &|record| {
-            record.snapshots.clone_from(&snapshots);
-            record.size = size;
-        })
+        Ok(snapshots)
     }
 
-    /// One snapshot of each volume, or none of any. A crash meanwhile may leave some of them.
-    pub(super) fn snapshot_mapped(&self, volumes: &[VolumeRecord], snapshot: &str) -> Result<()> {
+    /// One snapshot of each volume, by their names, or none of any. A crash meanwhile may leave some of them.
+    pub(super) fn snapshot_mapped(&self, volumes: &[VolumeRecord], snapshot: &str) -> Result<Snapshots> {
         let created = now_seconds();
         let mut devices = Vec::with_capacity(volumes.len());
         for record in volumes {
             devices.push((record, self.device(record)?));
         }
+        let mut found = Snapshots::new();
         for (done, (record, device)) in devices.iter().enumerate() {
             let what = format!("snapshot {}@{snapshot}", record.name);
             let made = device.snapshot(snapshot, created).map_err(|error| refused(&what, error));
-            if let Err(error) = made.and_then(|()| self.mirror(record, device)) {
-                let is_made = !matches!(error, PoolError::Exists(_));
-                devices[..done + usize::from(is_made)].iter().for_each(|(record, _)| self.take_back(record, snapshot));
-                return Err(error);
+            match made.and_then(|()| self.mirror_change(record, device)) {
+                Ok(mut snapshots) => found.extend(snapshots.remove(snapshot).map(|made| (record.name.clone(), made))),
+                Err(error) => {
+                    let is_made = !matches!(error, PoolError::Exists(_));
+                    devices[..done + usize::from(is_made)].iter().for_each(|(record, _)| self.take_back(record, snapshot));
+                    return Err(error);
+                }
             }
         }
         for (_, device) in devices.iter().filter(|(_, device)| Arc::strong_count(device) == 1) {
             // Closed now, the volume would keep it in the log. If it cannot be brought into the pool, the next opening does that.
             let _ = device.wait_for_snapshot(snapshot);
         }
-        Ok(())
+        Ok(found)
     }
 
     /// Undoes a snapshot that others of the same point in time did not follow.
@@ -125,10 +146,10 @@ impl MappedPool {
             device
                 .take_back_snapshot(snapshot)
                 .map_err(|error| refused(&format!("snapshot {}@{snapshot}", record.name), error))?;
-            self.mirror(record, &device)
+            self.mirror_change(record, &device)
         });
         match taken_back {
-            Ok(()) | Err(PoolError::NotFound(_)) => {}
+            Ok(_) | Err(PoolError::NotFound(_)) => {}
             Err(error) => tracing::warn!("snapshot {}@{snapshot} was left behind: {error}", record.name),
         }
     }
@@ -139,11 +160,11 @@ impl MappedPool {
         loop {
             let groups = match device.delete_snapshot(snapshot) {
                 Ok(()) => {
-                    self.mirror(record, &device)?;
+                    self.mirror_change(record, &device)?;
                     return self.forget_origin(record, snapshot);
                 }
                 Err(OpenError::Volume(VolumeError::NoSnapshot)) => {
-                    self.mirror(record, &device)?;
+                    self.mirror_change(record, &device)?;
                     return Err(no_snapshot(&record.name, snapshot));
                 }
                 Err(OpenError::Volume(VolumeError::SnapshotHasClones(groups))) => groups,
@@ -157,7 +178,7 @@ impl MappedPool {
     pub(super) fn roll_back_mapped(&self, record: &VolumeRecord, snapshot: &str) -> Result<()> {
         let device = self.device(record)?;
         match device.roll_back(snapshot) {
-            Ok(_) => self.mirror(record, &device),
+            Ok(_) => self.mirror_change(record, &device).map(drop),
             Err(OpenError::Volume(VolumeError::NoSnapshot)) => Err(no_snapshot(&record.name, snapshot)),
             Err(error) => Err(refused(&format!("rollback of {} to {snapshot}", record.name), error)),
         }
