@@ -22,6 +22,11 @@ pub trait LogDisk {
 
     fn read(&self, offset: u64, len: usize) -> LocalFuture<'_, Result<Vec<u8>, Errno>>;
 
+    /// Where, at or after `offset`, something else than zeroes may be, or the end. A disk that cannot tell says `offset`.
+    fn next_data(&self, offset: u64) -> LocalFuture<'_, Result<u64, Errno>> {
+        Box::pin(async move { Ok(offset) })
+    }
+
     /// Writes the parts one behind the other; their lengths may be any, only all together they fill sectors.
     fn write(&self, offset: u64, parts: Vec<Bytes>) -> LocalFuture<'_, Result<(), Errno>>;
 

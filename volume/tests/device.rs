@@ -3,7 +3,9 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 
 use backends::file::{FileDevice, FileOptions};
@@ -13,10 +15,13 @@ use backends::segments::{OpenOptions, SegmentStore};
 use blockdev::client::{Answer, Client};
 use blockdev::layers::aligned::Aligned;
 use blockdev::memory_disk::MemoryDisk;
-use blockdev::{BlockDevice, DataPlane, DataPlaneOptions, Errno, Op, Volume, VolumeOptions, conformance};
+use blockdev::{
+    BlockDevice, Capabilities, DataPlane, DataPlaneOptions, DeviceError, Errno, Geometry, IoQueue, Op, Reactor, Request, Volume,
+    VolumeOptions, conformance,
+};
 use uuid::Uuid;
-use volume::device::{MappedDevice, MappedOptions};
-use volume::{Durability, Secrets, Settings};
+use volume::device::{MappedDevice, MappedOptions, OpenError};
+use volume::{Durability, Secrets, Settings, VolumeError};
 
 const MIB: u64 = 1 << 20;
 const POOL: Uuid = Uuid::from_u128(7);
@@ -56,6 +61,76 @@ fn conforms_with_remote_durability() {
     let plane = DataPlane::start(DataPlaneOptions::default()).unwrap();
     let suite = conformance::Suite { resize: true, sequences: 8 };
     conformance::run(suite, || fresh(&plane, Durability::Remote));
+}
+
+/// A log that counts the bytes that are read of it.
+struct CountedLog {
+    disk: Arc<MemoryDisk>,
+    bytes_read: Arc<AtomicU64>,
+}
+
+struct CountedQueue {
+    below: Box<dyn IoQueue>,
+    bytes_read: Arc<AtomicU64>,
+}
+
+impl BlockDevice for CountedLog {
+    fn geometry(&self) -> Geometry {
+        self.disk.geometry()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.disk.capabilities()
+    }
+
+    fn open_queue(&self, reactor: &Rc<Reactor>) -> Result<Box<dyn IoQueue>, DeviceError> {
+        Ok(Box::new(CountedQueue { below: self.disk.open_queue(reactor)?, bytes_read: self.bytes_read.clone() }))
+    }
+
+    fn resize(&self, size: u64) -> Result<(), DeviceError> {
+        self.disk.resize(size)
+    }
+}
+
+impl IoQueue for CountedQueue {
+    fn submit(&self, request: Request) {
+        if request.op == Op::Read {
+            self.bytes_read.fetch_add(request.len, Ordering::Relaxed);
+        }
+        self.below.submit(request);
+    }
+}
+
+#[test]
+fn the_holes_of_a_log_are_not_read_and_what_lies_behind_them_is_found() {
+    let plane = DataPlane::start(DataPlaneOptions::default()).unwrap();
+    let options = options(&plane, Arc::new(MemoryStore::new()), Durability::Local);
+    options.create(16 * MIB).unwrap();
+    let (disk, bytes_read) = (Arc::new(MemoryDisk::new(256 * MIB, 512)), Arc::new(AtomicU64::new(0)));
+    let open = |accept_loss| {
+        let log = CountedLog { disk: disk.clone(), bytes_read: bytes_read.clone() };
+        let settings = Settings { accept_loss, ..options.settings };
+        let device = MappedDevice::open(MappedOptions { settings, ..options.clone() }, Arc::new(log))?;
+        let device = Arc::new(Aligned::new(device));
+        let named = VolumeOptions { name: "disk".into(), read_only: false, block_size: 512 };
+        Ok::<Client, OpenError>(Client::open(&Volume::new(device, named), &plane.handles()[1]).unwrap())
+    };
+    let client = open(false).unwrap();
+    assert!(bytes_read.load(Ordering::Relaxed) < MIB, "{} bytes were read", bytes_read.load(Ordering::Relaxed));
+    client.write(0, vec![1; 4 * MIB as usize]).unwrap();
+    client.flush().unwrap();
+    drop(client);
+    while Arc::strong_count(&disk) > 1 {
+        std::thread::yield_now();
+    }
+
+    let named = VolumeOptions { name: "log".into(), read_only: false, block_size: 512 };
+    let log = Client::open(&Volume::new(disk.clone(), named), &plane.handles()[1]).unwrap();
+    // With the superblock, the first batch.
+    log.run(Op::Discard, 0, MIB, Vec::new()).unwrap();
+    assert!(matches!(open(true), Err(OpenError::Volume(VolumeError::NotALog))));
+    log.run(Op::Discard, 0, 256 * MIB, Vec::new()).unwrap();
+    open(true).unwrap();
 }
 
 /// A pool and a log in a folder.

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use blockdev::{
-    BlockDevice, Buffer, BufferPool, Completion, CompletionQueue, DeviceError, Errno, Handler, HandlerId, IoQueue, Memory, Op,
+    BlockDevice, Buffer, BufferPool, Completion, CompletionQueue, DeviceError, Errno, ExtentKind, Handler, HandlerId, IoQueue, Memory, Op,
     Payload, Reactor, Request,
 };
 use bytes::Bytes;
@@ -17,6 +17,8 @@ use crate::signal::{Asked, Signal, answer};
 const BUFFERS: usize = 128 << 20;
 const BUFFERS_IDLE: usize = 16 << 20;
 const SECTOR_MIN: u32 = 512;
+/// Looked through at once for where a hole ends.
+const LOOK_LEN: u64 = 64 << 20;
 
 /// One thread's way to the device of a log.
 pub(super) struct DeviceLog {
@@ -34,6 +36,7 @@ struct Inner {
     buffer_came_back: Rc<Signal>,
     len: u64,
     sector: usize,
+    tells_holes: bool,
 }
 
 impl DeviceLog {
@@ -51,6 +54,7 @@ impl DeviceLog {
             buffer_came_back: Rc::default(),
             len: geometry.size,
             sector: geometry.block_size.max(SECTOR_MIN) as usize,
+            tells_holes: device.capabilities().block_status,
         });
         Ok(DeviceLog { inner })
     }
@@ -112,6 +116,23 @@ impl LogDisk for DeviceLog {
             let mut bytes = vec![0; len];
             payload.memory().ok_or(Errno::EIO)?.copy_to(0, &mut bytes);
             Ok(bytes)
+        })
+    }
+
+    fn next_data(&self, offset: u64) -> LocalFuture<'_, Result<u64, Errno>> {
+        Box::pin(async move {
+            let mut at = offset;
+            while self.inner.tells_holes && at < self.inner.len {
+                let len = LOOK_LEN.min(self.inner.len - at);
+                let found = self.inner.run(Op::BlockStatus, at, len as usize, Payload::None).await?;
+                let Payload::Extents(extents) = found else { break };
+                let empty: u64 = extents.iter().take_while(|extent| extent.kind != ExtentKind::Data).map(|extent| extent.len).sum();
+                at += empty;
+                if empty < len {
+                    break;
+                }
+            }
+            Ok(at)
         })
     }
 

@@ -112,11 +112,13 @@ pub(crate) async fn is_unused(disk: &dyn LogDisk, log: &Superblock) -> Result<bo
 /// Fails if a disk without a superblock carries batches: it was somebody's log.
 pub(crate) async fn refuse_if_beheaded(disk: &dyn LogDisk, ring: Ring) -> Result<(), VolumeError> {
     let reader = Reader::new(disk, ring, LogId::default());
-    for start in (0..ring.len).step_by(SEARCH_LEN) {
-        let bytes = reader.read(start, SEARCH_LEN.min((ring.len - start) as usize)).await?;
+    let mut next = reader.part_after(0).await?;
+    while let Some((start, len)) = next {
+        let bytes = reader.read(start, len).await?;
         if bytes.chunks_exact(ring.sector).any(|sector| BatchHeader::encoded_len_of(&sector[..HEADER_LEN]).is_some()) {
             return Err(VolumeError::NotALog);
         }
+        next = reader.part_after(start + len as u64).await?;
     }
     Ok(())
 }
@@ -210,13 +212,27 @@ impl<'a> Reader<'a> {
 
     /// True if any batch of this log is whole and in its place.
     async fn has_any(&self) -> Result<bool, VolumeError> {
-        for start in (0..self.ring.len).step_by(SEARCH_LEN) {
-            let len = SEARCH_LEN.min((self.ring.len - start) as usize);
+        let mut next = self.part_after(0).await?;
+        while let Some((start, len)) = next {
             if !self.headers_within(start, len).await?.is_empty() {
                 return Ok(true);
             }
+            next = self.part_after(start + len as u64).await?;
         }
         Ok(false)
+    }
+
+    /// The next part of the ring to search, from `start` on: what is a hole of the disk has no headers, as zeroes are none.
+    async fn part_after(&self, start: u64) -> Result<Option<(u64, usize)>, VolumeError> {
+        if start >= self.ring.len {
+            return Ok(None);
+        }
+        let offset = self.ring.offset(start);
+        let data = self.disk.next_data(offset).await.map_err(|errno| VolumeError::log_io("read", offset, errno))?;
+        let sector = self.ring.sector as u64;
+        let start = start + data.saturating_sub(offset) / sector * sector;
+        let len = self.ring.len.saturating_sub(start).min(SEARCH_LEN as u64) as usize;
+        Ok((len > 0).then_some((start, len)))
     }
 
     /// The headers of this log that are whole and in their places, in a part of the ring.

@@ -9,6 +9,7 @@
 //! taken ahead: others need it, and so do writes.
 
 use std::fs::File;
+use std::ops::Range;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,13 +17,18 @@ use std::sync::{Arc, OnceLock};
 
 use backends::file::{FileDevice, FileOptions};
 use blockdev::offload::Offload;
-use blockdev::{BlockDevice, Capabilities, DeviceError, Geometry, IoQueue, Op, Reactor, Request};
-use rustix::fs::{FallocateFlags, fallocate, fstatvfs};
+use blockdev::{
+    BlockDevice, Capabilities, DeviceError, Extent, ExtentKind, Geometry, IoQueue, Op, Payload, Reactor, Request,
+};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fstatvfs, seek};
+use rustix::io::Errno;
 
 const AHEAD_MIN: u64 = 1 << 20;
 const AHEAD_MAX: u64 = 64 << 20;
 /// What has to be free for that.
 const FREE_MIN: u64 = 2 * AHEAD_MAX;
+/// Holes that are told of a log; more count as data.
+const HOLES_MAX: usize = 64;
 
 /// The device of a log.
 pub(super) struct GrowingLog {
@@ -35,6 +41,8 @@ struct Space {
     len: u64,
     /// Where the part ends that has its space, or will have it soon.
     end: AtomicU64,
+    /// As the log was opened. Told until something is written.
+    holes: Vec<Range<u64>>,
 }
 
 struct GrowingQueue {
@@ -47,7 +55,10 @@ impl GrowingLog {
         let below = FileDevice::open(path, FileOptions { read_only: false, direct: true })?;
         let what = || format!("opening {}", path.display());
         let file = File::options().write(true).open(path).map_err(|source| DeviceError::Io { what: what(), source })?;
-        let space = Space { file, len: below.geometry().size, end: AtomicU64::new(0) };
+        let len = below.geometry().size;
+        // Where a file system cannot tell, everything counts as data.
+        let holes = holes(&file, len).unwrap_or_default();
+        let space = Space { file, len, end: AtomicU64::new(0), holes };
         Ok(GrowingLog { below, space: Arc::new(space) })
     }
 }
@@ -76,7 +87,47 @@ impl Space {
     }
 }
 
+/// The first holes of a file of `len` bytes.
+fn holes(file: &File, len: u64) -> rustix::io::Result<Vec<Range<u64>>> {
+    let mut holes: Vec<Range<u64>> = Vec::new();
+    let mut from = 0;
+    while from < len && holes.len() < HOLES_MAX {
+        let start = seek(file, SeekFrom::Hole(from))?;
+        let end = match seek(file, SeekFrom::Data(start)) {
+            Err(Errno::NXIO) => len,
+            found => found?.min(len),
+        };
+        if start < end {
+            holes.push(start..end);
+        }
+        from = end.max(start);
+    }
+    Ok(holes)
+}
+
 impl Space {
+    fn is_as_opened(&self) -> bool {
+        self.end.load(Ordering::Relaxed) == 0
+    }
+
+    fn extents(&self, within: Range<u64>) -> Vec<Extent> {
+        let mut extents = Vec::new();
+        let mut push = |from: u64, to: u64, kind| {
+            if from < to {
+                extents.push(Extent { len: to - from, kind });
+            }
+        };
+        let mut at = within.start;
+        for hole in self.holes.iter().filter(|hole| hole.end > within.start && hole.start < within.end) {
+            push(at, hole.start, ExtentKind::Data);
+            let end = hole.end.min(within.end);
+            push(hole.start.max(at), end, ExtentKind::Hole);
+            at = end;
+        }
+        push(at, within.end, ExtentKind::Data);
+        extents
+    }
+
     fn has_plenty(&self) -> bool {
         fstatvfs(&self.file).is_ok_and(|found| found.f_bavail.saturating_mul(found.f_frsize) >= FREE_MIN)
     }
@@ -113,8 +164,13 @@ impl BlockDevice for GrowingLog {
 
 impl IoQueue for GrowingQueue {
     fn submit(&self, request: Request) {
-        if matches!(request.op, Op::Write { .. }) {
-            self.space.keep_ahead(request.end());
+        match request.op {
+            Op::Write { .. } => self.space.keep_ahead(request.end()),
+            Op::BlockStatus if self.space.is_as_opened() => {
+                let extents = self.space.extents(request.offset..request.end());
+                return request.complete_with(Ok(()), Payload::Extents(extents));
+            }
+            _ => {}
         }
         self.below.submit(request);
     }
@@ -122,11 +178,33 @@ impl IoQueue for GrowingQueue {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::fs::{FileExt, MetadataExt};
 
     use super::*;
 
     const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn holes_are_told_as_they_were_when_the_log_was_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let file = File::create(&path).unwrap();
+        file.set_len(8 * MIB).unwrap();
+        let told = |log: &GrowingLog, within| -> Vec<(u64, bool)> {
+            let extents = log.space.extents(within);
+            extents.iter().map(|extent| (extent.len / MIB, extent.kind == ExtentKind::Hole)).collect()
+        };
+        assert_eq!(told(&GrowingLog::open(&path).unwrap(), MIB..8 * MIB), [(7, true)]);
+        for start in [2, 5] {
+            file.write_all_at(&[1; MIB as usize], start * MIB).unwrap();
+        }
+        let log = GrowingLog::open(&path).unwrap();
+        assert_eq!(told(&log, 0..8 * MIB), [(2, true), (1, false), (2, true), (1, false), (2, true)]);
+        assert_eq!(told(&log, 2 * MIB..4 * MIB), [(1, false), (1, true)]);
+        assert!(log.space.is_as_opened());
+        log.space.keep_ahead(MIB);
+        assert!(!log.space.is_as_opened());
+    }
 
     #[test]
     fn space_is_there_before_it_is_written_and_no_earlier() {

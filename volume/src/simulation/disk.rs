@@ -246,6 +246,24 @@ impl LogDisk for SimulatedDisk {
         self.host.world.operation(self.process, read)
     }
 
+    /// Any run of sectors that are zeroes may be a hole, and any part of it may be told.
+    fn next_data(&self, offset: u64) -> LocalFuture<'_, Result<u64, Errno>> {
+        let HostDisk { world, state, .. } = self.host.clone();
+        let looking = world.clone();
+        let look = move |fate| {
+            let state = state.borrow();
+            let first = offset as usize / state.sector;
+            let sectors = state.current.chunks_exact(state.sector).skip(first);
+            let empty = sectors.take_while(|sector| sector.iter().all(|byte| *byte == 0)).count() as u64;
+            let told = if world.random.per_mille(500) { empty } else { world.random.below(empty + 1) };
+            let found = offset + told * state.sector as u64;
+            #[cfg(test)]
+            digest::note(&[b"look", &offset.to_le_bytes(), &found.to_le_bytes()]);
+            (fate == Fate::Happens).then_some(Ok(found))
+        };
+        looking.operation(self.process, look)
+    }
+
     fn write(&self, offset: u64, parts: Vec<Bytes>) -> LocalFuture<'_, Result<(), Errno>> {
         let bytes = parts.concat();
         let HostDisk { world, state, failures, .. } = self.host.clone();
