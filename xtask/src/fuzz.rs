@@ -26,7 +26,7 @@ pub fn run(seconds: u32) -> Result<()> {
     let targets = targets(&manifest)?;
     let mut build = commands::cargo();
     build.env("RUSTC_BOOTSTRAP", "1").env("RUSTFLAGS", FLAGS);
-    build.args(["build", "--release", "--bins", "--target", PLATFORM, "--manifest-path"]).arg(&manifest);
+    build.args(["build", "--locked", "--release", "--bins", "--target", PLATFORM, "--manifest-path"]).arg(&manifest);
     build.arg("--target-dir").arg(folder.join("target"));
     commands::show(&mut build)?;
     for target in &targets {
