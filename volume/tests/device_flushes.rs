@@ -192,7 +192,13 @@ fn after_a_failed_flush_nothing_succeeds_until_the_volume_is_opened_anew() {
     clients[0].flush().unwrap();
 
     let late = Duration::from_millis(200);
-    let rule = FaultRule { class: OpClass::Flush, errors_per_million: 1_000_000, errno: Errno::EIO, delay: late, jitter: Duration::ZERO };
+    let rule = FaultRule {
+        class: OpClass::Flush,
+        errors_per_million: 1_000_000,
+        errno: Errno::EIO,
+        delay: late,
+        jitter: Duration::ZERO,
+    };
     plan.set(vec![rule]);
     let beside: Vec<_> = (2..8).map(|number| write_and_flush(&clients[usize::from(number) % clients.len()], number)).collect();
     for flush in beside {

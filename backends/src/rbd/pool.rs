@@ -17,9 +17,7 @@ use super::library::{FEATURE_EXCLUSIVE_LOCK, FLAG_FAST_DIFF_INVALID};
 use super::lock;
 use super::openings::Openings;
 use super::record::{self, Record};
-use crate::pool::{
-    Flattened, Pool, PoolError, PoolHealth, Result, SnapshotRecord, Usage, VolumeRecord, VolumeSpec, check_name,
-};
+use crate::pool::{Flattened, Pool, PoolError, PoolHealth, Result, SnapshotRecord, Usage, VolumeRecord, VolumeSpec, check_name};
 
 /// How a pool is reached.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]

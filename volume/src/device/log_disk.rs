@@ -4,8 +4,8 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use blockdev::{
-    BlockDevice, Buffer, BufferPool, Completion, CompletionQueue, DeviceError, Errno, ExtentKind, Handler, HandlerId, IoQueue, Memory, Op,
-    Payload, Reactor, Request,
+    BlockDevice, Buffer, BufferPool, Completion, CompletionQueue, DeviceError, Errno, ExtentKind, Handler, HandlerId, IoQueue,
+    Memory, Op, Payload, Reactor, Request,
 };
 use bytes::Bytes;
 use slab::Slab;
@@ -126,7 +126,8 @@ impl LogDisk for DeviceLog {
                 let len = LOOK_LEN.min(self.inner.len - at);
                 let found = self.inner.run(Op::BlockStatus, at, len as usize, Payload::None).await?;
                 let Payload::Extents(extents) = found else { break };
-                let empty: u64 = extents.iter().take_while(|extent| extent.kind != ExtentKind::Data).map(|extent| extent.len).sum();
+                let empty: u64 =
+                    extents.iter().take_while(|extent| extent.kind != ExtentKind::Data).map(|extent| extent.len).sum();
                 at += empty;
                 if empty < len {
                     break;

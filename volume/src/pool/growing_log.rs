@@ -17,9 +17,7 @@ use std::sync::{Arc, OnceLock};
 
 use backends::file::{FileDevice, FileOptions};
 use blockdev::offload::Offload;
-use blockdev::{
-    BlockDevice, Capabilities, DeviceError, Extent, ExtentKind, Geometry, IoQueue, Op, Payload, Reactor, Request,
-};
+use blockdev::{BlockDevice, Capabilities, DeviceError, Extent, ExtentKind, Geometry, IoQueue, Op, Payload, Reactor, Request};
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fstatvfs, seek};
 use rustix::io::Errno;
 

@@ -42,8 +42,8 @@ use backends::pool::Result;
 use backends::segments::SegmentStore;
 use backends::segments::drive::block_on;
 use backends::{
-    Claim, EngineUse, Flattened, KeyRecord, KeyRotation, Layout, Pool, PoolError, PoolHealth, SnapshotRecord, Usage, VolumeRecord, VolumeSpec,
-    check_name,
+    Claim, EngineUse, Flattened, KeyRecord, KeyRotation, Layout, Pool, PoolError, PoolHealth, SnapshotRecord, Usage,
+    VolumeRecord, VolumeSpec, check_name,
 };
 use blockdev::{BlockDevice, ReactorHandle};
 use dedup::frame::Allowed;

@@ -49,7 +49,10 @@ fn rested(seed: u64, data_key: Option<[u8; 32]>) -> (Bench, HostDisk) {
 
 fn look(bench: &Bench, disk: &HostDisk, between: impl FnOnce()) -> Result<RestingUse, VolumeError> {
     let (process, parts) = bench.parts(disk);
-    let log = { let parts = parts.clone(); async move { at_rest::read_log(&parts, VOLUME).await } };
+    let log = {
+        let parts = parts.clone();
+        async move { at_rest::read_log(&parts, VOLUME).await }
+    };
     let unpublished = bench.world.wait_for(process, log).unwrap()?;
     between();
     let looked = bench.world.wait_for(process, async move { at_rest::usage(&parts, VOLUME.into(), unpublished).await }).unwrap();
@@ -82,7 +85,10 @@ fn what_a_volume_at_rest_uses_is_what_its_next_owner_finds() {
             in_snapshots += u64::from(looked.shares.snapshots > 0);
         }
     }
-    assert!(in_logs > 10 && in_snapshots > 10, "{in_logs} with something in the log, {in_snapshots} with something in snapshots alone");
+    assert!(
+        in_logs > 10 && in_snapshots > 10,
+        "{in_logs} with something in the log, {in_snapshots} with something in snapshots alone"
+    );
 }
 
 #[test]
