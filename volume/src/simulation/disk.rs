@@ -5,7 +5,8 @@
 //! after part of them has landed, and syncs fail and forget what they should have kept, while readers go on seeing it. A disk may be full: sectors that
 //! were never written to find no space then, and a write that would need some fails after part of the others has landed.
 //!
-//! It also watches what an encrypted log writes: two different batches under one key and batch number would give the key stream away.
+//! It also watches what an encrypted log writes: two different batches under one key and batch number would give the key stream away,
+//! and a salt that comes twice is no chance.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -42,6 +43,8 @@ struct State {
     room: Option<usize>,
     /// The content of each encrypted batch ever written, or begun, by what makes its key and nonces.
     sealed: BTreeMap<Sealing, [u8; 32]>,
+    /// Of each salt, the epoch that used it.
+    salts: BTreeMap<[u8; 32], u64>,
 }
 
 /// Salt of the opening, epoch, and number of the batch.
@@ -82,6 +85,7 @@ impl HostDisk {
             allocated: vec![false; len / sector],
             room: None,
             sealed: BTreeMap::new(),
+            salts: BTreeMap::new(),
         };
         HostDisk { world: world.clone(), state: Rc::new(RefCell::new(state)), failures: 0, syncs: Rc::default() }
     }
@@ -161,7 +165,7 @@ impl State {
         (&mut self.current[bytes.clone()], &mut self.durable[bytes])
     }
 
-    /// Panics if an encrypted batch differs from one that was written with the same key and nonces.
+    /// Panics if an encrypted batch differs from one that was written with the same key and nonces, or has the salt of another opening.
     fn watch_seals(&mut self, mut bytes: &[u8]) {
         while let Some((header, _)) = bytes.starts_with(b"NVLOGBAT").then(|| BatchHeader::decode(bytes)).flatten() {
             let (batch, rest) = bytes.split_at(header.total_len(self.sector));
@@ -174,7 +178,10 @@ impl State {
 
     /// What fills the sectors up is not sealed, and may rot.
     fn watch_seal(&mut self, header: &BatchHeader, bytes: &[u8]) {
-        let sealing = (array_at(bytes, 96), u64_at(bytes, 64), u64_at(bytes, 40));
+        let (salt, epoch) = (array_at(bytes, 96), u64_at(bytes, 64));
+        let other = self.salts.insert(salt, epoch);
+        assert!(other.is_none_or(|other| other == epoch), "epochs {other:?} and {epoch} have one salt");
+        let sealing = (salt, epoch, u64_at(bytes, 40));
         let payload_at = header.payload_at(self.sector);
         let sealed = [&bytes[..header.encoded_len()], &bytes[payload_at..payload_at + header.payload_len()]].concat();
         let hash = *blake3::hash(&sealed).as_bytes();

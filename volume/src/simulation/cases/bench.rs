@@ -194,13 +194,11 @@ impl Bench {
 
     /// Once the volume has put its house in order, nothing is in the store that it does not need, and all that it needs is.
     pub fn scan(&self, owner: &Owner) {
+        self.run(owner, |volume| async move { volume.destage().await }).unwrap();
+        // What is destaged may make a checkpoint due.
         self.pass(owner, REST);
         let parts = owner.parts.clone();
-        let scanned = self.run(owner, move |volume| async move {
-            volume.destage().await.map_err(|errno| errno.to_string())?;
-            census::scan(&parts, &volume).await
-        });
-        scanned.unwrap();
+        self.run(owner, move |volume| async move { census::scan(&parts, &volume).await }).unwrap();
     }
 }
 
