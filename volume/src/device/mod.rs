@@ -234,7 +234,8 @@ impl BlockDevice for MappedDevice {
             fua: true,
             block_status: true,
             caches_reads: false,
-            // After a flush has failed, the engine refuses everything by itself.
+            // Failures of the engine are never taken back, and are looked at before anything is told to be durable: after a flush has failed, all that
+            // was not flushed before it, and every write and flush after it, fails until the volume is opened anew.
             flush_failure_loses_writes: false,
         }
     }
