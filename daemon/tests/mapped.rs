@@ -155,14 +155,15 @@ fn usage_counts_an_image_that_was_imported_just_now() {
     daemon.json(&["volume", "delete", "v", "--yes"]);
 }
 
-/// Each root in a folder: whoever opens a volume changes that of its group.
+/// The roots of the groups in a folder: whoever opens a volume changes that of its group.
 fn roots(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = BTreeMap::new();
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
-        match path.is_dir() {
-            true => found.append(&mut roots(&path)),
-            false => drop(found.insert(path.clone(), fs::read(path).unwrap())),
+        if path.is_dir() {
+            found.append(&mut roots(&path));
+        } else if path.ends_with("root") {
+            found.insert(path.clone(), fs::read(path).unwrap());
         }
     }
     found
