@@ -162,7 +162,7 @@ fn roots(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
         let path = entry.unwrap().path();
         if path.is_dir() {
             found.append(&mut roots(&path));
-        } else if path.ends_with("root") {
+        } else if path.ends_with("root=") {
             found.insert(path.clone(), fs::read(path).unwrap());
         }
     }
