@@ -2,14 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::future::poll_fn;
-use std::ops::Range;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use backends::segments::memory::MemoryStore;
-use backends::segments::{Listed, SegmentStore, StoreFuture, Tag};
+use backends::segments::{SegmentStore, StoreFuture};
 use blockdev::client::Client;
 use blockdev::layers::aligned::Aligned;
 use blockdev::layers::fault::{FaultPlan, FaultRule, Faulty};
@@ -111,31 +110,13 @@ impl Postponing {
 }
 
 impl SegmentStore for Postponing {
+    backends::pass_on!(inner: read, delete, list, read_root, swap);
+
     fn create<'a>(&'a self, name: &'a str, content: Vec<Bytes>) -> StoreFuture<'a, ()> {
         Box::pin(async move {
             self.postpone(name).await;
             self.inner.create(name, content).await
         })
-    }
-
-    fn read<'a>(&'a self, name: &'a str, range: Range<u64>) -> StoreFuture<'a, Bytes> {
-        self.inner.read(name, range)
-    }
-
-    fn delete<'a>(&'a self, name: &'a str) -> StoreFuture<'a, ()> {
-        self.inner.delete(name)
-    }
-
-    fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, Vec<Listed>> {
-        self.inner.list(prefix)
-    }
-
-    fn read_root<'a>(&'a self, name: &'a str) -> StoreFuture<'a, Option<(Bytes, Tag)>> {
-        self.inner.read_root(name)
-    }
-
-    fn swap<'a>(&'a self, name: &'a str, expected: Option<&'a Tag>, content: Bytes) -> StoreFuture<'a, Tag> {
-        self.inner.swap(name, expected, content)
     }
 }
 

@@ -10,18 +10,16 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use backends::{Layout, Pool, VolumeSpec};
-use common::{Host, MIB, Place, spec};
+use common::{BLOCK, Host, MIB, Place, hex, spec, unhex};
 
-const BLOCK: usize = 4096;
 const SECTOR: usize = 512;
 
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/pool-1.txt")
 }
 
-/// Blocks that compress, and differ from each other.
 fn content(seed: u8) -> Vec<u8> {
-    (0..6u64).flat_map(|block| [vec![seed; BLOCK - 8], block.to_le_bytes().to_vec()].concat()).collect()
+    common::content(0, seed)
 }
 
 /// Volumes `a` and `b` share a group, `c` is a clone of a snapshot of `own`, and the logs hold what the directory does not.
@@ -67,8 +65,7 @@ fn describe(root: &Path, folder: &Path, text: &mut String) {
         writeln!(text, "file {} {mode:o} {}", path.display(), content.len()).unwrap();
         for (number, sector) in content.chunks(SECTOR).enumerate() {
             if sector.iter().any(|byte| *byte != 0) {
-                let hex: String = sector.iter().map(|byte| format!("{byte:02x}")).collect();
-                writeln!(text, "{} {hex}", number * SECTOR).unwrap();
+                writeln!(text, "{} {}", number * SECTOR, hex(sector)).unwrap();
             }
         }
     }
@@ -86,11 +83,7 @@ fn restore(root: &Path) {
                 file.set_permissions(Permissions::from_mode(u32::from_str_radix(mode, 8).unwrap())).unwrap();
                 current = Some(file);
             }
-            [at, hex] => {
-                let digits = |index: usize| u8::from_str_radix(&hex[index * 2..index * 2 + 2], 16).unwrap();
-                let bytes: Vec<u8> = (0..hex.len() / 2).map(digits).collect();
-                current.as_ref().unwrap().write_all_at(&bytes, at.parse().unwrap()).unwrap();
-            }
+            [at, sector] => current.as_ref().unwrap().write_all_at(&unhex(sector), at.parse().unwrap()).unwrap(),
             _ => panic!("{line}"),
         }
     }

@@ -2,6 +2,8 @@
 //!
 //! `NOVASTOR_MAKE_GOLDEN=1 cargo test -p volume --test golden_volume` writes the file anew, which is only right for a new version of the format.
 
+mod common;
+
 use std::fmt::Write;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -14,14 +16,13 @@ use backends::segments::drive::block_on;
 use backends::segments::memory::MemoryStore;
 use blockdev::client::Client;
 use blockdev::{BlockDevice, DataPlane, DataPlaneOptions, Volume, VolumeOptions};
-use bytes::Bytes;
+use common::{BLOCK, content, hex, unhex};
 use uuid::Uuid;
 use volume::device::{MappedDevice, MappedOptions, SnapshotDevice};
 use volume::{Secrets, Settings};
 
 const SIZE: u64 = 64 << 20;
 const LOG_SIZE: u64 = 1 << 20;
-const BLOCK: usize = 4096;
 const VOLUME: Uuid = Uuid::from_u128(1);
 const CLONE: Uuid = Uuid::from_u128(2);
 const SECTOR: usize = 512;
@@ -50,11 +51,6 @@ fn client(plane: &DataPlane, device: Arc<dyn BlockDevice>, read_only: bool) -> C
 
 fn log(path: &Path) -> Arc<FileDevice> {
     Arc::new(FileDevice::open(path, FileOptions { read_only: false, direct: true }).unwrap())
-}
-
-/// Blocks that compress, and differ from each other.
-fn content(first: u64, seed: u8) -> Vec<u8> {
-    (first..first + 6).flat_map(|block| [vec![seed; BLOCK - 8], block.to_le_bytes().to_vec()].concat()).collect()
 }
 
 fn make(folder: &Path) -> String {
@@ -100,14 +96,6 @@ fn make(folder: &Path) -> String {
     text
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn bytes(hex: &str) -> Bytes {
-    (0..hex.len() / 2).map(|index| u8::from_str_radix(&hex[index * 2..index * 2 + 2], 16).unwrap()).collect()
-}
-
 #[test]
 fn what_the_first_version_wrote_opens() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -120,9 +108,9 @@ fn what_the_first_version_wrote_opens() {
     log_file.set_len(LOG_SIZE).unwrap();
     for line in fs::read_to_string(path()).unwrap().lines() {
         match line.split(' ').collect::<Vec<_>>()[..] {
-            ["object", name, content] => block_on(store.create(name, vec![bytes(content)])).unwrap(),
-            ["root", name, content] => drop(block_on(store.swap(name, None, bytes(content))).unwrap()),
-            ["log", at, content] => log_file.write_all_at(&bytes(content), at.parse().unwrap()).unwrap(),
+            ["object", name, content] => block_on(store.create(name, vec![unhex(content)])).unwrap(),
+            ["root", name, content] => drop(block_on(store.swap(name, None, unhex(content))).unwrap()),
+            ["log", at, content] => log_file.write_all_at(&unhex(content), at.parse().unwrap()).unwrap(),
             _ => panic!("{line}"),
         }
     }

@@ -2,14 +2,13 @@
 
 mod common;
 
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use backends::segments::drive::block_on;
 use backends::segments::memory::MemoryStore;
-use backends::segments::{Listed, SegmentStore, StoreError, StoreFuture, Tag};
+use backends::segments::{SegmentStore, StoreError, StoreFuture, Tag};
 use backends::{Layout, Pool};
 use bytes::Bytes;
 use common::{Host, MIB, spec};
@@ -34,24 +33,15 @@ impl Refusing {
 }
 
 impl SegmentStore for Refusing {
+    backends::pass_on!(inner: read, delete, list, read_root);
+
     fn create<'a>(&'a self, name: &'a str, content: Vec<Bytes>) -> StoreFuture<'a, ()> {
         Box::pin(async move {
             self.check()?;
             self.inner.create(name, content).await
         })
     }
-    fn read<'a>(&'a self, name: &'a str, range: Range<u64>) -> StoreFuture<'a, Bytes> {
-        self.inner.read(name, range)
-    }
-    fn delete<'a>(&'a self, name: &'a str) -> StoreFuture<'a, ()> {
-        self.inner.delete(name)
-    }
-    fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, Vec<Listed>> {
-        self.inner.list(prefix)
-    }
-    fn read_root<'a>(&'a self, name: &'a str) -> StoreFuture<'a, Option<(Bytes, Tag)>> {
-        self.inner.read_root(name)
-    }
+
     fn swap<'a>(&'a self, name: &'a str, expected: Option<&'a Tag>, content: Bytes) -> StoreFuture<'a, Tag> {
         Box::pin(async move {
             self.check()?;

@@ -2,12 +2,11 @@
 
 mod common;
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use backends::segments::memory::MemoryStore;
-use backends::segments::{Listed, SegmentStore, StoreFuture, Tag};
+use backends::segments::{SegmentStore, StoreFuture, Tag};
 use backends::{Layout, Pool};
 use bytes::Bytes;
 use common::{Host, MIB, spec};
@@ -27,29 +26,11 @@ impl Counting {
 }
 
 impl SegmentStore for Counting {
-    fn create<'a>(&'a self, name: &'a str, content: Vec<Bytes>) -> StoreFuture<'a, ()> {
-        self.inner.create(name, content)
-    }
-
-    fn read<'a>(&'a self, name: &'a str, range: Range<u64>) -> StoreFuture<'a, Bytes> {
-        self.inner.read(name, range)
-    }
-
-    fn delete<'a>(&'a self, name: &'a str) -> StoreFuture<'a, ()> {
-        self.inner.delete(name)
-    }
-
-    fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, Vec<Listed>> {
-        self.inner.list(prefix)
-    }
+    backends::pass_on!(inner: create, read, delete, list, swap);
 
     fn read_root<'a>(&'a self, name: &'a str) -> StoreFuture<'a, Option<(Bytes, Tag)>> {
         self.reads.fetch_add(usize::from(name == "catalogue"), Ordering::Relaxed);
         self.inner.read_root(name)
-    }
-
-    fn swap<'a>(&'a self, name: &'a str, expected: Option<&'a Tag>, content: Bytes) -> StoreFuture<'a, Tag> {
-        self.inner.swap(name, expected, content)
     }
 }
 

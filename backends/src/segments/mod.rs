@@ -28,6 +28,7 @@ pub mod memory;
 mod names;
 #[cfg(feature = "object-store")]
 pub mod object;
+mod pass_on;
 pub mod probe;
 mod reply;
 mod roots;
@@ -37,8 +38,7 @@ use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use bytes::Bytes;
-
+pub use bytes::Bytes;
 pub use header::PoolHeader;
 
 /// The longest object, in bytes. A longer one is [`StoreError::Refused`].

@@ -161,13 +161,12 @@ async fn prove_stale(store: &dyn SegmentStore, stale: Option<&Tag>, token: Uuid)
 #[cfg(test)]
 mod tests {
     use std::future::poll_fn;
-    use std::ops::Range;
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::task::Poll;
 
     use super::*;
+    use crate::segments::StoreFuture;
     use crate::segments::memory::MemoryStore;
-    use crate::segments::{Listed, StoreFuture};
 
     #[derive(Clone, Copy, Default)]
     struct Faults {
@@ -212,6 +211,8 @@ mod tests {
     }
 
     impl SegmentStore for Careless {
+        crate::pass_on!(store: read, delete, list, read_root);
+
         fn create<'a>(&'a self, name: &'a str, content: Vec<Bytes>) -> StoreFuture<'a, ()> {
             Box::pin(async move {
                 let exists = self.store.read(name, 0..1).await.is_ok();
@@ -246,22 +247,6 @@ mod tests {
                 }
                 self.lose(self.store.swap(name, expected, content).await)
             })
-        }
-
-        fn read<'a>(&'a self, name: &'a str, range: Range<u64>) -> StoreFuture<'a, Bytes> {
-            self.store.read(name, range)
-        }
-
-        fn delete<'a>(&'a self, name: &'a str) -> StoreFuture<'a, ()> {
-            self.store.delete(name)
-        }
-
-        fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, Vec<Listed>> {
-            self.store.list(prefix)
-        }
-
-        fn read_root<'a>(&'a self, name: &'a str) -> StoreFuture<'a, Option<(Bytes, Tag)>> {
-            self.store.read_root(name)
         }
     }
 

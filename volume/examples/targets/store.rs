@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use backends::segments::{Listed, SegmentStore, StoreError, StoreFuture, Tag};
+use backends::segments::{SegmentStore, StoreError, StoreFuture, Tag};
 use bytes::Bytes;
 use tokio::runtime::Handle;
 
@@ -49,6 +49,8 @@ impl Counting {
 }
 
 impl SegmentStore for Counting {
+    backends::pass_on!(inner: list);
+
     fn create<'a>(&'a self, name: &'a str, content: Vec<Bytes>) -> StoreFuture<'a, ()> {
         let len: u64 = content.iter().map(|part| part.len() as u64).sum();
         if self.holds_back.load(Relaxed) && name.contains("/w/") && len > 4096 {
@@ -68,10 +70,6 @@ impl SegmentStore for Counting {
     fn delete<'a>(&'a self, name: &'a str) -> StoreFuture<'a, ()> {
         self.deletes.fetch_add(1, Relaxed);
         self.inner.delete(name)
-    }
-
-    fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, Vec<Listed>> {
-        self.inner.list(prefix)
     }
 
     fn read_root<'a>(&'a self, name: &'a str) -> StoreFuture<'a, Option<(Bytes, Tag)>> {
@@ -116,24 +114,10 @@ impl Distant {
 }
 
 impl SegmentStore for Distant {
+    backends::pass_on!(inner: read, delete, list, read_root);
+
     fn create<'a>(&'a self, name: &'a str, content: Vec<Bytes>) -> StoreFuture<'a, ()> {
         self.late(self.inner.create(name, content))
-    }
-
-    fn read<'a>(&'a self, name: &'a str, range: Range<u64>) -> StoreFuture<'a, Bytes> {
-        self.inner.read(name, range)
-    }
-
-    fn delete<'a>(&'a self, name: &'a str) -> StoreFuture<'a, ()> {
-        self.inner.delete(name)
-    }
-
-    fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, Vec<Listed>> {
-        self.inner.list(prefix)
-    }
-
-    fn read_root<'a>(&'a self, name: &'a str) -> StoreFuture<'a, Option<(Bytes, Tag)>> {
-        self.inner.read_root(name)
     }
 
     fn swap<'a>(&'a self, name: &'a str, expected: Option<&'a Tag>, content: Bytes) -> StoreFuture<'a, Tag> {

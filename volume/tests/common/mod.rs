@@ -1,4 +1,4 @@
-//! A host that pools of mapped volumes are opened on.
+//! A host that pools of mapped volumes are opened on, and what golden files are made of.
 
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
@@ -11,6 +11,7 @@ use backends::segments::SegmentStore;
 use backends::{Layout, Pool, PoolError, VolumeSpec};
 use blockdev::client::Client;
 use blockdev::{DataPlane, DataPlaneOptions, Volume, VolumeOptions};
+use bytes::Bytes;
 use tempfile::TempDir;
 use uuid::Uuid;
 use volume::keys::{Kek, Keks};
@@ -18,6 +19,20 @@ use volume::pool::{Dedup, MappedPool, MappedPoolOptions, SharedStore, VolumePoli
 use volume::{Allowed, Durability, WhenFull};
 
 pub const MIB: u64 = 1 << 20;
+pub const BLOCK: usize = 4096;
+
+/// Six blocks that compress, and differ from each other: `first` is the number of the first.
+pub fn content(first: u64, seed: u8) -> Vec<u8> {
+    (first..first + 6).flat_map(|block| [vec![seed; BLOCK - 8], block.to_le_bytes().to_vec()].concat()).collect()
+}
+
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+pub fn unhex(hex: &str) -> Bytes {
+    (0..hex.len() / 2).map(|index| u8::from_str_radix(&hex[index * 2..index * 2 + 2], 16).unwrap()).collect()
+}
 
 pub fn spec(layout: Layout) -> VolumeSpec {
     VolumeSpec { size: 16 * MIB, block_size: 512, layout, policy: None, tenant: None, wrapped_key: None }

@@ -1,11 +1,10 @@
 //! The catalogue in a store, against a model, on a store that loses answers and requests.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use backends::segments::memory::MemoryStore;
-use backends::segments::{Listed, SegmentStore, StoreFuture};
+use backends::segments::{SegmentStore, StoreFuture};
 use backends::{Layout, VolumeSpec};
 use proptest::prelude::*;
 
@@ -18,25 +17,7 @@ struct Lossy {
 }
 
 impl SegmentStore for Lossy {
-    fn create<'a>(&'a self, name: &'a str, content: Vec<Bytes>) -> StoreFuture<'a, ()> {
-        self.store.create(name, content)
-    }
-
-    fn read<'a>(&'a self, name: &'a str, range: Range<u64>) -> StoreFuture<'a, Bytes> {
-        self.store.read(name, range)
-    }
-
-    fn delete<'a>(&'a self, name: &'a str) -> StoreFuture<'a, ()> {
-        self.store.delete(name)
-    }
-
-    fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, Vec<Listed>> {
-        self.store.list(prefix)
-    }
-
-    fn read_root<'a>(&'a self, name: &'a str) -> StoreFuture<'a, Option<(Bytes, Tag)>> {
-        self.store.read_root(name)
-    }
+    backends::pass_on!(store: create, read, delete, list, read_root);
 
     fn swap<'a>(&'a self, name: &'a str, expected: Option<&'a Tag>, content: Bytes) -> StoreFuture<'a, Tag> {
         Box::pin(async move {
