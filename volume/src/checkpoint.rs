@@ -28,6 +28,8 @@ use crate::names::{Family, Slot, Source, first_block, slot_of};
 use crate::object::{self, Kind, Opened};
 use crate::patience::PatientPages;
 use crate::root::Checkpoint;
+use crate::segment::Place;
+use crate::snapshots::by_age;
 use crate::step_header::StepHeader;
 use crate::table::Content;
 
@@ -59,8 +61,11 @@ thread_local! {
 struct PageWriter<'a> {
     core: &'a Core,
     filling: RefCell<Option<Filling>>,
-    /// Blocks for which something is stored now, and was not before.
-    filled: Cell<u64>,
+    /// The volume whose map is written, and the newest snapshot of each volume: where in the history it is.
+    slot: Cell<Slot>,
+    newest: RefCell<HashMap<Slot, Place>>,
+    /// Blocks that are stored now, in the place of nothing or of what the newest snapshot keeps.
+    fresh: Cell<u64>,
 }
 
 /// An object that is not in the store yet.
@@ -72,6 +77,11 @@ struct Filling {
 }
 
 impl PageWriter<'_> {
+    fn new(core: &Core) -> PageWriter<'_> {
+        let newest = core.newest_snapshots().into();
+        PageWriter { core, filling: RefCell::default(), slot: Cell::default(), newest, fresh: Cell::new(0) }
+    }
+
     async fn add(&self, pages: Vec<Page>) -> Result<Vec<Pointer>, VolumeError> {
         let is_full = self.filling.borrow().as_ref().is_some_and(|filling| filling.pages + pages.len() > PAGES_MAX);
         if is_full {
@@ -126,8 +136,12 @@ impl PageSink for PageWriter<'_> {
         Box::pin(self.add(pages))
     }
 
-    fn note_filled(&self, blocks: u64) {
-        self.filled.set(self.filled.get() + blocks);
+    fn note_replaced(&self, before: &[Pointer]) {
+        let (table, newest) = (self.core.reader.table.borrow(), self.newest.borrow().get(&self.slot.get()).copied());
+        // What is older than the snapshot, and was still there, is in it.
+        let is_kept = |before: &Pointer| newest.zip(table.entry_of(*before)).is_some_and(|(place, entry)| entry.is_before(place));
+        let fresh = before.iter().filter(|before| before.is_nothing() || is_kept(before)).count();
+        self.fresh.set(self.fresh.get() + fresh as u64);
     }
 }
 
@@ -183,12 +197,16 @@ impl Core {
             map.close_layer(None);
             (map.volumes.clone(), map.layers.clone(), map.segments, map.place, map.log_end, self.pending.take())
         };
-        let writer = PageWriter { core: self, filling: RefCell::default(), filled: Cell::new(0) };
+        let writer = PageWriter::new(self);
         let (mut volumes, mut trees) = (base, HashMap::new());
         for layer in &layers {
             self.enter(&layer.runs, &mut volumes, &writer).await?;
-            let snapshot = layer.ends_with.and_then(|(slot, snapshot)| Some((snapshot, volumes.get(&slot)?.tree)));
-            trees.extend(snapshot);
+            if let Some((slot, snapshot)) = layer.ends_with
+                && let Some(held) = volumes.get(&slot)
+            {
+                trees.insert(snapshot, held.tree);
+                writer.newest.borrow_mut().extend(self.place_of(slot, snapshot).map(|place| (slot, place)));
+            }
         }
         self.make(change, &mut volumes, &writer).await?;
         writer.flush().await?;
@@ -210,7 +228,7 @@ impl Core {
             map.layers.drain(..layers.len());
             map.segments -= segments;
         }
-        self.note_filled(writer.filled.get(), stored);
+        self.note_fresh(writer.fresh.get(), stored);
         self.commit_snapshots(&trees);
         self.reader.settle_fresh();
         self.release_handles();
@@ -227,6 +245,7 @@ impl Core {
             let slot = slot_of(run.start);
             from = first_block(slot + 1);
             if let Some(held) = volumes.get_mut(&slot) {
+                writer.slot.set(slot);
                 let changes = Changes { runs, first: first_block(slot) };
                 held.tree = self.merge(held.tree, held.blocks(), changes, writer).await?;
             }
@@ -235,7 +254,8 @@ impl Core {
     }
 
     async fn merge(&self, tree: Tree, blocks: u64, changes: Changes<'_>, writer: &PageWriter<'_>) -> Result<Tree, VolumeError> {
-        merge(tree, blocks, changes, &PatientPages(self), writer, |error| self.note_damage(error)).await
+        let pages = PatientPages { core: self, pages: &self.reader };
+        merge(tree, blocks, changes, &pages, writer, |error| self.note_damage(error)).await
     }
 
     async fn make(&self, change: Change, volumes: &mut Volumes, writer: &PageWriter<'_>) -> Result<(), VolumeError> {
@@ -269,6 +289,22 @@ impl Core {
         let sealed = offload(&*self.chain.environment, sealing).await.ok_or(VolumeError::Panicked)??;
         self.chain.publish(&source, &sealed.header, &sealed.body).await?;
         Ok(source)
+    }
+
+    /// Where in the history the newest snapshot of each volume is, as exactly as that is known.
+    fn newest_snapshots(&self) -> HashMap<Slot, Place> {
+        let table = self.reader.table.borrow();
+        let place = |snapshot: &Snapshot| {
+            let written = || table.entry_of(snapshot.tree.root).map(|page| Place { epoch: page.epoch, sequence: page.number });
+            Some((snapshot.slot, self.place_of(snapshot.slot, snapshot.id).or_else(written)?))
+        };
+        let stay = self.committed_snapshots(|_| true).into_iter().filter(|snapshot| !snapshot.is_deleting).collect();
+        by_age(stay, &table).iter().filter_map(place).collect()
+    }
+
+    fn place_of(&self, slot: Slot, id: SnapshotId) -> Option<Place> {
+        let last = self.last_snapshots.borrow().get(&slot).copied();
+        last.filter(|(last, _)| *last == id).map(|(_, place)| place)
     }
 
     fn commit_snapshots(&self, trees: &HashMap<SnapshotId, Tree>) {

@@ -87,6 +87,8 @@ pub(crate) struct Core {
     pub(crate) reader: Reader,
     pub(crate) map: RefCell<Map>,
     pub(crate) snapshots: RefCell<BTreeMap<SnapshotName, SnapshotState>>,
+    /// Of each volume, the last one that was taken since the opening, and where in the history that was.
+    pub(crate) last_snapshots: RefCell<HashMap<Slot, (SnapshotId, Place)>>,
     pub(crate) parent: Cell<Option<Parent>>,
     /// Slots that are not given to a volume again before the next opening.
     pub(crate) slots_had: RefCell<BTreeSet<Slot>>,
@@ -124,7 +126,7 @@ pub(crate) struct Core {
     /// those that may be garbage since, and those that checkpoints have found to be new. 0: nobody has looked.
     pub(crate) written: Cell<u64>,
     pub(crate) live: Cell<u64>,
-    /// Blocks stored since then, or since the last checkpoint, and the share of those before that took the place of nothing.
+    /// Blocks stored since then, or since the last checkpoint, and the share of those before that made nothing garbage.
     pub(crate) pending: Cell<u64>,
     pub(crate) fresh_share: Cell<f64>,
     /// Blocks changed since the volume was tidied up last.
@@ -188,14 +190,14 @@ impl Core {
         self.untidy.set(self.untidy.get().saturating_add(blocks));
     }
 
-    /// A checkpoint entered so many stored blocks, of which some took the place of nothing.
-    pub(crate) fn note_filled(&self, filled: u64, stored: u64) {
-        let filled = filled.min(stored);
+    /// A checkpoint entered so many stored blocks, of which some took the place of nothing, or of what a snapshot keeps.
+    pub(crate) fn note_fresh(&self, fresh: u64, stored: u64) {
+        let fresh = fresh.min(stored);
         if self.live.get() > 0 {
-            self.live.set(self.live.get() + filled);
+            self.live.set(self.live.get() + fresh);
         }
         if stored > 0 {
-            self.fresh_share.set(filled as f64 / stored as f64);
+            self.fresh_share.set(fresh as f64 / stored as f64);
         }
     }
 

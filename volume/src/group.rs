@@ -287,6 +287,7 @@ pub(crate) async fn new_core(
         settings,
         map: RefCell::new(map),
         snapshots: RefCell::new(committed.collect()),
+        last_snapshots: RefCell::default(),
         parent: Cell::new(parent),
         slots_had: RefCell::default(),
         deduplication: Deduplication::new(indexed),

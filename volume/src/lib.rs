@@ -9,6 +9,7 @@
 //! Everything runs on one thread as futures over [`Environment`], [`LogDisk`] and the store, so that a simulator can stand in for all three
 //! and make any crash happen at any point.
 
+mod ahead;
 mod at_rest;
 mod backlog;
 mod bytes_at;

@@ -69,8 +69,8 @@ pub struct Settings {
     pub gathers: bool,
     /// Runs of a step that are gone through at once: more would keep requests waiting.
     pub slice: usize,
-    /// Pointers that a collection keeps in memory, 16 bytes each. With more, only how many lead to the fullest objects is remembered, and these are not
-    /// rewritten by it.
+    /// Pointers that a collection keeps in memory, some 5 bytes each. With more, only how many lead to the fullest objects is remembered, and these are
+    /// not rewritten by it.
     pub marked_max: usize,
     pub when_full: WhenFull,
 }
@@ -89,7 +89,7 @@ impl Default for Settings {
             kept_bytes: 96 << 20,
             gathers: true,
             slice: 128,
-            marked_max: 1 << 20,
+            marked_max: 16 << 20,
             when_full: WhenFull::Wait,
         }
     }

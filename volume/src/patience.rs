@@ -27,11 +27,18 @@ impl Core {
     }
 }
 
-/// The pages of a volume, read so.
-pub(crate) struct PatientPages<'a>(pub(crate) &'a Core);
+/// Pages of a volume, read so.
+pub(crate) struct PatientPages<'a> {
+    pub(crate) core: &'a Core,
+    pub(crate) pages: &'a dyn Pages,
+}
 
 impl Pages for PatientPages<'_> {
     fn page(&self, pointer: Pointer) -> LocalFuture<'_, Result<Rc<Page>, VolumeError>> {
-        Box::pin(self.0.patiently(async move || self.0.reader.page(pointer).await))
+        Box::pin(self.core.patiently(async move || self.pages.page(pointer).await))
+    }
+
+    fn expect<'a>(&'a self, next: &'a [Pointer]) -> LocalFuture<'a, ()> {
+        self.pages.expect(next)
     }
 }

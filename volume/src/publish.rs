@@ -122,13 +122,15 @@ impl Core {
             give_way().await;
         }
         let mut map = self.map.borrow_mut();
+        let after = Place { epoch: source.epoch, sequence: source.number }.next();
         if let Some(marker) = &step.marker {
             map.close_layer(Some((marker.slot, marker.id)));
             self.note_marker(marker.clone());
+            self.last_snapshots.borrow_mut().insert(marker.slot, (marker.id, after));
             self.checkpoint_wanted.set(true);
         }
         map.segments += 1;
-        map.place = Place { epoch: source.epoch, sequence: source.number }.next();
+        map.place = after;
         map.log_end = step.log_end;
         Ok(())
     }

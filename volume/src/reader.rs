@@ -18,21 +18,22 @@ use std::time::Duration;
 
 use backends::segments::StoreError;
 use bytes::Bytes;
+use dedup::BLOCK_LEN;
 use dedup::body::FrameReader;
 use dedup::hash::BlockHash;
-use dedup::location::{Location, SegmentHandle, Spot, UNIT_LEN};
+use dedup::location::{Location, SegmentHandle, Spot};
 use lru::LruCache;
 
 use crate::chain::Chain;
 use crate::environment::LocalFuture;
 use crate::error::VolumeError;
-use crate::map::{Page, Pages, Pointer, spot_bits, spot_of};
+use crate::map::{PAGES_PER_FRAME, Page, Pages, Pointer, spot_bits, spot_of};
 use crate::names::{Group, Source};
 use crate::object::{self, CLEAR_LEN, Object, Opened};
 use crate::root::Root;
 use crate::signal::give_way;
 use crate::step_header::StepHeader;
-use crate::stored::{Damaged, Stored, read_together};
+use crate::stored::{Damaged, Stored, frame_bytes, read_together};
 use crate::table::{State, Table};
 use crate::tally::Tally;
 
@@ -56,6 +57,32 @@ impl From<VolumeError> for Failure {
     fn from(error: VolumeError) -> Failure {
         Failure::Error(error)
     }
+}
+
+/// The blocks of a frame, of which some may be no pages.
+pub(crate) struct FramePages(Vec<Option<Rc<Page>>>);
+
+impl From<Vec<Option<Page>>> for FramePages {
+    fn from(pages: Vec<Option<Page>>) -> FramePages {
+        FramePages(pages.into_iter().map(|page| page.map(Rc::new)).collect())
+    }
+}
+
+impl FramePages {
+    pub(crate) fn page(&self, location: Location) -> Option<Rc<Page>> {
+        self.0.get(usize::from(location.spot.block())).cloned().flatten()
+    }
+
+    /// All but one, and where they are.
+    fn neighbours(self, location: Location) -> impl Iterator<Item = (Spot, Rc<Page>)> {
+        let spots = (0..).map(move |number| Spot::new(location.spot.unit(), number, location.spot.class()));
+        let all = spots.zip(self.0).filter_map(|(spot, page)| spot.zip(page));
+        all.filter(move |(spot, _)| *spot != location.spot)
+    }
+}
+
+fn no_page() -> VolumeError {
+    VolumeError::ObjectDamaged { object: "a page of the volume's map".into(), why: "it is no page" }
 }
 
 /// For each object that blocks came from, where they were and where they are, in the order of where they were.
@@ -122,11 +149,33 @@ impl Reader {
 
     /// The frames that the blocks are in, for somebody who unpacks them elsewhere.
     pub(crate) async fn fetch(&self, wanted: &[(usize, Pointer)]) -> Result<Vec<Stored>, VolumeError> {
+        self.wherever_they_are(wanted, async || self.try_fetch(wanted).await).await
+    }
+
+    /// A part of an object, of some `len` bytes, with the frame that a block is in, and where the block is.
+    pub(crate) async fn fetch_around(&self, pointer: Pointer, len: usize) -> Result<(Location, Stored), VolumeError> {
+        let wanted = [(0, pointer)];
+        self.wherever_they_are(&wanted, async || {
+            let location = self.locate(pointer).await?.ok_or(VolumeError::Moved)?;
+            let frame = frame_bytes(location);
+            let start = frame.start - frame.start % len;
+            let end = frame.end.max(start + len + PAGES_PER_FRAME * BLOCK_LEN);
+            Ok((location, self.fetch_part(vec![(0, location)], start..end).await?))
+        })
+        .await
+    }
+
+    /// Reads what blocks are in, wherever these are moved meanwhile.
+    async fn wherever_they_are<T>(
+        &self,
+        wanted: &[(usize, Pointer)],
+        mut read: impl AsyncFnMut() -> Result<T, Failure>,
+    ) -> Result<T, VolumeError> {
         let _looking = self.looking();
         let mut moves: HashMap<u32, usize> = HashMap::new();
         loop {
-            let handle = match self.try_fetch(wanted).await {
-                Ok(stored) => return Ok(stored),
+            let handle = match read().await {
+                Ok(read) => return Ok(read),
                 Err(Failure::Error(error)) => return Err(error),
                 Err(Failure::Gone(handle)) => handle,
             };
@@ -276,34 +325,45 @@ impl Reader {
     async fn try_fetch(&self, wanted: &[(usize, Pointer)]) -> Result<Vec<Stored>, Failure> {
         let mut found = Vec::with_capacity(wanted.len());
         for (index, pointer) in wanted {
-            if let Some((page, _)) = pointer.hiding() {
-                self.page(page).await?;
-                // It can be read again, so what was found there is out of date.
-                return Err(VolumeError::Moved.into());
-            }
-            if let Some(location) = pointer.location() {
-                let location = self.follow(location).await?;
-                if self.is_wrong(&location) {
-                    return Err(self.wrong_block(location).into());
-                }
-                found.push((*index, location));
-            }
+            found.extend(self.locate(*pointer).await?.map(|location| (*index, location)));
         }
         let fetches = found.chunk_by(|(_, before), (_, next)| read_together(before, next));
         let fetched = futures_util::future::join_all(fetches.map(|wanted| self.fetch_frames(wanted))).await;
         fetched.into_iter().collect()
     }
 
+    /// Where a block is that can be read. `None`: the pointer leads nowhere.
+    async fn locate(&self, pointer: Pointer) -> Result<Option<Location>, Failure> {
+        if let Some((page, _)) = pointer.hiding() {
+            self.page(page).await?;
+            // It can be read again, so what was found there is out of date.
+            return Err(VolumeError::Moved.into());
+        }
+        let Some(named) = pointer.location() else { return Ok(None) };
+        let location = self.follow(named).await?;
+        if location.segment != named.segment {
+            self.tally.forwards.add(1);
+        }
+        if self.is_wrong(&location) {
+            return Err(self.wrong_block(location).into());
+        }
+        Ok(Some(location))
+    }
+
     /// The bytes of frames that lie one after the other in one object.
     async fn fetch_frames(&self, wanted: &[(usize, Location)]) -> Result<Stored, Failure> {
-        let (from, to) = (wanted[0].1, wanted[wanted.len() - 1].1);
-        let handle = from.segment.get();
+        let part = frame_bytes(wanted[0].1).start..frame_bytes(wanted[wanted.len() - 1].1).end;
+        self.fetch_part(wanted.to_vec(), part).await
+    }
+
+    /// A part of the body of the object that the blocks are in.
+    async fn fetch_part(&self, wanted: Vec<(usize, Location)>, part: Range<usize>) -> Result<Stored, Failure> {
+        let handle = wanted[0].1.segment.get();
         let opened = self.open(handle).await?;
-        let start = from.spot.unit() as usize * UNIT_LEN;
-        let end = to.spot.unit() as usize * UNIT_LEN + to.spot.class().bytes();
         let source = self.source(handle)?;
+        let Range { start, end } = part;
         let bytes = self.fetch_bytes(handle, &source, opened.body_at + start as u64..opened.body_at + end as u64).await?;
-        Ok(Stored { wanted: wanted.to_vec(), opened, start, bytes })
+        Ok(Stored { wanted, opened, start, end, bytes })
     }
 
     /// What its header in clear said may be wrong, too: it is read anew the next time.
@@ -325,7 +385,6 @@ impl Reader {
             || VolumeError::ObjectDamaged { object: source.path(), why: "a block of it was not kept when it was rewritten" };
         let at = of_source.binary_search_by_key(&spot_bits(location.spot), |(from, _)| *from).map_err(|_| missing())?;
         let segment = SegmentHandle::new(to).ok_or_else(missing)?;
-        self.tally.forwards.add(1);
         Ok(Location { segment, spot: spot_of(of_source[at].1) })
     }
 
@@ -404,23 +463,24 @@ impl Reader {
         let _looking = self.looking();
         let stored = self.fetch(&[(0, pointer)]).await?;
         let found = stored.first().and_then(|stored| Some((stored, stored.wanted.first()?.1)));
-        let damaged = || VolumeError::ObjectDamaged { object: "a page of the volume's map".into(), why: "it is no page" };
-        let (stored, location) = found.ok_or_else(damaged)?;
-        let mut frames = self.frames.borrow_mut();
-        let blocks = stored.blocks(&stored.wanted, &mut frames).map_err(|damaged| self.damaged_frame(damaged))?;
-        let page = blocks.get(usize::from(location.spot.block())).and_then(Page::decode);
-        let page = Rc::new(page.ok_or_else(damaged)?);
+        let (stored, location) = found.ok_or_else(no_page)?;
+        let (page, pages) = self.pages_of(stored, location)?;
         // Its neighbours in the tree are in the same frame, and likely to be next.
         if Pointer::to(location) == pointer {
-            for (number, block) in (0..).zip(blocks) {
-                let neighbour = Spot::new(location.spot.unit(), number, location.spot.class());
-                if let Some((spot, page)) = neighbour.filter(|spot| *spot != location.spot).zip(Page::decode(block)) {
-                    self.cache_page(Pointer::to(Location { spot, ..location }), Rc::new(page));
-                }
+            for (spot, neighbour) in pages.neighbours(location) {
+                self.cache_page(Pointer::to(Location { spot, ..location }), neighbour);
             }
         }
         self.cache_page(pointer, page.clone());
         Ok(page)
+    }
+
+    /// A page, and all pages of the frame that it is in.
+    pub(crate) fn pages_of(&self, stored: &Stored, location: Location) -> Result<(Rc<Page>, FramePages), VolumeError> {
+        let mut frames = self.frames.borrow_mut();
+        let blocks = stored.blocks(&[(0, location)], &mut frames).map_err(|damaged| self.damaged_frame(damaged))?;
+        let pages = FramePages::from(blocks.iter().map(Page::decode).collect::<Vec<_>>());
+        Ok((pages.page(location).ok_or_else(no_page)?, pages))
     }
 
     fn cache_page(&self, pointer: Pointer, page: Rc<Page>) {

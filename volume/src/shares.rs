@@ -12,15 +12,17 @@ use backends::Shares;
 use blockdev::{Extent, ExtentKind};
 use rustc_hash::{FxHashMap, FxHashSet};
 
+use crate::ahead::Ahead;
 use crate::clone::reader_of;
 use crate::core::Core;
 use crate::error::VolumeError;
 use crate::map::{Pointer, Tree, Unhurried, walk};
 use crate::mapped::Parts;
-use crate::meta::Volumes;
+use crate::meta::{Snapshot, Volumes};
 use crate::names::{Slot, VolumeId, first_block};
 use crate::reader::Reader;
 use crate::segment::BLOCK;
+use crate::snapshots::by_age;
 use crate::table::Entry;
 
 /// Blocks that are remembered at once.
@@ -81,7 +83,8 @@ async fn count(
     let mut data = 0;
     // Before anything else happens: they belong to this tree.
     layers(&mut |pointer| count.name(pointer, true));
-    let pages = Unhurried::new(reader);
+    let ahead = Ahead::new(reader, snapshots.len());
+    let pages = Unhurried::new(&ahead);
     let (head, others) = heads.split_at(heads.len().min(1));
     walk(head, &pages, |pointer, is_page| {
         data += u64::from(!is_page);
@@ -143,9 +146,13 @@ impl Core {
     async fn try_shares(&self, slot: Slot) -> Result<Shares, VolumeError> {
         let _looking = self.reader.looking();
         let heads = heads(&self.map.borrow().volumes, slot);
-        let snapshots: Vec<Tree> = self.committed_snapshots(|_| true).into_iter().map(|snapshot| snapshot.tree).collect();
+        let snapshots = in_order(self.committed_snapshots(|_| true), &self.reader);
         count(&self.reader, 0, &heads, |show| self.show_layers(show), &snapshots).await
     }
+}
+
+fn in_order(snapshots: Vec<Snapshot>, reader: &Reader) -> Vec<Tree> {
+    by_age(snapshots, &reader.table.borrow()).into_iter().map(|snapshot| snapshot.tree).collect()
 }
 
 /// The trees of a group's volumes, that of one of them first.
@@ -158,9 +165,8 @@ fn heads(volumes: &Volumes, slot: Slot) -> Vec<Tree> {
 pub(crate) async fn shares_in_store(parts: &Parts, volume: VolumeId) -> Result<Shares, VolumeError> {
     let chain = parts.chain(volume.group);
     let (root, meta) = chain.read_meta().await?;
-    let snapshots: Vec<Tree> = meta.snapshots.iter().map(|snapshot| snapshot.tree).collect();
     // There, the volume is the first ancestor of a clone that is none.
     let reader = reader_of(parts, &chain, &root, &meta)?;
     let heads = heads(&meta.volumes, meta.slot(volume.id)?);
-    count(&reader, 1, &heads, |_| (), &snapshots).await
+    count(&reader, 1, &heads, |_| (), &in_order(meta.snapshots, &reader)).await
 }

@@ -5,6 +5,7 @@
 //!   delete ─▶ checkpoint: it is deleting ─▶ does a clone pin it? ─▶ checkpoint: it is gone
 //! ```
 
+use std::cmp::Reverse;
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -15,12 +16,14 @@ use crate::core::{Core, SnapshotName, SnapshotState};
 use crate::environment::random_id;
 use crate::error::VolumeError;
 use crate::log::RecordKind;
+use crate::map::Tree;
 use crate::mapped::Durability;
 use crate::meta::{Held, Snapshot};
 use crate::names::{SLOT_BLOCKS, Slot, first_block, group_path};
 use crate::progress::Progress;
 use crate::segment::BLOCK;
 use crate::step_header::{MARKER_NAME_MAX, Marker};
+use crate::table::Table;
 
 /// A snapshot, as its volume tells of it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -237,4 +240,14 @@ pub(crate) fn check_size(size: u64) -> Result<(), VolumeError> {
     let (block, blocks) = (BLOCK as u64, size / BLOCK as u64);
     let fits = size.is_multiple_of(block) && (1..=SLOT_BLOCKS).contains(&blocks);
     if fits { Ok(()) } else { Err(VolumeError::BadSize) }
+}
+
+/// Those of one volume after each other, in the order in which they came to be: their pages are in objects with ever greater numbers.
+pub(crate) fn by_age(mut snapshots: Vec<Snapshot>, table: &Table) -> Vec<Snapshot> {
+    let written = |tree: &Tree| {
+        let entry = table.entry_of(tree.root)?;
+        Some((Reverse(entry.owner), entry.epoch, entry.number, tree.root))
+    };
+    snapshots.sort_by_key(|snapshot| (snapshot.slot, written(&snapshot.tree)));
+    snapshots
 }

@@ -17,15 +17,33 @@ pub(crate) struct Stored {
     /// The blocks that are wanted, in order, and each one's number for whoever wants it.
     pub(crate) wanted: Vec<(usize, Location)>,
     pub(crate) opened: Arc<Opened>,
-    /// Where in the object's body they begin.
+    /// Where in the object's body they begin, and up to where they were asked for.
     pub(crate) start: usize,
+    pub(crate) end: usize,
     pub(crate) bytes: Bytes,
 }
 
 /// A frame that is not what was sealed in its place.
 pub(crate) struct Damaged(pub(crate) Location);
 
+/// Where in its object's body a block's frame begins.
+pub(crate) fn offset_of(location: Location) -> usize {
+    location.spot.unit() as usize * UNIT_LEN
+}
+
+/// Bytes from there that are sure to contain the frame, unless the object ends before.
+pub(crate) fn frame_bytes(location: Location) -> std::ops::Range<usize> {
+    let start = offset_of(location);
+    start..start + location.spot.class().bytes()
+}
+
 impl Stored {
+    /// Whether all of a block's frame is there, as far as its object has it.
+    pub(crate) fn has_frame(&self, location: Location) -> bool {
+        let frame = frame_bytes(location);
+        self.start <= frame.start && (frame.end <= self.end || self.bytes.len() < self.end - self.start)
+    }
+
     /// The blocks that are wanted, by frame.
     pub(crate) fn frames(&self) -> impl Iterator<Item = &[(usize, Location)]> {
         self.wanted.chunk_by(|(_, before), (_, next)| before.spot.unit() == next.spot.unit())
@@ -36,7 +54,7 @@ impl Stored {
         let location = frame[0].1;
         let unit = location.spot.unit();
         let damaged = || Damaged(location);
-        let stored = self.bytes.get(unit as usize * UNIT_LEN - self.start..).ok_or_else(damaged)?;
+        let stored = self.bytes.get(offset_of(location) - self.start..).ok_or_else(damaged)?;
         Ok(reader.read(&self.opened.opener, unit, stored).map_err(|_| damaged())?.as_chunks().0)
     }
 

@@ -10,7 +10,9 @@
 
 use std::collections::HashMap;
 
+use crate::map::Pointer;
 use crate::names::{Family, Group, Source};
+use crate::segment::Place;
 
 /// The most handles that exist.
 const HANDLES_MAX: usize = 1 << 30;
@@ -52,6 +54,25 @@ impl Entry {
     /// Blocks in it, if it is one of the volume's own that is live.
     pub(crate) fn own_blocks(&self) -> u64 {
         if self.owner == 0 && self.is_live() { self.blocks.into() } else { 0 }
+    }
+
+    /// Whether it was there, for others to refer to, at a place in the volume's history.
+    pub(crate) fn is_before(&self, place: Place) -> bool {
+        self.owner != 0 || Place { epoch: self.epoch, sequence: self.number } < place
+    }
+
+    /// Whether a page in this object may refer to another object, as far as their names tell.
+    pub(crate) fn may_refer_to(&self, other: &Entry) -> bool {
+        if (self.owner, self.epoch) != (other.owner, other.epoch) {
+            // A clone's pages may refer to what its ancestors had, and pages of an epoch to what there was before it.
+            return other.owner > self.owner || other.owner == self.owner && other.epoch < self.epoch;
+        }
+        match other.family {
+            Family::Gathered => other.number <= self.number,
+            // The numbers of a page's object and of the steps it has are compared: see `Core::new_source`.
+            Family::Step => other.number < self.number,
+            Family::Meta => false,
+        }
     }
 }
 
@@ -150,6 +171,11 @@ impl Table {
 
     pub(crate) fn get(&self, handle: u32) -> Option<&Entry> {
         self.entries.get(handle as usize).filter(|entry| entry.state != State::Free)
+    }
+
+    /// What stands for the object that a pointer leads to.
+    pub(crate) fn entry_of(&self, pointer: Pointer) -> Option<&Entry> {
+        self.get(pointer.location()?.segment.get())
     }
 
     /// The object that a handle stood for at first.

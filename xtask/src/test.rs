@@ -19,6 +19,9 @@ use std::time::Duration;
 const SLOW: [&str; 3] = ["guest", "ceph", "s3"];
 const FUZZ_SECONDS: u32 = 20;
 const SEEDS: u32 = 2000;
+/// What is built, at once and with all of it in view: asked for by themselves, programs would get fewer features of third-party crates than tests, and
+/// be built twice.
+const PROGRAMS: [&str; 3] = ["--lib", "--bins", "--tests"];
 /// Tests let the backend fail; builds that are shipped cannot.
 const FEATURES: [&str; 2] = ["--features", "novastor/fault-injection,volume/simulation"];
 
@@ -38,7 +41,7 @@ pub fn run(quick: bool) -> Result<()> {
     tidy::run()?;
     cargo(&[&["clippy", "--workspace", "--all-targets"], &FEATURES[..], &["--", "-D", "warnings"]].concat())?;
     stage("build");
-    cargo(&[&["build", "--workspace", "--bins"], &FEATURES[..]].concat())?;
+    cargo(&[&["build", "--workspace"], &PROGRAMS[..], &FEATURES[..]].concat())?;
     stage("tests");
     run_tests(quick)?;
     stage("simulated crashes");
@@ -65,7 +68,7 @@ fn run_tests(quick: bool) -> Result<()> {
     }
     let filter = SLOW.map(|word| format!("binary(/{word}/)")).join(" + ");
     let mut nextest = commands::cargo();
-    nextest.args(["nextest", "run", "--workspace", "--no-fail-fast"]).args(FEATURES);
+    nextest.args(["nextest", "run", "--workspace", "--no-fail-fast"]).args(PROGRAMS).args(FEATURES);
     if quick {
         nextest.args(["--filterset", &format!("not ({filter})")]);
     }
@@ -75,8 +78,7 @@ fn run_tests(quick: bool) -> Result<()> {
 /// Without cargo-nextest: builds all test programs, then runs those wanted, one after another.
 fn run_plainly(quick: bool) -> Result<()> {
     let mut build = commands::cargo();
-    build.args(["test", "--workspace", "--lib", "--bins", "--tests", "--no-run", "--message-format", "json"]);
-    build.args(FEATURES);
+    build.args(["test", "--workspace", "--no-run", "--message-format", "json"]).args(PROGRAMS).args(FEATURES);
     let messages = String::from_utf8(commands::output(&mut build)?).context("cargo's messages")?;
     let mut failed = Vec::new();
     for message in messages.lines() {

@@ -1,6 +1,6 @@
 //! Measures a mapped volume against what it is meant to reach: requests to its store, bytes written in vain, times of what must be quick.
 //!
-//! `cargo run --release -p volume --example targets [-- ROW…]`, or `-- images DATASET`, see `images`. The rows of counts need no quiet machine; those of times do. Needs 12 GiB of
+//! `cargo run --release -p volume --example targets [-- ROW…]`, `-- images DATASET`, see `images`, or `-- snapshots-large GIB`. The rows of counts need no quiet machine; those of times do. Needs 12 GiB of
 //! memory, and 12 GiB of disk under the folder for temporary files.
 
 mod costs;
@@ -44,7 +44,7 @@ const ROWS: [Row; 11] = [
 ];
 
 /// Takes an hour or more, so it is measured only if asked for.
-const LARGE: Row = ("snapshots-large", dead_space_of_100_gib);
+const LARGE: Row = ("snapshots-large", || dead_space_in_directory(100));
 
 fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
@@ -53,6 +53,12 @@ fn main() {
     {
         print_head();
         return images::measure(Path::new(dataset));
+    }
+    if let [row, gib] = &wanted[..]
+        && row == LARGE.0
+    {
+        print_head();
+        return dead_space_in_directory(gib.parse().expect("GiB"));
     }
     if let [only] = &wanted[..] {
         let (_, measure) = ROWS.iter().chain([&LARGE]).find(|(name, _)| name == only).expect("a row of this name");
@@ -151,18 +157,22 @@ fn dead_space_beside_snapshots() {
     measure_dead_space(&rig, 2 * GIB, &|random, len| random.bytes(len as usize));
 }
 
-/// The size that the target speaks of, in a directory. Blocks are zeroes but for 64 bytes each, so that it takes
+/// In a directory; the target speaks of 100 GiB. Blocks are zeroes but for 64 bytes each, so that these take
 /// some 20 GiB of disk (14 with 65 of the snapshots), and 2 GiB of `/dev/shm` for the log.
-fn dead_space_of_100_gib() {
+fn dead_space_in_directory(gib: u64) {
     let folder = tempfile::tempdir().expect("a folder");
     let log = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
     let rig = in_directory(folder.path(), &log.path().join("log"), 2 * GIB, false);
-    measure_dead_space(&rig, 100 * GIB, &|random, len| {
+    measure_dead_space(&rig, gib * GIB, &|random, len| {
         let mut content = vec![0; len as usize];
         content.chunks_mut(BLOCK as usize).for_each(|block| block[..64].copy_from_slice(&random.bytes(64)));
         content
     });
 }
+
+/// How long a volume is left alone, and how long it does nothing when it is tidy.
+const IDLE: Duration = Duration::from_secs(600);
+const TIDY: Duration = Duration::from_secs(60);
 
 fn measure_dead_space(rig: &Rig, size: u64, content: &dyn Fn(&mut Random, u64) -> Vec<u8>) {
     rig.create(size);
@@ -185,22 +195,23 @@ fn measure_dead_space(rig: &Rig, size: u64, content: &dyn Fn(&mut Random, u64) -
     }
     open.device.settle().expect("it settles");
     let dead = || open.device.shares().expect("it is counted").reclaimable;
-    let before = dead();
     let began = now();
-    let after = loop {
-        std::thread::sleep(Duration::from_secs(10));
-        let after = dead();
-        if after * 10 <= before || began.elapsed() > Duration::from_secs(600) {
-            break after;
+    let before = dead();
+    let mut active = began;
+    while began.elapsed() < IDLE && active.elapsed() < TIDY {
+        std::thread::sleep(Duration::from_secs(1));
+        if open.device.usage().is_none_or(|usage| usage.collected.is_running) {
+            active = now();
         }
-    };
+    }
+    let after = dead();
     tell(
         &format!("dead space reclaimed with 100 snapshots held, {} GiB volume, 1 % divergence each", size / GIB),
         format!(
-            "{:.0} % of {} MiB after {:.0} s; the process takes {} MiB now, and took {} MiB at most",
+            "{:.0} % of {} MiB after {:.0} s, of which it rested 30; the process takes {} MiB now, and took {} MiB at most",
             (1.0 - after as f64 / before as f64) * 100.0,
             before / MIB,
-            began.elapsed().as_secs_f64(),
+            (active - began).as_secs_f64(),
             memory_of_process("VmRSS:") / MIB,
             memory_of_process("VmHWM:") / MIB,
         ),

@@ -2,24 +2,25 @@
 //!
 //! What is added meanwhile comes from steps: their own objects are new, and what else they refer to is noted as they are applied.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::rc::Rc;
 
 use rustc_hash::{FxHashMap, FxHashSet};
 
+use crate::ahead::Ahead;
 use crate::core::{Core, Layer};
 use crate::error::VolumeError;
 use crate::gather::Which;
+use crate::gather::pointers::Pointers;
 use crate::map::{Pointer, Tree, Unhurried, walk};
-use crate::names::Family;
+use crate::names::Slot;
 use crate::patience::PatientPages;
 use crate::signal::give_way;
+use crate::snapshots::by_age;
 use crate::table::{Entry, State, Table};
 
 /// Runs of a layer looked at in one go.
 const RUNS_AT_ONCE: usize = 4_096;
-
-pub(super) type Pointers = FxHashSet<Pointer>;
 
 /// What leads to an object's blocks.
 enum Live {
@@ -40,7 +41,7 @@ pub(super) struct Uses {
     kept: HashSet<u32>,
     /// Whether ancestors' objects are to be rewritten, and not the volume's own.
     inherited: bool,
-    /// How many are known, and may be.
+    /// How many are known, and may be; some that were met more than once count more than once.
     pointers: usize,
     pointers_max: usize,
 }
@@ -106,16 +107,22 @@ impl Uses {
         match self.live.entry(to).or_insert(unknown) {
             Live::Counted(count) => *count += 1,
             Live::Known(pointers) => {
-                self.pointers += usize::from(pointers.insert(pointer));
-                let count = pointers.len();
-                if !self.inherited && count >= target.blocks as usize {
-                    self.pointers -= count;
-                    self.live.insert(to, Live::Counted(count as u64));
-                }
+                let before = pointers.len();
+                pointers.push(location);
+                self.pointers = self.pointers + pointers.len() - before;
             }
         }
         if self.pointers > self.pointers_max && !self.inherited {
             self.keep_emptiest(table);
+        }
+    }
+
+    /// Nothing that is known is counted twice from now on.
+    fn settle(&mut self) {
+        for live in self.live.values_mut() {
+            if let Live::Known(pointers) = live {
+                pointers.settle();
+            }
         }
     }
 
@@ -131,27 +138,13 @@ impl Uses {
         let mut fullest: Vec<(f64, u32)> = known.collect();
         fullest.sort_by(|one, other| other.0.total_cmp(&one.0).then(one.1.cmp(&other.1)));
         for (_, handle) in fullest {
-            if self.pointers <= self.pointers_max / 2 {
+            if self.pointers <= self.pointers_max / 4 * 3 {
                 break;
             }
             let Some(pointers) = self.take(handle) else { continue };
             self.pointers -= pointers.len();
             self.live.insert(handle, Live::Counted(pointers.len() as u64));
         }
-    }
-}
-
-/// Whether a page of one object may refer to another object.
-fn may_refer_to(page: &Entry, other: &Entry) -> bool {
-    if (page.owner, page.epoch) != (other.owner, other.epoch) {
-        // A clone's pages may refer to what its ancestors had, and pages of an epoch to what there was before it.
-        return other.owner > page.owner || other.owner == page.owner && other.epoch < page.epoch;
-    }
-    match other.family {
-        Family::Gathered => other.number <= page.number,
-        // The numbers of a page's object and of the steps it has are compared: see `Core::new_source`.
-        Family::Step => other.number < page.number,
-        Family::Meta => false,
     }
 }
 
@@ -173,6 +166,7 @@ impl Core {
         let table = self.reader.table.borrow();
         noted.into_iter().for_each(|pointer| uses.note(pointer, &table));
         drop(table);
+        uses.settle();
         uses.kept = self.kept_for(&unreadable);
         Ok(uses)
     }
@@ -180,7 +174,8 @@ impl Core {
     /// The answer is which pages cannot be read.
     async fn mark_all(&self, uses: &mut Uses, trees: Vec<Tree>, layers: Vec<Rc<Layer>>) -> Result<Vec<Pointer>, VolumeError> {
         let table = &self.reader.table;
-        let patient = PatientPages(self);
+        let ahead = Ahead::new(&self.reader, trees.len());
+        let patient = PatientPages { core: self, pages: &ahead };
         let pages = Unhurried::new(&patient);
         let unreadable = walk(&trees, &pages, |pointer, _| uses.note(pointer, &table.borrow())).await?;
         for layer in layers {
@@ -197,10 +192,15 @@ impl Core {
         Ok(unreadable.into_keys().collect())
     }
 
+    /// Those of one volume after each other, the oldest first.
     fn trees(&self) -> Vec<Tree> {
-        let snapshots = self.committed_snapshots(|_| true);
-        let heads: Vec<Tree> = self.map.borrow().volumes.values().map(|held| held.tree).collect();
-        heads.into_iter().chain(snapshots.into_iter().map(|snapshot| snapshot.tree)).collect()
+        let map = self.map.borrow();
+        let mut trees: BTreeMap<Slot, Vec<Tree>> = BTreeMap::new();
+        for snapshot in by_age(self.committed_snapshots(|_| true), &self.reader.table.borrow()) {
+            trees.entry(snapshot.slot).or_default().push(snapshot.tree);
+        }
+        map.volumes.iter().for_each(|(slot, held)| trees.entry(*slot).or_default().push(held.tree));
+        trees.into_values().flatten().collect()
     }
 
     /// All layers, which change no more.
@@ -215,7 +215,7 @@ impl Core {
         let table = self.reader.table.borrow();
         let entry_of = |page: &Pointer| table.get(page.location()?.segment.get());
         let pages: Option<Vec<&Entry>> = unreadable.iter().map(entry_of).collect();
-        let may_be_needed = |entry: &Entry| pages.as_ref().is_none_or(|pages| pages.iter().any(|page| may_refer_to(page, entry)));
+        let may_be_needed = |entry: &Entry| pages.as_ref().is_none_or(|pages| pages.iter().any(|page| page.may_refer_to(entry)));
         let mut kept = HashSet::new();
         for (handle, entry) in table.used().filter(|(_, entry)| may_be_needed(entry)) {
             kept.insert(handle);

@@ -3,8 +3,9 @@
 //! ```text
 //!   mark      every pointer of every tree and layer: which handles are used, and where        others go on meanwhile
 //!   choose    unused handles are forgotten; emptyish objects are victims, and take no new hits          at one moment
-//!   copy      what is in use of the victims ─▶ new objects, whose headers tell what came from where   others go on meanwhile
-//!   swap      victims are forwarded ─▶ checkpoint ─▶ only then their objects are deleted                   in the house
+//!   copy      what is in use of some victims ─▶ new objects, whose headers tell what came from where  others go on meanwhile
+//!   swap      those are forwarded ─▶ checkpoint ─▶ only then their objects are deleted                     in the house
+//!   the next victims …
 //! ```
 //!
 //! Invariants: pages are not rewritten for it; a snapshot neither stalls it nor is changed by it. What is new since marking began is left
@@ -14,8 +15,9 @@
 
 mod copy;
 mod mark;
+mod pointers;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, VecDeque};
 
 use dedup::BLOCK_LEN;
 use dedup::location::Location;
@@ -28,10 +30,11 @@ use crate::names::{Family, Source};
 use crate::segment::Place;
 use crate::table::{Content, Entry, State};
 use copy::{Gathering, Written};
-use mark::{Pointers, Uses};
+use mark::Uses;
+use pointers::Pointers;
 
-/// Victims of one collection.
-const VICTIMS_MAX: usize = 256;
+/// Of all pointers that may be known, the part whose blocks are copied before the victims are given up.
+const AT_ONCE: usize = 16;
 /// Blocks that may be garbage before anybody looks: one object's.
 const GARBAGE_MIN: u64 = 8_192;
 /// Of what is stored, the share in use that is kept up while the volume is busy, and beyond which nothing is done. Less garbage costs more copies.
@@ -74,7 +77,7 @@ pub(crate) enum Which {
 struct Chosen {
     forgotten: Vec<u32>,
     /// Each with what is in use of it.
-    victims: Vec<(u32, Pointers)>,
+    victims: VecDeque<(u32, Pointers)>,
     /// Others are worth it, too.
     has_more: bool,
 }
@@ -98,7 +101,6 @@ fn victims(mut candidates: Vec<Candidate>, which: Which, live: u64, mut stored: 
     if which != Which::Inherited {
         candidates.retain(|candidate| candidate.live < candidate.blocks);
         candidates.sort_by(|one, other| one.share().total_cmp(&other.share()).then(one.handle.cmp(&other.handle)));
-        candidates.truncate(VICTIMS_MAX);
     }
     let mut is_below = |share: f64, candidate: &Candidate| {
         let is_below = (live as f64) < share * stored as f64;
@@ -115,17 +117,26 @@ fn victims(mut candidates: Vec<Candidate>, which: Which, live: u64, mut stored: 
     candidates.into_iter().take(count).map(|candidate| candidate.handle).collect()
 }
 
+fn bytes(blocks: usize) -> u64 {
+    (blocks * BLOCK_LEN) as u64
+}
+
 impl Core {
     /// What to collect now, if there may be enough garbage. A volume that rests is tidied up once.
     pub(crate) fn due_collection(&self, is_quiet: bool) -> Option<Which> {
         let stored = self.reader.table.borrow().stored_blocks();
         let garbage_max = self.garbage_max(stored);
-        let untidy = self.untidy.get();
-        if is_quiet && garbage_max > 0 && untidy > 0 && (untidy >= stored / TIDY_EVERY || self.live.get() == 0) {
+        if is_quiet && garbage_max > 0 && (self.is_untidy() || self.untidy.get() > 0 && self.live.get() == 0) {
             return Some(Which::Tidy);
         }
         let is_much = garbage_max >= GARBAGE_MIN && garbage_max as f64 > (1.0 - IN_USE_BUSY) * stored as f64;
         (is_much && self.written.get() > 0).then_some(Which::Until(IN_USE_BUSY_DONE))
+    }
+
+    /// So much has changed that it is worth looking at all of the map.
+    fn is_untidy(&self) -> bool {
+        let stored = self.reader.table.borrow().stored_blocks();
+        self.untidy.get() > stored / TIDY_EVERY
     }
 
     pub(crate) async fn collect(&self, which: Which) -> Result<Gathered, VolumeError> {
@@ -153,15 +164,49 @@ impl Core {
         let mut done = Gathered { stored_blocks, live_blocks: self.live_blocks(&uses), ..Gathered::default() };
         self.live.set(done.live_blocks);
         self.pending.set(0);
-        let Chosen { mut forgotten, victims, has_more } = self.choose(uses, which, &done);
-        if forgotten.is_empty() && victims.is_empty() {
-            return Ok(done);
+        let Chosen { mut forgotten, mut victims, mut has_more } = self.choose(uses, which, &done);
+        let pointers = victims.iter().map(|(_, pointers)| pointers.len()).sum();
+        self.note_progress(|progress| progress.begin(bytes(pointers)));
+        while !(forgotten.is_empty() && victims.is_empty()) {
+            let next = self.next_victims(&mut victims);
+            self.rewrite(next, std::mem::take(&mut forgotten), &mut done).await?;
+            if which == Which::Tidy && self.is_untidy() && !victims.is_empty() {
+                // It does not rest any more, and there is other garbage by now.
+                victims.drain(..).for_each(|(handle, _)| self.deduplication.restore(handle));
+                has_more = true;
+            }
         }
         if has_more {
             // Another collection is due.
             self.note_changed(done.stored_blocks);
         }
-        let mut written = self.copy(victims, &mut done).await?;
+        self.reader.tally.collections.add((done.blocks_moved > 0).into());
+        Ok(done)
+    }
+
+    /// The victims that are rewritten before any others.
+    fn next_victims(&self, victims: &mut VecDeque<(u32, Pointers)>) -> Vec<(u32, Pointers)> {
+        let mut pointers = 0;
+        let mut next = Vec::new();
+        while let Some(victim) = victims.pop_front() {
+            pointers += victim.1.len();
+            next.push(victim);
+            if pointers > self.settings.marked_max / AT_ONCE {
+                break;
+            }
+        }
+        next
+    }
+
+    /// Copies what is in use of some victims, and gives these up, and others that nothing refers to.
+    async fn rewrite(
+        &self,
+        victims: Vec<(u32, Pointers)>,
+        mut forgotten: Vec<u32>,
+        done: &mut Gathered,
+    ) -> Result<(), VolumeError> {
+        let (moved, deleted) = (done.blocks_moved, done.bytes_deleted);
+        let mut written = self.copy(victims, done).await?;
         let _alone = self.house.hold().await;
         // Of what an ancestor was found to have moved, or to have moved there, something else is in use than it seemed: it stays for another time.
         {
@@ -169,11 +214,10 @@ impl Core {
             forgotten.retain(|handle| !foreign_moves.contains(handle));
             written.iter_mut().for_each(|written| written.victims.retain(|handle| !foreign_moves.contains(handle)));
         }
-        self.swap(forgotten, written, &mut done).await?;
-        self.reader.tally.blocks_moved.add(done.blocks_moved);
-        self.reader.tally.bytes_freed.add(done.bytes_deleted);
-        self.reader.tally.collections.add((done.blocks_moved > 0).into());
-        Ok(done)
+        self.swap(forgotten, written, done).await?;
+        self.reader.tally.blocks_moved.add(done.blocks_moved - moved);
+        self.reader.tally.bytes_freed.add(done.bytes_deleted - deleted);
+        Ok(())
     }
 
     fn live_blocks(&self, uses: &Uses) -> u64 {
@@ -202,7 +246,7 @@ impl Core {
         let worth_it = victims.len();
         chosen.victims = victims.into_iter().filter_map(|handle| Some((handle, uses.take(handle)?))).collect();
         // Of the fullest it may not be known what is in use, until others are gone.
-        chosen.has_more = worth_it == VICTIMS_MAX || (1..worth_it).contains(&chosen.victims.len());
+        chosen.has_more = (1..worth_it).contains(&chosen.victims.len());
         let taken = chosen.forgotten.iter().chain(chosen.victims.iter().map(|(handle, _)| handle));
         taken.for_each(|handle| self.deduplication.retire(*handle));
         chosen
@@ -216,30 +260,19 @@ impl Core {
 
     /// Copies what is in use of each victim. The answer is the new objects, of which nobody knows yet.
     async fn copy(&self, victims: Vec<(u32, Pointers)>, done: &mut Gathered) -> Result<Vec<Written>, VolumeError> {
-        let mut live: HashMap<u32, BTreeSet<u32>> = HashMap::new();
-        let handles: Vec<u32> = victims.iter().map(|(handle, _)| *handle).collect();
-        for (handle, pointers) in victims {
-            match self.spots(handle, pointers).await {
-                Ok(spots) => drop(live.insert(handle, spots)),
-                Err(error) => self.leave(handle, error)?,
-            }
-        }
-        let bytes = |blocks: usize| (blocks * BLOCK_LEN) as u64;
-        self.note_progress(|progress| progress.begin(live.values().map(|spots| bytes(spots.len())).sum()));
         let mut written = Vec::new();
         for content in [Content::Data, Content::Pages] {
             let mut gathering = Gathering::new(self, content);
-            for handle in &handles {
+            for (handle, pointers) in &victims {
                 let entry = self.reader.table.borrow().get(*handle).copied();
                 // An ancestor's object may turn out to have moved meanwhile.
                 if entry.is_none_or(|entry| entry.content != content || !entry.is_live()) {
                     continue;
                 }
-                let Some(spots) = live.remove(handle) else { continue };
-                match gathering.add(*handle, &spots).await {
-                    Ok(()) => {
-                        done.blocks_moved += spots.len() as u64;
-                        self.note_progress(|progress| progress.advance(bytes(spots.len())));
+                match self.copy_one(*handle, pointers, &mut gathering).await {
+                    Ok(blocks) => {
+                        done.blocks_moved += blocks as u64;
+                        self.note_progress(|progress| progress.advance(bytes(blocks)));
                     }
                     Err(error) => self.leave(*handle, error)?,
                 }
@@ -249,13 +282,20 @@ impl Core {
         Ok(written)
     }
 
+    /// The answer is how many blocks were copied.
+    async fn copy_one(&self, victim: u32, pointers: &Pointers, gathering: &mut Gathering<'_>) -> Result<usize, VolumeError> {
+        let spots = self.spots(victim, pointers).await?;
+        gathering.add(victim, &spots).await?;
+        Ok(spots.len())
+    }
+
     /// Where in a victim the blocks are that pointers lead to.
-    async fn spots(&self, victim: u32, pointers: Pointers) -> Result<BTreeSet<u32>, VolumeError> {
+    async fn spots(&self, victim: u32, pointers: &Pointers) -> Result<BTreeSet<u32>, VolumeError> {
         let mut spots = BTreeSet::new();
-        for location in pointers.into_iter().filter_map(|pointer| pointer.location()) {
-            let Location { segment, spot } = match location.segment.get() == victim {
-                true => location,
-                false => self.patiently(async || self.reader.resolve(location).await).await?,
+        for named in pointers.locations() {
+            let Location { segment, spot } = match named.segment.get() == victim {
+                true => named,
+                false => self.patiently(async || self.reader.resolve(named).await).await?,
             };
             // Else an ancestor has moved the block on.
             if segment.get() == victim {

@@ -87,7 +87,7 @@ impl Merge<'_> {
                 for (run, pointer) in self.changes.within(range) {
                     let under = &mut page.0[(run.start - node.first) as usize..(run.end - node.first) as usize];
                     if pointer.location().is_some() {
-                        self.sink.note_filled(under.iter().filter(|before| before.is_nothing()).count() as u64);
+                        self.sink.note_replaced(under);
                     }
                     under.fill(pointer);
                 }
@@ -280,16 +280,20 @@ mod tests {
                 let stored = model.iter().filter(|(_, pointer)| pointer.location().is_some()).map(|(_, pointer)| *pointer);
                 prop_assert_eq!(seen, stored.collect::<HashSet<_>>());
             }
-            let (mut seen, mut pages, mut again) = (HashSet::new(), HashSet::new(), Vec::new());
+            let (mut seen, mut pages, mut again, mut blocks) = (HashSet::new(), HashSet::new(), Vec::new(), 0);
             let trees: Vec<Tree> = versions.iter().map(|(tree, _)| *tree).collect();
             done(walk(&trees, &memory, |pointer, is_page| match is_page {
                 true if pages.insert(pointer) => (),
                 true => again.push(pointer),
-                false => drop(seen.insert(pointer)),
+                false => {
+                    seen.insert(pointer);
+                    blocks += 1;
+                }
             }));
             let stored = versions.iter().flat_map(|(_, model)| model.iter()).filter(|(_, pointer)| pointer.location().is_some());
-            prop_assert_eq!(seen, stored.map(|(_, pointer)| *pointer).collect::<HashSet<_>>());
+            prop_assert_eq!(&seen, &stored.map(|(_, pointer)| *pointer).collect::<HashSet<_>>());
             prop_assert_eq!(again, []);
+            prop_assert_eq!(blocks, seen.len(), "what the version before had is shown again");
             for (before, after) in versions.iter().zip(&versions[1..]) {
                 let found = done(before.0.diff(&after.0, &memory, 0, usize::MAX));
                 prop_assert_eq!(found, differences(&before.1, &after.1));

@@ -159,6 +159,11 @@ impl Page {
 pub(crate) trait Pages {
     /// The page that a stored pointer leads to.
     fn page(&self, pointer: Pointer) -> LocalFuture<'_, Result<Rc<Page>, VolumeError>>;
+
+    /// These are looked at next. Why one of them cannot be read is told when it is.
+    fn expect<'a>(&'a self, _next: &'a [Pointer]) -> LocalFuture<'a, ()> {
+        Box::pin(async {})
+    }
 }
 
 /// Where new pages go.
@@ -166,8 +171,8 @@ pub(crate) trait PageSink {
     /// Stores pages that are neighbours in the tree; where each of them is. They can be read at once.
     fn write(&self, pages: Vec<Page>) -> LocalFuture<'_, Result<Vec<Pointer>, VolumeError>>;
 
-    /// Something is stored for so many blocks that had nothing before.
-    fn note_filled(&self, _blocks: u64) {}
+    /// Something is stored now for blocks that were mapped to this before.
+    fn note_replaced(&self, _before: &[Pointer]) {}
 }
 
 #[cfg(test)]

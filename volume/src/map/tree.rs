@@ -150,7 +150,10 @@ impl Tree {
     }
 }
 
-/// What stands at one place in several versions of a map.
+/// Versions of a page that are read together.
+const EXPECTED: usize = 64;
+
+/// What stands at one place in several versions of a map, in the order of the versions.
 struct Place {
     level: u32,
     first: u64,
@@ -158,8 +161,9 @@ struct Place {
 }
 
 /// Shows every stored pointer of some versions of a map, those to pages (`true`) before what is under them. A page is read once for all versions that
-/// share it, and of what stands in it only that is shown which differs from the version before. A page that hides others counts as a whole. The answer
-/// is which pages could not be read, and why: nobody knows what is under those.
+/// share it one after the other, and of what stands in it only that is shown which differs from the version before: little, if the versions are in the
+/// order in which they came to be. A page that hides others counts as a whole. The answer is which pages could not be read, and why: nobody knows what
+/// is under those.
 pub(crate) async fn walk(
     versions: &[Tree],
     pages: &dyn Pages,
@@ -171,33 +175,36 @@ pub(crate) async fn walk(
     let (mut waiting, mut hiding) = (Vec::new(), HashSet::new());
     while let Some(place) = waiting.pop().or_else(|| top(&mut roots)) {
         let Place { level, first, mut pointers } = place;
-        pointers.sort_unstable();
+        pointers.retain(|pointer| !pointer.is_nothing());
         pointers.dedup();
         let mut under: Vec<Vec<Pointer>> = vec![Vec::new(); if level > 1 { FANOUT } else { 0 }];
         if let (0, Some(lower)) = (first, under.first_mut()) {
             lower.extend(roots.remove(&(level - 1)).unwrap_or_default());
         }
         let mut before = Rc::new(Page::filled(Pointer::HOLE));
-        for pointer in pointers.into_iter().filter(|pointer| !pointer.is_nothing()) {
-            let node = Node { pointer, level, first };
-            if let Some(Node { pointer, level, first }) = node.hiding() {
-                if hiding.insert(pointer) {
-                    waiting.push(Place { level, first, pointers: vec![pointer] });
-                }
-                continue;
-            }
-            show(pointer, true);
-            let Under::Page(page) = sight.under(node).await? else { continue };
-            for (index, pointer) in page.differing_from(&before) {
-                match under.get_mut(index) {
-                    Some(under) => under.push(pointer),
-                    None if pointer.hiding().is_some() => {
-                        waiting.push(Place { level: 0, first: first + index as u64, pointers: vec![pointer] });
+        for next in pointers.chunks(EXPECTED) {
+            pages.expect(next).await;
+            for pointer in next.iter().copied() {
+                let node = Node { pointer, level, first };
+                if let Some(Node { pointer, level, first }) = node.hiding() {
+                    if hiding.insert(pointer) {
+                        waiting.push(Place { level, first, pointers: vec![pointer] });
                     }
-                    None => show(pointer, false),
+                    continue;
                 }
+                show(pointer, true);
+                let Under::Page(page) = sight.under(node).await? else { continue };
+                for (index, pointer) in page.differing_from(&before) {
+                    match under.get_mut(index) {
+                        Some(under) => under.push(pointer),
+                        None if pointer.hiding().is_some() => {
+                            waiting.push(Place { level: 0, first: first + index as u64, pointers: vec![pointer] });
+                        }
+                        None => show(pointer, false),
+                    }
+                }
+                before = page;
             }
-            before = page;
         }
         let under = under.into_iter().enumerate().rev().filter(|(_, pointers)| !pointers.is_empty());
         waiting.extend(under.map(|(index, pointers)| Place {

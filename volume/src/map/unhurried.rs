@@ -33,4 +33,8 @@ impl Pages for Unhurried<'_> {
             self.pages.page(pointer).await
         })
     }
+
+    fn expect<'a>(&'a self, next: &'a [Pointer]) -> LocalFuture<'a, ()> {
+        self.pages.expect(next)
+    }
 }

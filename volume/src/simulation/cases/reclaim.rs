@@ -6,11 +6,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::bench::Bench;
+use super::bench::{Bench, Owner};
 use super::{families, schedules};
+use crate::gather::Which;
 use crate::segment::BLOCK;
 use crate::simulation::contents::{Version, content_of};
 use crate::simulation::disk::HostDisk;
+use crate::simulation::requests::{Leg, Verb};
 use crate::{Durability, Settings};
 
 const BLOCKS: u64 = 64;
@@ -110,6 +112,102 @@ fn what_is_trimmed_deleted_or_rolled_back_comes_back_by_itself() {
     stored(BLOCKS / 2, "after writing zeroes");
     bench.run(&owner, move |volume| async move { volume.resize(BLOCK as u64).await }).unwrap();
     stored(1, "after making it smaller");
+}
+
+/// What a snapshot keeps is no garbage when it is overwritten, and nobody looks for any.
+#[test]
+fn what_is_overwritten_beside_a_snapshot_is_garbage_only_the_second_time() {
+    for is_reopened in [false, true] {
+        let mut bench = Bench::new(4_050, BLOCKS, Durability::Local);
+        bench.settings = Settings { gathers: false, deduplicate: false, ..bench.settings };
+        let disk = bench.disk();
+        let mut owner = bench.open(&disk);
+        bench.write(&owner, 0, &numbers(100)).unwrap();
+        bench.run(&owner, |volume| async move {
+            volume.snapshot("s", 0).await.unwrap();
+            volume.wait_for_snapshot("s").await.unwrap();
+        });
+        if is_reopened {
+            bench.kill(owner);
+            owner = bench.open(&disk);
+        }
+        bench.gather(&owner);
+        let core = &owner.volume.core;
+        let garbage = || core.garbage_max(core.reader.table.borrow().stored_blocks());
+        for (version, fewest, most) in [(200, 0, BLOCKS / 4), (300, BLOCKS, BLOCKS + BLOCKS / 4)] {
+            bench.write(&owner, 0, &numbers(version)).unwrap();
+            bench.checkpoint(&owner);
+            assert!((fewest..=most).contains(&garbage()), "reopened: {is_reopened}, {version}: {}", garbage());
+        }
+    }
+}
+
+/// However many snapshots there are, what a collection reads of their maps it reads by the stretch, and each stretch once.
+#[test]
+fn a_collection_reads_the_maps_of_many_snapshots_in_few_requests() {
+    const LEAF: u64 = 512;
+    const LEAVES: u64 = 128;
+    const SNAPSHOTS: u64 = 24;
+    let mut bench = Bench::new(4_100, LEAVES * LEAF, Durability::Local);
+    bench.settings = Settings { gathers: false, segment_bytes: 1 << 20, ..bench.settings };
+    let disk = bench.disk();
+    let owner = bench.open(&disk);
+    for number in 0..SNAPSHOTS {
+        let changes: Vec<u64> = (0..LEAVES).map(|leaf| leaf * LEAF + number).collect();
+        bench.run(&owner, |volume| async move {
+            for block in changes {
+                volume.write(block * BLOCK as u64, Bytes::from(content_of(1 + number))).await.unwrap();
+            }
+            let name = format!("s{number}");
+            volume.snapshot(&name, 0).await.unwrap();
+            volume.wait_for_snapshot(&name).await.unwrap();
+        });
+    }
+    bench.kill(owner);
+    let owner = bench.open(&disk);
+    let reads = || bench.store.requests.of(owner.process).iter().filter(|request| request.is(Verb::Read, "/g/")).count() as u64;
+    let before = reads();
+    bench.gather(&owner);
+    let (read, leaves) = (reads() - before, SNAPSHOTS * LEAVES);
+    assert!(read <= leaves / 16, "{read} requests for {leaves} pages of {SNAPSHOTS} snapshots");
+}
+
+/// A volume that rests is tidied up victim by victim, and no longer than it rests.
+#[test]
+fn tidying_up_ends_when_the_volume_is_written_to_and_goes_on_later() {
+    const SEGMENT: u64 = 8;
+    for seed in 4_200..4_205 {
+        let mut bench = Bench::new(seed, BLOCKS, Durability::Remote);
+        let segment_bytes = SEGMENT * BLOCK as u64;
+        bench.settings = Settings { gathers: false, segment_bytes, checkpoint_segments: 1000, marked_max: 16, ..bench.settings };
+        let owner = bench.open(&bench.disk());
+        let mut expected = numbers(100);
+        bench.write(&owner, 0, &expected).unwrap();
+        for first in (0..BLOCKS).step_by(SEGMENT as usize) {
+            let half: Vec<Version> = (first..first + SEGMENT / 2).map(|block| 200 + block).collect();
+            bench.write(&owner, first, &half).unwrap();
+            expected[first as usize..(first + SEGMENT / 2) as usize].copy_from_slice(&half);
+        }
+        bench.checkpoint(&owner);
+        let process = owner.process;
+        let hold = bench.store.hold(Leg::There, move |request| request.process == process && request.is(Verb::Create, "/g/"));
+        let tidy = |owner: &Owner| {
+            let volume = owner.volume.clone();
+            bench.begin(process, async move { volume.core.collect(Which::Tidy).await })
+        };
+        let collecting = tidy(&owner);
+        bench.until("the first victims", || hold.has_begun());
+        bench.write(&owner, 0, &numbers(300)[..SEGMENT as usize]).unwrap();
+        expected[..SEGMENT as usize].copy_from_slice(&numbers(300)[..SEGMENT as usize]);
+        hold.release();
+        let first = bench.end(&collecting).unwrap();
+        assert!((1..=SEGMENT).contains(&first.blocks_moved), "seed {seed}: {first:?}");
+        assert_eq!(bench.content(&owner).unwrap(), expected, "seed {seed}");
+        while bench.end(&tidy(&owner)).unwrap().blocks_moved > 0 {}
+        assert_eq!(owner.volume.usage().reduced.unique, BLOCKS * BLOCK as u64, "seed {seed}: garbage is left");
+        assert_eq!(bench.content(&owner).unwrap(), expected, "seed {seed}");
+        bench.scan(&owner);
+    }
 }
 
 #[test]
