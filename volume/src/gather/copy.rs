@@ -2,18 +2,21 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::rc::Rc;
 
 use dedup::body::{BODY_LEN_MAX, Body, FrameReader};
 use dedup::frame::{Allowed, Packing, choose};
 use dedup::hash::BlockHash;
 use dedup::location::{Location, SegmentHandle, Spot};
 use dedup::{BLOCK_LEN, Block};
+use futures_util::future::try_join_all;
 
 use crate::checkpoint::pack;
 use crate::core::Core;
 use crate::environment::offload;
 use crate::error::VolumeError;
-use crate::map::{Pointer, spot_of};
+use crate::gather::pointers::Pointers;
+use crate::map::{Pointer, spot_bits, spot_of};
 use crate::names::{Family, Source};
 use crate::object::{Kind, Opened};
 use crate::reader::Moves;
@@ -62,6 +65,53 @@ fn repack(mut body: Body, parts: &[Vec<Stored>], packing: Packing) -> (Body, Res
     (body, Ok(places))
 }
 
+/// What is in use of a victim, as it was read.
+pub(super) struct Read {
+    pub(super) handle: u32,
+    spots: BTreeSet<u32>,
+    parts: Vec<Vec<Stored>>,
+    hashes: HashMap<u32, BlockHash>,
+    moves: Rc<Moves>,
+}
+
+impl Core {
+    /// Reads the blocks of a victim that pointers lead to.
+    pub(super) async fn read_victim(&self, handle: u32, pointers: &Pointers, content: Content) -> Result<Read, VolumeError> {
+        let reader = &self.reader;
+        let spots = self.spots(handle, pointers).await?;
+        let segment = SegmentHandle::new(handle).expect("a handle of the table");
+        let pointers: Vec<Pointer> = spots.iter().map(|bits| Pointer::to(Location { segment, spot: spot_of(*bits) })).collect();
+        let reading = pointers.chunks(READ_BLOCKS).map(async |part| {
+            let wanted: Vec<(usize, Pointer)> = part.iter().copied().enumerate().collect();
+            self.patiently(async || reader.fetch(&wanted).await).await
+        });
+        let parts = try_join_all(reading).await?;
+        // After the blocks: reading those finds out where an ancestor has moved them.
+        let hashes = match content {
+            Content::Data => self.patiently(async || reader.hashes_of(handle).await).await?,
+            Content::Pages => HashMap::new(),
+        };
+        let moves = self.patiently(async || reader.moves_into(handle).await).await?;
+        Ok(Read { handle, spots, parts, hashes, moves })
+    }
+
+    /// Where in a victim the blocks are that pointers lead to.
+    async fn spots(&self, victim: u32, pointers: &Pointers) -> Result<BTreeSet<u32>, VolumeError> {
+        let mut spots = BTreeSet::new();
+        for named in pointers.locations() {
+            let Location { segment, spot } = match named.segment.get() == victim {
+                true => named,
+                false => self.patiently(async || self.reader.resolve(named).await).await?,
+            };
+            // Else an ancestor has moved the block on.
+            if segment.get() == victim {
+                spots.insert(spot_bits(spot));
+            }
+        }
+        Ok(spots)
+    }
+}
+
 /// An object that blocks are gathered in.
 pub(super) struct Gathering<'a> {
     core: &'a Core,
@@ -80,25 +130,12 @@ impl<'a> Gathering<'a> {
         Gathering { core, content, body, blocks: 0, header, victims: Vec::new(), written: Vec::new() }
     }
 
-    /// Copies blocks of a victim. Nothing is added if one of them cannot be read.
-    pub(super) async fn add(&mut self, handle: u32, spots: &BTreeSet<u32>) -> Result<(), VolumeError> {
+    /// Copies blocks of a victim. Nothing is added if one of them is damaged.
+    pub(super) async fn add(&mut self, victim: Read) -> Result<usize, VolumeError> {
+        let Read { handle, spots, parts, hashes, moves } = victim;
         if self.blocks + spots.len() > BLOCKS_MAX {
             self.store().await?;
         }
-        let reader = &self.core.reader;
-        let segment = SegmentHandle::new(handle).expect("a handle of the table");
-        let pointers: Vec<Pointer> = spots.iter().map(|bits| Pointer::to(Location { segment, spot: spot_of(*bits) })).collect();
-        let mut parts = Vec::with_capacity(pointers.len().div_ceil(READ_BLOCKS));
-        for part in pointers.chunks(READ_BLOCKS) {
-            let wanted: Vec<(usize, Pointer)> = part.iter().copied().enumerate().collect();
-            parts.push(self.core.patiently(async || reader.fetch(&wanted).await).await?);
-        }
-        // After the blocks: reading those finds out where an ancestor has moved them.
-        let hashes = match self.content {
-            Content::Data => self.core.patiently(async || reader.hashes_of(handle).await).await?,
-            Content::Pages => HashMap::new(),
-        };
-        let moves = self.core.patiently(async || reader.moves_into(handle).await).await?;
         let packing = match self.content {
             Content::Data => choose(self.core.settings.compression, self.core.log.fill() as f32, None),
             Content::Pages => choose(Allowed::Auto, 0.0, None),
@@ -112,14 +149,14 @@ impl<'a> Gathering<'a> {
             Err(damaged) => {
                 // Of this victim, some may be in the body already.
                 self.store().await?;
-                return Err(reader.damaged_frame(damaged));
+                return Err(self.core.reader.damaged_frame(damaged));
             }
         };
         if places.len() != spots.len() {
             return Err(VolumeError::ObjectDamaged { object: "an object being gathered".into(), why: "its blocks do not fit" });
         }
-        self.note(handle, spots, (&places, &hashes, &moves));
-        Ok(())
+        self.note(handle, &spots, (&places, &hashes, &moves));
+        Ok(spots.len())
     }
 
     /// Notes in the header what came from where: from the victim, and from those that were forwarded to it.

@@ -17,24 +17,23 @@ mod copy;
 mod mark;
 mod pointers;
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 
 use dedup::BLOCK_LEN;
-use dedup::location::Location;
+use futures_util::future::join;
 
 use crate::checkpoint::Change;
 use crate::core::Core;
 use crate::error::VolumeError;
-use crate::map::spot_bits;
 use crate::names::{Family, Source};
 use crate::segment::Place;
 use crate::table::{Content, Entry, State};
-use copy::{Gathering, Written};
+use copy::{Gathering, Read, Written};
 use mark::Uses;
 use pointers::Pointers;
 
 /// Of all pointers that may be known, the part whose blocks are copied before the victims are given up.
-const AT_ONCE: usize = 16;
+const AT_ONCE: usize = 64;
 /// Blocks that may be garbage before anybody looks: one object's.
 const GARBAGE_MIN: u64 = 8_192;
 /// Of what is stored, the share in use that is kept up while the volume is busy, and beyond which nothing is done. Less garbage costs more copies.
@@ -263,46 +262,44 @@ impl Core {
         let mut written = Vec::new();
         for content in [Content::Data, Content::Pages] {
             let mut gathering = Gathering::new(self, content);
-            for (handle, pointers) in &victims {
-                let entry = self.reader.table.borrow().get(*handle).copied();
-                // An ancestor's object may turn out to have moved meanwhile.
-                if entry.is_none_or(|entry| entry.content != content || !entry.is_live()) {
-                    continue;
-                }
-                match self.copy_one(*handle, pointers, &mut gathering).await {
+            let mut victims = victims.iter();
+            let mut current = self.read_next(&mut victims, content).await?;
+            while let Some(read) = current {
+                let victim = read.handle;
+                // While one is packed, the next is read.
+                let (added, next) = join(gathering.add(read), self.read_next(&mut victims, content)).await;
+                match added {
                     Ok(blocks) => {
                         done.blocks_moved += blocks as u64;
                         self.note_progress(|progress| progress.advance(bytes(blocks)));
                     }
-                    Err(error) => self.leave(*handle, error)?,
+                    Err(error) => self.leave(victim, error)?,
                 }
+                current = next?;
             }
             written.extend(gathering.finish().await?);
         }
         Ok(written)
     }
 
-    /// The answer is how many blocks were copied.
-    async fn copy_one(&self, victim: u32, pointers: &Pointers, gathering: &mut Gathering<'_>) -> Result<usize, VolumeError> {
-        let spots = self.spots(victim, pointers).await?;
-        gathering.add(victim, &spots).await?;
-        Ok(spots.len())
-    }
-
-    /// Where in a victim the blocks are that pointers lead to.
-    async fn spots(&self, victim: u32, pointers: &Pointers) -> Result<BTreeSet<u32>, VolumeError> {
-        let mut spots = BTreeSet::new();
-        for named in pointers.locations() {
-            let Location { segment, spot } = match named.segment.get() == victim {
-                true => named,
-                false => self.patiently(async || self.reader.resolve(named).await).await?,
-            };
-            // Else an ancestor has moved the block on.
-            if segment.get() == victim {
-                spots.insert(spot_bits(spot));
+    /// What is in use of the next victim that has such content and can be read.
+    async fn read_next<'a>(
+        &self,
+        victims: &mut impl Iterator<Item = &'a (u32, Pointers)>,
+        content: Content,
+    ) -> Result<Option<Read>, VolumeError> {
+        for (handle, pointers) in victims {
+            let entry = self.reader.table.borrow().get(*handle).copied();
+            // An ancestor's object may turn out to have moved meanwhile.
+            if entry.is_none_or(|entry| entry.content != content || !entry.is_live()) {
+                continue;
+            }
+            match self.read_victim(*handle, pointers, content).await {
+                Ok(read) => return Ok(Some(read)),
+                Err(error) => self.leave(*handle, error)?,
             }
         }
-        Ok(spots)
+        Ok(None)
     }
 
     /// A victim that cannot be read stays as it is.
