@@ -20,7 +20,8 @@ use lru::LruCache;
 use crate::environment::{LocalFuture, offload};
 use crate::error::VolumeError;
 use crate::map::{Page, Pages, Pointer};
-use crate::reader::{FramePages, Reader};
+use crate::pages::FramePages;
+use crate::reader::Reader;
 use crate::stored::{Stored, offset_of};
 
 /// Bytes of stretches that are kept.

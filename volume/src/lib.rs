@@ -38,6 +38,7 @@ mod mapped;
 mod meta;
 mod names;
 mod object;
+mod pages;
 mod patience;
 mod pins;
 pub mod pool;

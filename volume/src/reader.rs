@@ -21,11 +21,10 @@ use bytes::Bytes;
 use dedup::BLOCK_LEN;
 use dedup::body::FrameReader;
 use dedup::hash::BlockHash;
-use dedup::location::{Location, SegmentHandle, Spot};
+use dedup::location::{Location, SegmentHandle};
 use lru::LruCache;
 
 use crate::chain::Chain;
-use crate::environment::LocalFuture;
 use crate::error::VolumeError;
 use crate::map::{PAGES_PER_FRAME, Page, Pages, Pointer, spot_bits, spot_of};
 use crate::names::{Group, Source};
@@ -59,32 +58,6 @@ impl From<VolumeError> for Failure {
     }
 }
 
-/// The blocks of a frame, of which some may be no pages.
-pub(crate) struct FramePages(Vec<Option<Rc<Page>>>);
-
-impl From<Vec<Option<Page>>> for FramePages {
-    fn from(pages: Vec<Option<Page>>) -> FramePages {
-        FramePages(pages.into_iter().map(|page| page.map(Rc::new)).collect())
-    }
-}
-
-impl FramePages {
-    pub(crate) fn page(&self, location: Location) -> Option<Rc<Page>> {
-        self.0.get(usize::from(location.spot.block())).cloned().flatten()
-    }
-
-    /// All but one, and where they are.
-    fn neighbours(self, location: Location) -> impl Iterator<Item = (Spot, Rc<Page>)> {
-        let spots = (0..).map(move |number| Spot::new(location.spot.unit(), number, location.spot.class()));
-        let all = spots.zip(self.0).filter_map(|(spot, page)| spot.zip(page));
-        all.filter(move |(spot, _)| *spot != location.spot)
-    }
-}
-
-fn no_page() -> VolumeError {
-    VolumeError::ObjectDamaged { object: "a page of the volume's map".into(), why: "it is no page" }
-}
-
 /// For each object that blocks came from, where they were and where they are, in the order of where they were.
 pub(crate) type Moves = BTreeMap<Source, Vec<(u32, u32)>>;
 
@@ -96,11 +69,11 @@ pub(crate) struct Reader {
     pub(crate) owner: [u8; 16],
     opened: RefCell<HashMap<u32, Arc<Opened>>>,
     moves: RefCell<HashMap<u32, Rc<Moves>>>,
-    frames: RefCell<FrameReader>,
+    pub(crate) frames: RefCell<FrameReader>,
     /// `None`: pages are read anew each time.
-    cache: RefCell<Option<LruCache<Pointer, Rc<Page>>>>,
+    pub(crate) cache: RefCell<Option<LruCache<Pointer, Rc<Page>>>>,
     /// Pages that are not in the store yet.
-    fresh: RefCell<BTreeMap<Pointer, Rc<Page>>>,
+    pub(crate) fresh: RefCell<BTreeMap<Pointer, Rc<Page>>>,
     /// Handles of ancestors' objects that were found to have moved, and of where to, since somebody cleared it.
     pub(crate) foreign_moves: RefCell<HashSet<u32>>,
     /// Blocks that a check found to be other than what was written, by handle.
@@ -224,23 +197,6 @@ impl Reader {
         let Some(cache) = &mut *cache else { return };
         let gone: Vec<Pointer> = cache.iter().map(|(pointer, _)| *pointer).filter(is_of).collect();
         gone.iter().for_each(|pointer| drop(cache.pop(pointer)));
-    }
-
-    /// A page that can be read before it is in the store.
-    pub(crate) fn add_fresh(&self, pointer: Pointer, page: Page) {
-        self.fresh.borrow_mut().insert(pointer, Rc::new(page));
-    }
-
-    /// How many of them there are.
-    #[cfg(test)]
-    pub(crate) fn fresh_pages(&self) -> usize {
-        self.fresh.borrow().len()
-    }
-
-    /// All pages are in the store now.
-    pub(crate) fn settle_fresh(&self) {
-        let fresh = std::mem::take(&mut *self.fresh.borrow_mut());
-        fresh.into_iter().for_each(|(pointer, page)| self.cache_page(pointer, page));
     }
 
     /// Where a block is now.
@@ -451,47 +407,5 @@ impl Reader {
             }
             pause = (pause * 2).min(PAUSE_MAX);
         }
-    }
-
-    async fn read_page(&self, pointer: Pointer) -> Result<Rc<Page>, VolumeError> {
-        if let Some(page) = self.fresh.borrow().get(&pointer) {
-            return Ok(page.clone());
-        }
-        if let Some(page) = self.cache.borrow_mut().as_mut().and_then(|cache| cache.get(&pointer)) {
-            return Ok(page.clone());
-        }
-        let _looking = self.looking();
-        let stored = self.fetch(&[(0, pointer)]).await?;
-        let found = stored.first().and_then(|stored| Some((stored, stored.wanted.first()?.1)));
-        let (stored, location) = found.ok_or_else(no_page)?;
-        let (page, pages) = self.pages_of(stored, location)?;
-        // Its neighbours in the tree are in the same frame, and likely to be next.
-        if Pointer::to(location) == pointer {
-            for (spot, neighbour) in pages.neighbours(location) {
-                self.cache_page(Pointer::to(Location { spot, ..location }), neighbour);
-            }
-        }
-        self.cache_page(pointer, page.clone());
-        Ok(page)
-    }
-
-    /// A page, and all pages of the frame that it is in.
-    pub(crate) fn pages_of(&self, stored: &Stored, location: Location) -> Result<(Rc<Page>, FramePages), VolumeError> {
-        let mut frames = self.frames.borrow_mut();
-        let blocks = stored.blocks(&[(0, location)], &mut frames).map_err(|damaged| self.damaged_frame(damaged))?;
-        let pages = FramePages::from(blocks.iter().map(Page::decode).collect::<Vec<_>>());
-        Ok((pages.page(location).ok_or_else(no_page)?, pages))
-    }
-
-    fn cache_page(&self, pointer: Pointer, page: Rc<Page>) {
-        if let Some(cache) = &mut *self.cache.borrow_mut() {
-            cache.put(pointer, page);
-        }
-    }
-}
-
-impl Pages for Reader {
-    fn page(&self, pointer: Pointer) -> LocalFuture<'_, Result<Rc<Page>, VolumeError>> {
-        Box::pin(self.read_page(pointer))
     }
 }
