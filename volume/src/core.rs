@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use blockdev::Errno;
 use dedup::frame::Packing;
+use rustc_hash::FxHashMap;
 
 use crate::backlog::Backlog;
 use crate::chain::Chain;
@@ -114,6 +115,8 @@ pub(crate) struct Core {
     pub(crate) unreadable: RefCell<HashSet<u32>>,
     /// What steps have referred to of other objects since marking began, while marking goes on.
     pub(crate) noted_hits: RefCell<Option<Vec<Pointer>>>,
+    /// By handle, the share of an object that was in use when marking ended last.
+    pub(crate) shares_found: RefCell<FxHashMap<u32, f64>>,
     /// Held by whoever collects garbage. Whoever holds the house does not ask for it.
     pub(crate) gathering: Lock,
     /// Held while the tree or the table is being changed as a whole.

@@ -288,6 +288,7 @@ pub(crate) async fn new_core(
         map: RefCell::new(map),
         snapshots: RefCell::new(committed.collect()),
         last_snapshots: RefCell::default(),
+        shares_found: RefCell::default(),
         parent: Cell::new(parent),
         slots_had: RefCell::default(),
         deduplication: Deduplication::new(indexed),

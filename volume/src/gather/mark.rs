@@ -41,19 +41,22 @@ pub(super) struct Uses {
     kept: HashSet<u32>,
     /// Whether ancestors' objects are to be rewritten, and not the volume's own.
     inherited: bool,
+    /// The shares of objects that were in use when somebody looked last.
+    expected: FxHashMap<u32, f64>,
     /// How many are known, and may be; some that were met more than once count more than once.
     pointers: usize,
     pointers_max: usize,
 }
 
 impl Uses {
-    fn new(table: &Table, which: Which, pointers_max: usize) -> Uses {
+    fn new(table: &Table, which: Which, expected: FxHashMap<u32, f64>, pointers_max: usize) -> Uses {
         Uses {
             before: table.used().map(|(handle, _)| handle).collect(),
             named: FxHashSet::default(),
             live: FxHashMap::default(),
             kept: HashSet::new(),
             inherited: which == Which::Inherited,
+            expected,
             pointers: 0,
             pointers_max,
         }
@@ -83,6 +86,12 @@ impl Uses {
             Some(Live::Known(pointers)) => blocks.min(pointers.len() as u64),
             Some(Live::Counted(count)) => blocks.min(*count),
         }
+    }
+
+    /// The share of each live object that is in use.
+    fn shares(&self, table: &Table) -> FxHashMap<u32, f64> {
+        let live = table.used().filter(|(_, entry)| entry.is_live());
+        live.map(|(handle, entry)| (handle, self.live_blocks(handle, entry) as f64 / f64::from(entry.blocks.max(1)))).collect()
     }
 
     /// What leads to an object's blocks, if that is known.
@@ -126,10 +135,12 @@ impl Uses {
         }
     }
 
-    /// Of the fullest objects, only the number of pointers is remembered.
+    /// Of the fullest objects, only the number of pointers is remembered. What leads to an object may come all at once or in the end, so what was found
+    /// the last time tells more than what has been found so far.
     fn keep_emptiest(&mut self, table: &Table) {
-        let share = |handle: u32, pointers: &Pointers| {
-            pointers.len() as f64 / table.get(handle).map_or(1.0, |entry| f64::from(entry.blocks.max(1)))
+        let share = |handle: u32, pointers: &Pointers| match self.expected.get(&handle) {
+            Some(expected) => *expected,
+            None => pointers.len() as f64 / table.get(handle).map_or(1.0, |entry| f64::from(entry.blocks.max(1))),
         };
         let known = self.live.iter().filter_map(|(handle, live)| match live {
             Live::Known(pointers) => Some((share(*handle, pointers), *handle)),
@@ -157,7 +168,8 @@ impl Core {
             // A segment halfway in the layers would be known, and half of what leads to it not.
             let _whole = self.applying.hold().await;
             self.noted_hits.replace(Some(Vec::new()));
-            let uses = Uses::new(&self.reader.table.borrow(), which, self.settings.marked_max);
+            let expected = self.shares_found.take();
+            let uses = Uses::new(&self.reader.table.borrow(), which, expected, self.settings.marked_max);
             (uses, self.trees(), self.closed_layers())
         };
         let marked = self.mark_all(&mut uses, trees, layers).await;
@@ -168,6 +180,7 @@ impl Core {
         drop(table);
         uses.settle();
         uses.kept = self.kept_for(&unreadable);
+        self.shares_found.replace(uses.shares(&self.reader.table.borrow()));
         Ok(uses)
     }
 
