@@ -12,7 +12,6 @@ use std::num::NonZeroUsize;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use dedup::body::FrameReader;
 use dedup::location::Location;
 use futures_util::future::join_all;
 use lru::LruCache;
@@ -22,7 +21,7 @@ use crate::error::VolumeError;
 use crate::map::{Page, Pages, Pointer};
 use crate::pages::FramePages;
 use crate::reader::Reader;
-use crate::stored::{Stored, offset_of};
+use crate::stored::{Stored, offset_of, with_frames};
 
 /// Bytes of stretches that are kept.
 const STRETCHES_BYTES: usize = 16 << 20;
@@ -34,11 +33,6 @@ const STRETCHES_PER_VERSION: usize = 2;
 const FRAMES_MAX: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
 /// Frames that another thread unpacks in one go.
 const UNPACKED_AT_ONCE: usize = 16;
-
-thread_local! {
-    /// Its contexts are dear to make.
-    static FRAMES: RefCell<FrameReader> = RefCell::default();
-}
 
 pub(crate) struct Ahead<'a> {
     reader: &'a Reader,
@@ -114,7 +108,7 @@ impl<'a> Ahead<'a> {
 
     async fn unpack(&self, stored: Vec<(Location, Arc<Stored>)>) {
         let unpacking = move || -> Vec<(Location, Vec<Option<Page>>)> {
-            FRAMES.with_borrow_mut(|frames| {
+            with_frames(|frames| {
                 let mut pages = |(location, stored): (Location, Arc<Stored>)| {
                     let blocks = stored.blocks(&[(0, location)], frames).ok()?;
                     Some((location, blocks.iter().map(Page::decode).collect()))

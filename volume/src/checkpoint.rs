@@ -61,9 +61,8 @@ thread_local! {
 struct PageWriter<'a> {
     core: &'a Core,
     filling: RefCell<Option<Filling>>,
-    /// The volume whose map is written, and the newest snapshot of each volume: where in the history it is.
-    slot: Cell<Slot>,
-    newest: RefCell<HashMap<Slot, Place>>,
+    /// Where in the history the newest snapshot is of the volume whose map is written.
+    newest: Cell<Option<Place>>,
     /// Blocks that are stored now, in the place of nothing or of what the newest snapshot keeps.
     fresh: Cell<u64>,
 }
@@ -77,11 +76,6 @@ struct Filling {
 }
 
 impl PageWriter<'_> {
-    fn new(core: &Core) -> PageWriter<'_> {
-        let newest = core.newest_snapshots().into();
-        PageWriter { core, filling: RefCell::default(), slot: Cell::default(), newest, fresh: Cell::new(0) }
-    }
-
     async fn add(&self, pages: Vec<Page>) -> Result<Vec<Pointer>, VolumeError> {
         let is_full = self.filling.borrow().as_ref().is_some_and(|filling| filling.pages + pages.len() > PAGES_MAX);
         if is_full {
@@ -137,7 +131,7 @@ impl PageSink for PageWriter<'_> {
     }
 
     fn note_replaced(&self, before: &[Pointer]) {
-        let (table, newest) = (self.core.reader.table.borrow(), self.newest.borrow().get(&self.slot.get()).copied());
+        let (table, newest) = (self.core.reader.table.borrow(), self.newest.get());
         // What is older than the snapshot, and was still there, is in it.
         let is_kept = |before: &Pointer| newest.zip(table.entry_of(*before)).is_some_and(|(place, entry)| entry.is_before(place));
         let fresh = before.iter().filter(|before| before.is_nothing() || is_kept(before)).count();
@@ -197,15 +191,15 @@ impl Core {
             map.close_layer(None);
             (map.volumes.clone(), map.layers.clone(), map.segments, map.place, map.log_end, self.pending.take())
         };
-        let writer = PageWriter::new(self);
-        let (mut volumes, mut trees) = (base, HashMap::new());
+        let writer = PageWriter { core: self, filling: RefCell::default(), newest: Cell::default(), fresh: Cell::new(0) };
+        let (mut volumes, mut trees, mut newest) = (base, HashMap::new(), self.newest_snapshots());
         for layer in &layers {
-            self.enter(&layer.runs, &mut volumes, &writer).await?;
+            self.enter(&layer.runs, &mut volumes, &newest, &writer).await?;
             if let Some((slot, snapshot)) = layer.ends_with
                 && let Some(held) = volumes.get(&slot)
             {
                 trees.insert(snapshot, held.tree);
-                writer.newest.borrow_mut().extend(self.place_of(slot, snapshot).map(|place| (slot, place)));
+                newest.extend(self.place_of(slot, snapshot).map(|place| (slot, place)));
             }
         }
         self.make(change, &mut volumes, &writer).await?;
@@ -239,13 +233,19 @@ impl Core {
     }
 
     /// Makes what a layer changed part of the volumes' trees.
-    async fn enter(&self, runs: &ExtentMap<Pointer>, volumes: &mut Volumes, writer: &PageWriter<'_>) -> Result<(), VolumeError> {
+    async fn enter(
+        &self,
+        runs: &ExtentMap<Pointer>,
+        volumes: &mut Volumes,
+        newest: &HashMap<Slot, Place>,
+        writer: &PageWriter<'_>,
+    ) -> Result<(), VolumeError> {
         let mut from = 0;
         while let Some((run, _)) = runs.within(from..u64::MAX).next() {
             let slot = slot_of(run.start);
             from = first_block(slot + 1);
             if let Some(held) = volumes.get_mut(&slot) {
-                writer.slot.set(slot);
+                writer.newest.set(newest.get(&slot).copied());
                 let changes = Changes { runs, first: first_block(slot) };
                 held.tree = self.merge(held.tree, held.blocks(), changes, writer).await?;
             }

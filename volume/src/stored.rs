@@ -1,5 +1,7 @@
 //! Frames as they are in the store, on their way to the blocks that somebody wants of them. They travel between threads.
 
+use std::cell::RefCell;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -26,13 +28,22 @@ pub(crate) struct Stored {
 /// A frame that is not what was sealed in its place.
 pub(crate) struct Damaged(pub(crate) Location);
 
+thread_local! {
+    static FRAMES: RefCell<FrameReader> = RefCell::default();
+}
+
+/// For threads that unpack frames now and then: the contexts of a reader are dear to make.
+pub(crate) fn with_frames<T>(unpack: impl FnOnce(&mut FrameReader) -> T) -> T {
+    FRAMES.with_borrow_mut(unpack)
+}
+
 /// Where in its object's body a block's frame begins.
 pub(crate) fn offset_of(location: Location) -> usize {
     location.spot.unit() as usize * UNIT_LEN
 }
 
 /// Bytes from there that are sure to contain the frame, unless the object ends before.
-pub(crate) fn frame_bytes(location: Location) -> std::ops::Range<usize> {
+pub(crate) fn frame_bytes(location: Location) -> Range<usize> {
     let start = offset_of(location);
     start..start + location.spot.class().bytes()
 }

@@ -208,7 +208,7 @@ fn measure_dead_space(rig: &Rig, size: u64, content: &dyn Fn(&mut Random, u64) -
     tell(
         &format!("dead space reclaimed with 100 snapshots held, {} GiB volume, 1 % divergence each", size / GIB),
         format!(
-            "{:.0} % of {} MiB after {:.0} s, of which it rested 30; the process takes {} MiB now, and took {} MiB at most",
+            "{:.0} % of {} MiB after {:.0} s; the process takes {} MiB now, and took {} MiB at most",
             (1.0 - after as f64 / before as f64) * 100.0,
             before / MIB,
             (active - began).as_secs_f64(),

@@ -1,10 +1,9 @@
 //! Copying what is in use of victims into new objects.
 
-use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
 
-use dedup::body::{BODY_LEN_MAX, Body, FrameReader};
+use dedup::body::{BODY_LEN_MAX, Body};
 use dedup::frame::{Allowed, Packing, choose};
 use dedup::hash::BlockHash;
 use dedup::location::{Location, SegmentHandle, Spot};
@@ -21,7 +20,7 @@ use crate::names::{Family, Source};
 use crate::object::{Kind, Opened};
 use crate::reader::Moves;
 use crate::step_header::{Moved, StepHeader};
-use crate::stored::{Damaged, Stored};
+use crate::stored::{Damaged, Stored, with_frames};
 use crate::table::Content;
 
 /// Blocks of one object.
@@ -40,17 +39,12 @@ pub(super) struct Written {
     pub(super) victims: Vec<u32>,
 }
 
-thread_local! {
-    /// Its contexts are dear to make.
-    static FRAMES: RefCell<FrameReader> = RefCell::default();
-}
-
 /// Unpacks blocks and packs them again into a body. Takes long. The answer is where they are in it.
 fn repack(mut body: Body, parts: &[Vec<Stored>], packing: Packing) -> (Body, Result<Vec<Spot>, Damaged>) {
     let (mut places, mut content) = (Vec::new(), Vec::new());
     for part in parts {
         content.resize(part.iter().map(|stored| stored.wanted.len()).sum::<usize>() * BLOCK_LEN, 0);
-        let unpacked = FRAMES.with_borrow_mut(|frames| {
+        let unpacked = with_frames(|frames| {
             let mut in_frames = part.iter().flat_map(|stored| stored.frames().map(move |frame| (stored, frame)));
             in_frames.try_for_each(|(stored, frame)| stored.unpack(frame, frames, &mut content).map(drop))
         });

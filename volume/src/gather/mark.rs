@@ -88,9 +88,9 @@ impl Uses {
         }
     }
 
-    /// The share of each live object that is in use.
+    /// The share of each live object that is in use, as far as that is known.
     fn shares(&self, table: &Table) -> FxHashMap<u32, f64> {
-        let live = table.used().filter(|(_, entry)| entry.is_live());
+        let live = table.used().filter(|(handle, entry)| entry.is_live() && !self.may_be_needed(*handle));
         live.map(|(handle, entry)| (handle, self.live_blocks(handle, entry) as f64 / f64::from(entry.blocks.max(1)))).collect()
     }
 
