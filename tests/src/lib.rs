@@ -7,6 +7,7 @@
 //!   rig::daemon          the novastor under test, and its CLI    rig::loop_mount  a small file system
 //!        │
 //!   rig::seaweedfs       S3 on loopback                       rig::proxy   breaks connections when told to
+//!   rig::systemd         systemd in namespaces, for the units
 //!   rig::fio      verified load from the host            rig::{tools, scratch, process, deadline}
 //! ```
 //!

@@ -18,5 +18,6 @@ pub mod qmp;
 pub mod scratch;
 pub mod seaweedfs;
 pub mod snapshots;
+pub mod systemd;
 pub mod tools;
 pub mod verified_load;

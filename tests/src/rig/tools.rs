@@ -41,11 +41,13 @@ pub const TOOLS: Component = Component {
         "python3",
         "setpriv",
         "socat",
+        "systemctl",
+        "unshare",
         "xfs_io",
         "xz",
         "zstd",
     ],
-    files: &[],
+    files: &["/lib/systemd/systemd"],
 };
 
 pub const CEPH: Component = Component {

@@ -69,6 +69,7 @@ const TOOLS_PACKAGES: PackageSet = PackageSet {
         "nbdkit",
         "python3",
         "socat",
+        "systemd",
         "util-linux",
         "xfsprogs",
         "xz-utils",
