@@ -30,7 +30,7 @@ fn check(context: &Context, file: &Path) -> anyhow::Result<()> {
     let report = json!({ "file": file, "ok": true, "pools": config.pool.len(), "exports": config.export.len() });
     context
         .output
-        .print(&report, |_| format!("{}: good ({} pools, {} exports)", file.display(), config.pool.len(), config.export.len()))
+        .print(&report, |_| format!("{}: good (pools: {}, exports: {})", file.display(), config.pool.len(), config.export.len()))
 }
 
 fn reload_text(report: &ReloadReport) -> String {

@@ -1,0 +1,167 @@
+//! What a collection is for: when one is due, and which objects it forgets and rewrites.
+
+use std::collections::VecDeque;
+
+use super::Gathered;
+use super::mark::Uses;
+use super::pointers::Pointers;
+use crate::core::Core;
+use crate::names::Family;
+use crate::segment::Place;
+use crate::table::Entry;
+
+/// Blocks that may be garbage before anybody looks: one object's.
+const GARBAGE_MIN: u64 = 8_192;
+/// Of what is stored, the share in use that is kept up while the volume is busy, and beyond which nothing is done. Less garbage costs more copies.
+const IN_USE_BUSY: f64 = 0.8;
+const IN_USE_BUSY_DONE: f64 = 0.84;
+/// The same for a volume that rests, and the share of an object up to which it is rewritten in any case.
+const IN_USE_QUIET: f64 = 0.97;
+const IN_USE_QUIET_OBJECT: f64 = 0.9;
+/// It is tidied up again when one block in so many has changed, as that takes a look at all of its map.
+const TIDY_EVERY: u64 = 64;
+
+/// Which objects are rewritten.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(crate) enum Which {
+    /// The volume's own of which no larger share is in use.
+    Below(f64),
+    /// The volume's own, the emptiest first, until such a share of all that is stored is in use.
+    Until(f64),
+    /// The volume's own, of a volume that rests.
+    Tidy,
+    /// All that belong to ancestors.
+    Inherited,
+}
+
+/// What is to be done.
+#[derive(Default)]
+pub(super) struct Chosen {
+    pub(super) forgotten: Vec<u32>,
+    /// Each with what is in use of it.
+    pub(super) victims: VecDeque<(u32, Pointers)>,
+    /// Others are worth it, too.
+    pub(super) has_more: bool,
+}
+
+/// An object that may be rewritten.
+struct Candidate {
+    handle: u32,
+    live: u64,
+    blocks: u64,
+}
+
+impl Candidate {
+    /// In use, 0 to 1.
+    fn share(&self) -> f64 {
+        self.live as f64 / self.blocks.max(1) as f64
+    }
+}
+
+/// Which of the candidates are rewritten. Of the volume's own blocks that are left when unused objects are gone, `live` of `stored` are in use.
+fn victims(mut candidates: Vec<Candidate>, which: Which, live: u64, mut stored: u64) -> Vec<u32> {
+    if which != Which::Inherited {
+        candidates.retain(|candidate| candidate.live < candidate.blocks);
+        candidates.sort_by(|one, other| one.share().total_cmp(&other.share()).then(one.handle.cmp(&other.handle)));
+    }
+    let mut is_below = |share: f64, candidate: &Candidate| {
+        let is_below = (live as f64) < share * stored as f64;
+        stored -= candidate.blocks - candidate.live;
+        is_below
+    };
+    let is_worth_it = |candidate: &Candidate| match which {
+        Which::Below(below) => candidate.share() <= below,
+        Which::Until(share) => is_below(share, candidate),
+        Which::Tidy => is_below(IN_USE_QUIET, candidate) || candidate.share() <= IN_USE_QUIET_OBJECT,
+        Which::Inherited => true,
+    };
+    let count = candidates.iter().map(is_worth_it).take_while(|worth_it| *worth_it).count();
+    candidates.into_iter().take(count).map(|candidate| candidate.handle).collect()
+}
+
+impl Core {
+    /// What to collect now, if there may be enough garbage. A volume that rests is tidied up once.
+    pub(crate) fn due_collection(&self, is_quiet: bool) -> Option<Which> {
+        let stored = self.reader.table.borrow().stored_blocks();
+        let garbage_max = self.garbage_max(stored);
+        if is_quiet && garbage_max > 0 && (self.is_untidy() || self.untidy.get() > 0 && self.live.get() == 0) {
+            return Some(Which::Tidy);
+        }
+        let is_much = garbage_max >= GARBAGE_MIN && garbage_max as f64 > (1.0 - IN_USE_BUSY) * stored as f64;
+        (is_much && self.written.get() > 0).then_some(Which::Until(IN_USE_BUSY_DONE))
+    }
+
+    /// So much has changed that it is worth looking at all of the map.
+    pub(super) fn is_untidy(&self) -> bool {
+        let stored = self.reader.table.borrow().stored_blocks();
+        self.untidy.get() > stored / TIDY_EVERY
+    }
+
+    pub(super) fn live_blocks(&self, uses: &Uses) -> u64 {
+        let table = self.reader.table.borrow();
+        let own = table.used().filter(|(_, entry)| entry.owner == 0 && entry.is_live());
+        own.map(|(handle, entry)| uses.live_blocks(handle, entry)).sum()
+    }
+
+    pub(super) fn choose(&self, mut uses: Uses, which: Which, done: &Gathered) -> Chosen {
+        let mut chosen = Chosen::default();
+        let (table, hit_uses, unreadable) = (self.reader.table.borrow(), self.hit_uses.borrow(), self.unreadable.borrow());
+        let (mut candidates, mut stored) = (Vec::new(), done.stored_blocks);
+        for (handle, entry) in table.used() {
+            if hit_uses.contains_key(&handle) || uses.may_be_needed(handle) || self.is_in_history(entry) {
+                continue;
+            }
+            if uses.is_unused(handle) {
+                chosen.forgotten.push(handle);
+                stored -= entry.own_blocks();
+            } else if entry.is_live() && uses.tracks(entry) && !unreadable.contains(&handle) {
+                let live = uses.live_blocks(handle, entry);
+                candidates.push(Candidate { handle, live, blocks: entry.blocks.into() });
+            }
+        }
+        let victims = victims(candidates, which, done.live_blocks, stored);
+        let worth_it = victims.len();
+        chosen.victims = victims.into_iter().filter_map(|handle| Some((handle, uses.take(handle)?))).collect();
+        // Of the fullest it may not be known what is in use, until others are gone.
+        chosen.has_more = (1..worth_it).contains(&chosen.victims.len());
+        let taken = chosen.forgotten.iter().chain(chosen.victims.iter().map(|(handle, _)| handle));
+        taken.for_each(|handle| self.deduplication.retire(*handle));
+        chosen
+    }
+
+    /// An opening would still read the object's header.
+    fn is_in_history(&self, entry: &Entry) -> bool {
+        let place = Place { epoch: entry.epoch, sequence: entry.number };
+        entry.owner == 0 && entry.family == Family::Step && place >= self.keeper.root().checkpoint.place
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chosen(which: Which, objects: &[(u64, u64)]) -> Vec<u32> {
+        let candidates = (0..).zip(objects).map(|(handle, (live, blocks))| Candidate { handle, live: *live, blocks: *blocks });
+        let (live, stored) = objects.iter().fold((0, 0), |sum, object| (sum.0 + object.0, sum.1 + object.1));
+        victims(candidates.collect(), which, live, stored)
+    }
+
+    #[test]
+    fn the_emptiest_objects_are_rewritten_until_enough_of_what_is_stored_is_in_use() {
+        let objects = [(99, 100), (50, 100), (100, 100), (85, 100), (95, 100)];
+        assert_eq!(chosen(Which::Until(0.80), &objects), [0; 0]);
+        assert_eq!(chosen(Which::Until(0.90), &objects), [1]);
+        assert_eq!(chosen(Which::Until(0.97), &objects), [1, 3]);
+        assert_eq!(chosen(Which::Until(1.0), &objects), [1, 3, 4, 0]);
+        assert_eq!(chosen(Which::Below(0.85), &objects), [1, 3]);
+    }
+
+    #[test]
+    fn a_resting_volume_rewrites_what_has_a_tenth_of_garbage_however_little_that_is_of_all() {
+        let mostly_full = [(990, 1000), (89, 100), (999, 1000), (91, 100), (1000, 1000), (1000, 1000)];
+        assert_eq!(chosen(Which::Until(IN_USE_QUIET), &mostly_full), [0; 0]);
+        assert_eq!(chosen(Which::Tidy, &mostly_full), [1]);
+        let evenly = [(91, 100), (92, 100), (93, 100)];
+        assert_eq!(chosen(Which::Tidy, &evenly), [0, 1]);
+    }
+}
