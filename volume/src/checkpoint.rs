@@ -31,7 +31,7 @@ use crate::root::Checkpoint;
 use crate::segment::Place;
 use crate::snapshots::by_age;
 use crate::step_header::StepHeader;
-use crate::table::Content;
+use crate::table::{Content, Entry};
 
 /// Pages of one object.
 pub(crate) const PAGES_MAX: usize = 8192;
@@ -295,7 +295,7 @@ impl Core {
     fn newest_snapshots(&self) -> HashMap<Slot, Place> {
         let table = self.reader.table.borrow();
         let place = |snapshot: &Snapshot| {
-            let written = || table.entry_of(snapshot.tree.root).map(|page| Place { epoch: page.epoch, sequence: page.number });
+            let written = || table.entry_of(snapshot.tree.root).map(Entry::written_at);
             Some((snapshot.slot, self.place_of(snapshot.slot, snapshot.id).or_else(written)?))
         };
         let stay = self.committed_snapshots(|_| true).into_iter().filter(|snapshot| !snapshot.is_deleting).collect();

@@ -125,6 +125,10 @@ pub(crate) struct Core {
     pub(crate) hit_uses: RefCell<HashMap<u32, u32>>,
     pub(crate) checkpoint_wanted: Cell<bool>,
     pub(crate) gather_wanted: Cell<Option<Which>>,
+    /// Whether it was tidied up since the opening: before that nobody knows how much garbage earlier owners have left.
+    pub(crate) is_tidied: Cell<bool>,
+    /// Blocks that may have become garbage since marking began last.
+    pub(crate) garbage_noted: Cell<u64>,
     /// Blocks changed since garbage was collected last, and blocks in use, as far as that is known: those that were in use then, without
     /// those that may be garbage since, and those that checkpoints have found to be new. 0: nobody has looked.
     pub(crate) written: Cell<u64>,
@@ -214,6 +218,7 @@ impl Core {
     pub(crate) fn note_garbage(&self, blocks: u64) {
         self.note_changed(blocks);
         self.live.set(self.live.get().saturating_sub(blocks));
+        self.garbage_noted.set(self.garbage_noted.get().saturating_add(blocks));
     }
 
     /// Brings everything acknowledged so far into the pool. Those who wait at the same time share steps.

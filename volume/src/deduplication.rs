@@ -63,10 +63,9 @@ impl Deduplication {
         }
     }
 
-    /// The object of this handle takes no hits from now on.
+    /// The object of this handle takes no hits from now on, unless it is kept after all.
     pub(crate) fn retire(&self, handle: u32) {
         self.retiring.borrow_mut().insert(handle);
-        self.unhook(handle);
     }
 
     /// What an object's header tells is forgotten.

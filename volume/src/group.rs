@@ -309,6 +309,8 @@ pub(crate) async fn new_core(
         hit_uses: RefCell::default(),
         checkpoint_wanted: Cell::new(false),
         gather_wanted: Cell::new(None),
+        is_tidied: Cell::new(false),
+        garbage_noted: Cell::new(0),
         written: Cell::new(0),
         live: Cell::new(0),
         pending: Cell::new(0),

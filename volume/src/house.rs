@@ -49,6 +49,8 @@ impl Core {
             {
                 return self.fail(error);
             }
+            // Whoever wanted one meanwhile did not know what was found.
+            self.gather_wanted.set(None);
         }
     }
 

@@ -56,9 +56,14 @@ impl Entry {
         if self.owner == 0 && self.is_live() { self.blocks.into() } else { 0 }
     }
 
-    /// Whether it was there, for others to refer to, at a place in the volume's history.
+    /// Where in the volume's history it was written, as far as its name tells. What ancestors wrote was there before all of that.
+    pub(crate) fn written_at(&self) -> Place {
+        if self.owner == 0 { Place { epoch: self.epoch, sequence: self.number } } else { Place::default() }
+    }
+
+    /// Whether it was there, for others to refer to, at a place in the volume's history. A guess where an object was gathered from older ones, or found again.
     pub(crate) fn is_before(&self, place: Place) -> bool {
-        self.owner != 0 || Place { epoch: self.epoch, sequence: self.number } < place
+        self.owner != 0 || self.written_at() < place
     }
 
     /// Whether a page in this object may refer to another object, as far as their names tell.

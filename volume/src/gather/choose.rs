@@ -84,7 +84,7 @@ impl Core {
     pub(crate) fn due_collection(&self, is_quiet: bool) -> Option<Which> {
         let stored = self.reader.table.borrow().stored_blocks();
         let garbage_max = self.garbage_max(stored);
-        if is_quiet && garbage_max > 0 && (self.is_untidy() || self.untidy.get() > 0 && self.live.get() == 0) {
+        if is_quiet && garbage_max > 0 && (self.is_untidy() || self.untidy.get() > 0 && !self.is_tidied.get()) {
             return Some(Which::Tidy);
         }
         let is_much = garbage_max >= GARBAGE_MIN && garbage_max as f64 > (1.0 - IN_USE_BUSY) * stored as f64;

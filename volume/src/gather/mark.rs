@@ -136,10 +136,11 @@ impl Uses {
     }
 
     /// Of the fullest objects, only the number of pointers is remembered. What leads to an object may come all at once or in the end, so what was found
-    /// the last time tells more than what has been found so far.
+    /// the last time tells more than what has been found so far, and what has come since is taken for full.
     fn keep_emptiest(&mut self, table: &Table) {
         let share = |handle: u32, pointers: &Pointers| match self.expected.get(&handle) {
             Some(expected) => *expected,
+            None if !self.expected.is_empty() => 1.0,
             None => pointers.len() as f64 / table.get(handle).map_or(1.0, |entry| f64::from(entry.blocks.max(1))),
         };
         let known = self.live.iter().filter_map(|(handle, live)| match live {
@@ -152,8 +153,9 @@ impl Uses {
             if self.pointers <= self.pointers_max / 4 * 3 {
                 break;
             }
-            let Some(pointers) = self.take(handle) else { continue };
+            let Some(mut pointers) = self.take(handle) else { continue };
             self.pointers -= pointers.len();
+            pointers.settle();
             self.live.insert(handle, Live::Counted(pointers.len() as u64));
         }
     }
@@ -168,6 +170,7 @@ impl Core {
             // A segment halfway in the layers would be known, and half of what leads to it not.
             let _whole = self.applying.hold().await;
             self.noted_hits.replace(Some(Vec::new()));
+            self.garbage_noted.set(0);
             let expected = self.shares_found.take();
             let uses = Uses::new(&self.reader.table.borrow(), which, expected, self.settings.marked_max);
             (uses, self.trees(), self.closed_layers())

@@ -72,13 +72,14 @@ impl Core {
         self.written.set(0);
         if which == Which::Tidy {
             self.untidy.set(0);
+            self.is_tidied.set(true);
         }
         self.reader.foreign_moves.borrow_mut().clear();
         let uses = self.mark(which).await?;
         // From here to the end of choosing nothing else runs, so no hit slips in between.
         let stored_blocks = self.reader.table.borrow().stored_blocks();
         let mut done = Gathered { stored_blocks, live_blocks: self.live_blocks(&uses), ..Gathered::default() };
-        self.live.set(done.live_blocks);
+        self.live.set(done.live_blocks.saturating_sub(self.garbage_noted.get()));
         self.pending.set(0);
         let Chosen { mut forgotten, mut victims, mut has_more } = self.choose(uses, which, &done);
         let pointers = victims.iter().map(|(_, pointers)| pointers.len()).sum();
@@ -189,6 +190,7 @@ impl Core {
         self.note_damage(error);
         self.unreadable.borrow_mut().insert(victim);
         self.deduplication.restore(victim);
+        self.deduplication.unhook(victim);
         Ok(())
     }
 
@@ -221,6 +223,8 @@ impl Core {
                 self.doom(source, bytes, done);
             }
             self.reader.table.borrow_mut().forget(*handle);
+            self.deduplication.unhook(*handle);
+            self.shares_found.borrow_mut().remove(handle);
         }
         self.limbo.borrow_mut().push((self.reader.last_look(), handles));
     }
@@ -229,6 +233,7 @@ impl Core {
     fn forward(&self, victim: u32, handle: u32, done: &mut Gathered) {
         let (entry, source) = self.entry_and_source(victim);
         self.reader.table.borrow_mut().forward(victim, handle);
+        self.deduplication.unhook(victim);
         if let (Some(Entry { owner: 0, bytes, .. }), Some(source)) = (entry, source) {
             self.doom(source, bytes, done);
         }

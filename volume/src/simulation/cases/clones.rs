@@ -1,5 +1,6 @@
 //! Cases about snapshots that have clones, and about whoever reads snapshots of clones.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use super::bench::{BLOCKS, Bench, Owner, numbers, versions_in};
@@ -8,7 +9,7 @@ use crate::names::{Family, Source};
 use crate::segment::BLOCK;
 use crate::simulation::VOLUME;
 use crate::simulation::contents::Version;
-use crate::{Durability, MappedVolume};
+use crate::{Durability, MappedVolume, Settings};
 
 /// What a case calls the clone of its volume.
 const CLONE: [u8; 16] = [9; 16];
@@ -158,4 +159,43 @@ fn a_reader_follows_many_objects_that_moved_at_once() {
     let reading = async move { view.read(0, view.size()).await };
     assert_eq!(versions_in(&bench.world.wait_for(process, reading).unwrap().unwrap()), expected);
     bench.world.kill(process);
+}
+
+/// What a clone wrote itself is younger than a snapshot of it as it came, however often its origin had been opened before.
+#[test]
+fn what_a_clone_overwrites_is_garbage_though_a_snapshot_has_its_origin_s_map() {
+    let mut bench = Bench::new(7_000, BLOCKS, Durability::Local);
+    bench.settings = Settings { gathers: false, deduplicate: false, ..bench.settings };
+    let disk = bench.disk();
+    for _ in 0..5 {
+        let owner = bench.open(&disk);
+        bench.kill(owner);
+    }
+    let origin = bench.open(&disk);
+    bench.write(&origin, 0, &numbers(100)).unwrap();
+    clone_as_it_is(&bench, &origin);
+
+    let (disk, settings) = (bench.disk(), bench.settings);
+    let open = || {
+        let (process, parts) = bench.parts(&disk);
+        let its_parts = parts.clone();
+        let opening = async move { MappedVolume::open(&its_parts, CLONE, settings).await };
+        let volume = bench.world.wait_for(process, opening).unwrap().unwrap();
+        Owner { process, parts, volume: Rc::new(volume) }
+    };
+    let clone = open();
+    bench.run(&clone, |volume| async move {
+        volume.snapshot("t", 0).await.unwrap();
+        volume.wait_for_snapshot("t").await.unwrap();
+    });
+    bench.write(&clone, 0, &numbers(200)).unwrap();
+    bench.checkpoint(&clone);
+    bench.kill(clone);
+    let clone = open();
+    bench.gather(&clone);
+    bench.write(&clone, 0, &numbers(300)).unwrap();
+    bench.checkpoint(&clone);
+    let core = &clone.volume.core;
+    let garbage = core.garbage_max(core.reader.table.borrow().stored_blocks());
+    assert!(garbage >= BLOCKS, "{garbage}");
 }
