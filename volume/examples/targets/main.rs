@@ -197,7 +197,7 @@ fn measure_dead_space(rig: &Rig, size: u64, content: &dyn Fn(&mut Random, u64) -
     let dead = || open.device.shares().expect("it is counted").reclaimable;
     let began = now();
     let before = dead();
-    eprintln!("left alone from now on; it was counted in {:.0} s", began.elapsed().as_secs_f64());
+    eprintln!("what is dead was counted in {:.0} s", began.elapsed().as_secs_f64());
     let mut active = now();
     while began.elapsed() < IDLE && active.elapsed() < TIDY {
         std::thread::sleep(Duration::from_secs(1));
