@@ -170,9 +170,9 @@ impl Core {
         let sealing = move || object::seal(&sealer, &source, kind, &random, &inner, body);
         let sealed = offload(&*self.chain.environment, sealing).await.ok_or(VolumeError::Panicked)?;
         let damaged = |_| VolumeError::ObjectDamaged { object: source.path(), why: "it could not be sealed" };
-        let object::Sealed { header, body, opener } = sealed.map_err(damaged)?;
+        let object::Sealed { header, body, opened } = sealed.map_err(damaged)?;
         self.chain.publish(&source, &header, &body).await?;
-        Ok(((header.len() + body.len()) as u32, Opened { body_at: header.len() as u64, opener }))
+        Ok(((header.len() + body.len()) as u32, opened))
     }
 
     /// Brings the tree up to what the pool has.

@@ -9,6 +9,8 @@
 //!  40  number                   u64
 //! ```
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use bytes::Bytes;
 use dedup::body::Body;
 use dedup::seal::{Opener, Seal, SealError, Sealer};
@@ -36,7 +38,7 @@ pub(crate) enum Kind {
 pub(crate) struct Sealed {
     pub(crate) header: Bytes,
     pub(crate) body: Bytes,
-    pub(crate) opener: Opener,
+    pub(crate) opened: Opened,
 }
 
 /// How the frames of an object are read.
@@ -44,6 +46,22 @@ pub(crate) struct Opened {
     /// Where the body begins.
     pub(crate) body_at: u64,
     pub(crate) opener: Opener,
+    /// Something sealed was read by it, so that what the header in clear says is right.
+    is_proven: AtomicBool,
+}
+
+impl Opened {
+    fn new(body_at: usize, opener: Opener, is_proven: bool) -> Opened {
+        Opened { body_at: body_at as u64, opener, is_proven: is_proven.into() }
+    }
+
+    pub(crate) fn is_proven(&self) -> bool {
+        self.is_proven.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn prove(&self) {
+        self.is_proven.store(true, Ordering::Relaxed);
+    }
 }
 
 /// What the header in clear says.
@@ -66,7 +84,8 @@ pub(crate) fn seal(
 ) -> Result<Sealed, SealError> {
     let sealed = sealer.seal(&source.to_bytes(), random, inner, body)?;
     let header = encode(source, kind, 0, sealer.protection() as u8, sealed.seal.to_bytes(), &sealed.header);
-    Ok(Sealed { header, body: sealed.body.into(), opener: sealer.opener(&source.to_bytes(), &sealed.seal)? })
+    let opened = Opened::new(header.len(), sealer.opener(&source.to_bytes(), &sealed.seal)?, true);
+    Ok(Sealed { header, body: sealed.body.into(), opened })
 }
 
 /// The bytes of a seal of an epoch.
@@ -125,8 +144,7 @@ impl Clear {
         }
         let opener =
             sealer.opener(&source.to_bytes(), &self.seal).map_err(|_| damaged(source, "it was sealed with another key"))?;
-        let body_at = (CLEAR_LEN + self.sealed_len).next_multiple_of(ALIGNMENT) as u64;
-        Ok(Opened { body_at, opener })
+        Ok(Opened::new((CLEAR_LEN + self.sealed_len).next_multiple_of(ALIGNMENT), opener, false))
     }
 }
 
@@ -153,5 +171,6 @@ pub(crate) fn open(bytes: &[u8], sealer: &Sealer, source: &Source) -> Result<Obj
     }
     let opened = clear.opened(sealer, source)?;
     let inner = opened.opener.open_header(&header[CLEAR_LEN..]).map_err(|_| damaged(source, "its seal is broken"))?;
+    opened.prove();
     Ok(Object::Sealed { kind: clear.kind, inner, opened })
 }

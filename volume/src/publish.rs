@@ -103,13 +103,13 @@ impl Core {
     /// The next segment of the history becomes part of what is read, in slices: the backlog has it until all of it is. For whoever holds the right
     /// to apply.
     pub(crate) async fn apply(&self, segment: Segment) -> Result<(), VolumeError> {
-        let Segment { source, step, body_at, opener } = segment;
+        let Segment { source, step, opened } = segment;
         let full = || VolumeError::ObjectDamaged { object: source.path(), why: "the volume has no handle left for it" };
-        let bytes = body_at as usize + body_len(&step);
+        let bytes = opened.body_at as usize + body_len(&step);
         let handle = self.reader.table.borrow_mut().add(source, Content::Data, step.stored.len() as u32, bytes as u32);
         let handle = handle.ok_or_else(full)?;
         self.reader.tally.stored_bytes.add(bytes as u64);
-        self.reader.opened(handle, crate::object::Opened { body_at, opener });
+        self.reader.opened(handle, opened);
         self.deduplication.hook(&self.reader, handle, &step);
         let handles = self.source_handles(&step, handle)?;
         let changed: u64 = step.extents.iter().map(|extent| u64::from(extent.blocks)).sum();

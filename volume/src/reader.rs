@@ -322,9 +322,7 @@ impl Reader {
         Ok(Stored { wanted, opened, start, end, bytes })
     }
 
-    /// What its header in clear said may be wrong, too: it is read anew the next time.
     pub(crate) fn damaged_frame(&self, Damaged(location): Damaged) -> VolumeError {
-        self.opened.borrow_mut().remove(&location.segment.get());
         match self.source(location.segment.get()) {
             Ok(source) => VolumeError::ObjectDamaged { object: source.path(), why: "a frame of it is damaged" },
             Err(error) => error,
@@ -363,16 +361,7 @@ impl Reader {
         Ok(moves)
     }
 
-    /// Of one that is damaged, what it says in clear is not to be relied on either.
     async fn header(&self, handle: u32, source: &Source) -> Result<StepHeader, Failure> {
-        let read = self.read_header(handle, source).await;
-        if matches!(read, Err(Failure::Error(VolumeError::ObjectDamaged { .. }))) {
-            self.opened.borrow_mut().remove(&handle);
-        }
-        read
-    }
-
-    async fn read_header(&self, handle: u32, source: &Source) -> Result<StepHeader, Failure> {
         let clear = self.fetch_bytes(handle, source, 0..CLEAR_LEN as u64).await?;
         let damaged = |why| VolumeError::ObjectDamaged { object: source.path(), why };
         let len = object::header_len(&clear).ok_or_else(|| damaged("it is no object of a volume"))?;
@@ -383,8 +372,9 @@ impl Reader {
         Ok(StepHeader::decode(&inner).ok_or_else(|| damaged("its tables contradict each other"))?)
     }
 
+    /// What a header in clear says may be wrong: until something was read by it, it is read anew each time.
     async fn open(&self, handle: u32) -> Result<Arc<Opened>, Failure> {
-        if let Some(opened) = self.opened.borrow().get(&handle) {
+        if let Some(opened) = self.opened.borrow().get(&handle).filter(|opened| opened.is_proven()) {
             return Ok(opened.clone());
         }
         let source = self.source(handle)?;

@@ -5,7 +5,7 @@
 
 use bytes::Bytes;
 use dedup::body::Body;
-use dedup::seal::{Opener, SealError, Sealer};
+use dedup::seal::{SealError, Sealer};
 
 use crate::error::VolumeError;
 use crate::names::{Family, Source};
@@ -43,9 +43,7 @@ pub(crate) enum Link {
 pub(crate) struct Segment {
     pub(crate) source: Source,
     pub(crate) step: StepHeader,
-    /// Where the body begins.
-    pub(crate) body_at: u64,
-    pub(crate) opener: Opener,
+    pub(crate) opened: Opened,
 }
 
 /// A segment ready to be stored.
@@ -63,9 +61,8 @@ pub(crate) fn seal(
     step: StepHeader,
     body: Body,
 ) -> Result<Sealed, SealError> {
-    let object::Sealed { header, body, opener } = object::seal(sealer, &source, Kind::Step, random, &step.encode(), body)?;
-    let segment = Segment { source, step, body_at: header.len() as u64, opener };
-    Ok(Sealed { segment, header, body })
+    let object::Sealed { header, body, opened } = object::seal(sealer, &source, Kind::Step, random, &step.encode(), body)?;
+    Ok(Sealed { segment: Segment { source, step, opened }, header, body })
 }
 
 /// Checks what stands under the name of an object.
@@ -73,9 +70,9 @@ pub(crate) fn decode(bytes: &[u8], sealer: &Sealer, source: Source) -> Result<Li
     let damaged = |why| VolumeError::ObjectDamaged { object: source.path(), why };
     match object::open(bytes, sealer, &source)? {
         Object::Seal { next } => Ok(Link::Seal { next }),
-        Object::Sealed { kind, inner, opened: Opened { body_at, opener } } if kind == Kind::Step as u32 => {
+        Object::Sealed { kind, inner, opened } if kind == Kind::Step as u32 => {
             let step = StepHeader::decode(&inner).ok_or(damaged("its tables contradict each other"))?;
-            Ok(Link::Step(Box::new(Segment { source, step, body_at, opener })))
+            Ok(Link::Step(Box::new(Segment { source, step, opened })))
         }
         Object::Sealed { .. } => Err(damaged("it is no step of a history")),
     }

@@ -66,7 +66,9 @@ impl Stored {
         let unit = location.spot.unit();
         let damaged = || Damaged(location);
         let stored = self.bytes.get(offset_of(location) - self.start..).ok_or_else(damaged)?;
-        Ok(reader.read(&self.opened.opener, unit, stored).map_err(|_| damaged())?.as_chunks().0)
+        let blocks = reader.read(&self.opened.opener, unit, stored).map_err(|_| damaged())?;
+        self.opened.prove();
+        Ok(blocks.as_chunks().0)
     }
 
     /// The wanted blocks of one of [`Self::frames`]: block number `n` goes to the `n`th place of `out`. The answer is how many blocks the frame has.

@@ -52,11 +52,11 @@ impl Core {
         (self.keeper.root().checkpoint, self.next_published.get())
     }
 
-    /// Whether what was looked for may be gone because the volume has changed since: then look again.
+    /// Whether what was looked for may be elsewhere, or gone because the volume has changed since: then look again.
     fn may_have_moved(&self, error: &VolumeError, before: (Checkpoint, Place), tries: &mut u32) -> bool {
         *tries += 1;
-        let is_gone = matches!(error, VolumeError::Moved | VolumeError::ObjectDamaged { .. });
-        is_gone && self.version() != before && *tries < TRIES_MAX
+        let may_be_gone = matches!(error, VolumeError::ObjectDamaged { .. }) && self.version() != before;
+        (may_be_gone || matches!(error, VolumeError::Moved)) && *tries < TRIES_MAX
     }
 
     /// `None`: the log moved on meanwhile; look again.

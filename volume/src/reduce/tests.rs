@@ -122,7 +122,7 @@ impl World {
             if let Some((source, spot)) = map[block] {
                 let sealed = &self.published[self.number_of(source)];
                 let frame = &sealed.body[spot.unit() as usize * UNIT_LEN..];
-                reader.read_block(&sealed.segment.opener, spot, frame, &mut found).unwrap();
+                reader.read_block(&sealed.segment.opened.opener, spot, frame, &mut found).unwrap();
             }
             assert_eq!(found, expected.unwrap_or([0; BLOCK_LEN]), "block {block}");
         }

@@ -94,6 +94,12 @@ fn what_another_reader_has_found_is_not_missing() {
     schedules(1_796_103_066_632_273..1_796_103_066_632_274);
 }
 
+/// A collection had seen pages of a damaged object, and read none of them; when the object was put back, the first look at it still failed.
+#[test]
+fn what_is_put_back_reads_right_at_once() {
+    schedules(1_796_209_493_950_735..1_796_209_493_950_736);
+}
+
 #[test]
 fn case_49_schedules_use_handles_again() {
     let seen = schedules(4_900..4_940);

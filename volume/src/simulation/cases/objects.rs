@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use blockdev::Errno;
 use bytes::Bytes;
 use dedup::body::{BODY_LEN_MAX, Body, FrameReader};
 use dedup::frame::{Allowed, choose};
@@ -85,6 +86,28 @@ fn case_16_an_object_stands_in_the_place_of_another() {
         bench.scan(&owner);
     }
     assert!(lost > 40, "{lost} blocks could not be read");
+}
+
+/// Objects whose headers in clear had rotted are put back. Whoever read them meanwhile does not go by what they said then.
+#[test]
+fn objects_that_are_put_back_read_right_at_once() {
+    for seed in 1_640..1_650 {
+        let bench = Bench::new(seed, BLOCKS, Durability::Remote);
+        let disk = bench.disk();
+        let owner = bench.open(&disk);
+        bench.write(&owner, 0, &numbers(100)).unwrap();
+        checkpoint(&bench, &owner);
+        bench.kill(owner);
+        let owner = bench.open(&disk);
+        bench.pass(&owner, Duration::from_secs(1));
+        let names = with_blocks(&bench, "/w/");
+        // The body is said to begin elsewhere.
+        names.iter().for_each(|name| bench.store.change(name, |bytes| bytes[57] ^= 1));
+        // The first of several that cannot be read is an error for all of them.
+        assert_eq!(bench.content(&owner), Err(Errno::EIO), "seed {seed}: {} objects", names.len());
+        bench.store.repair();
+        assert_eq!(bench.content(&owner).unwrap(), numbers(100), "seed {seed}");
+    }
 }
 
 /// Somebody puts an old root back, as from a copy of the bucket. No volume is as it was then, without a word.
