@@ -23,7 +23,7 @@ use crate::names::{Slot, VolumeId, first_block};
 use crate::reader::Reader;
 use crate::segment::BLOCK;
 use crate::snapshots::by_age;
-use crate::table::Entry;
+use crate::table::{Content, Entry};
 
 /// Blocks that are remembered at once.
 const COUNTED_MAX: u64 = 2 << 20;
@@ -31,6 +31,13 @@ const COUNTED_MAX: u64 = 2 << 20;
 const SPAN_BLOCKS: u64 = 1 << 18;
 /// How often a volume is looked at that changes meanwhile.
 const TRIES_MAX: u32 = 4;
+
+/// Objects with data and objects with pages take handles by turns, so those that are counted are picked by a number that is mixed (SplitMix64's finalizer).
+fn is_counted(handle: u32, every: u32) -> bool {
+    let mixed = u64::from(handle).wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    (mixed ^ (mixed >> 31)).is_multiple_of(every.into())
+}
 
 /// Which blocks were named, of those objects that are counted.
 struct Count<'a> {
@@ -48,7 +55,7 @@ impl Count<'_> {
         let Some(location) = pointer.location() else { return };
         let named = location.segment.get();
         let handle = self.reader.forward_of(named).unwrap_or(named);
-        if !handle.is_multiple_of(self.every) || !self.named.insert(pointer) {
+        if !is_counted(handle, self.every) || !self.named.insert(pointer) {
             return;
         }
         *self.by_anyone.entry(handle).or_default() += 1;
@@ -93,19 +100,23 @@ async fn count(
     .await?;
     walk(others, &pages, |pointer, _| count.name(pointer, true)).await?;
     walk(snapshots, &pages, |pointer, _| count.name(pointer, false)).await?;
-    let mut sums = [0.0; 3];
-    let (mut counted, mut all) = (0_u64, 0_u64);
     let table = reader.table.borrow();
-    for (handle, entry) in table.used().filter(|(_, entry)| is_own(entry)) {
-        all += u64::from(entry.bytes);
-        if handle.is_multiple_of(every) {
-            counted += u64::from(entry.bytes);
-            let parts = count.split(handle, entry);
-            sums.iter_mut().zip(parts).for_each(|(sum, part)| *sum += part);
+    let mut sums = [0.0; 3];
+    // What blocks and what pages take of an object's bytes differs much, so each stand for their own kind.
+    for content in [Content::Data, Content::Pages] {
+        let (mut parts, mut counted, mut all) = ([0.0; 3], 0_u64, 0_u64);
+        for (handle, entry) in table.used().filter(|(_, entry)| is_own(entry) && entry.content == content) {
+            all += u64::from(entry.bytes);
+            if is_counted(handle, every) {
+                counted += u64::from(entry.bytes);
+                parts.iter_mut().zip(count.split(handle, entry)).for_each(|(sum, part)| *sum += part);
+            }
         }
+        let scale = all as f64 / counted.max(1) as f64;
+        sums.iter_mut().zip(parts).for_each(|(sum, part)| *sum += part * scale);
     }
-    let scaled = |sum: f64| (sum * all as f64 / counted.max(1) as f64).round() as u64;
-    Ok(Shares { data: data * BLOCK as u64, snapshots: scaled(sums[1]), reclaimable: scaled(sums[2]) })
+    let [_, snapshots, reclaimable] = sums.map(|sum| sum.round() as u64);
+    Ok(Shares { data: data * BLOCK as u64, snapshots, reclaimable })
 }
 
 impl Core {
@@ -169,4 +180,22 @@ pub(crate) async fn shares_in_store(parts: &Parts, volume: VolumeId) -> Result<S
     let reader = reader_of(parts, &chain, &root, &meta)?;
     let heads = heads(&meta.volumes, meta.slot(volume.id)?);
     count(&reader, 1, &heads, |_| (), &in_order(meta.snapshots, &reader)).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn objects_that_are_counted_are_picked_evenly_whoever_takes_handles_by_turns() {
+        const HANDLES: u32 = 60_000;
+        assert!((0..HANDLES).all(|handle| is_counted(handle, 1)));
+        for (every, turns) in [(2, 2), (13, 2), (25, 5), (54, 3)] {
+            for turn in 0..turns {
+                let counted = (0..HANDLES).filter(|handle| handle % turns == turn && is_counted(*handle, every)).count();
+                let expected = f64::from(HANDLES / turns / every);
+                assert!((counted as f64 - expected).abs() < 5.0 * expected.sqrt(), "{counted} instead of {expected}");
+            }
+        }
+    }
 }

@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 
-use super::Gathered;
 use super::mark::Uses;
 use super::pointers::Pointers;
 use crate::core::Core;
@@ -49,6 +48,7 @@ struct Candidate {
     handle: u32,
     live: u64,
     blocks: u64,
+    weight: f64,
 }
 
 impl Candidate {
@@ -56,17 +56,27 @@ impl Candidate {
     fn share(&self) -> f64 {
         self.live as f64 / self.blocks.max(1) as f64
     }
+
+    fn weight_in_use(&self) -> f64 {
+        self.weight * self.share()
+    }
 }
 
-/// Which of the candidates are rewritten. Of the volume's own blocks that are left when unused objects are gone, `live` of `stored` are in use.
-fn victims(mut candidates: Vec<Candidate>, which: Which, live: u64, mut stored: u64) -> Vec<u32> {
+/// What an object counts for: its blocks, as these tell when a collection is due; its bytes where room is wanted, as a page takes more of it than a block that
+/// was compressed well.
+fn weight(which: Which, entry: &Entry) -> f64 {
+    if which == Which::Tidy { entry.bytes.into() } else { entry.blocks.into() }
+}
+
+/// Which of the candidates are rewritten. Of the weight of the volume's own objects that are left when unused ones are gone, `live` of `stored` is in use.
+fn victims(mut candidates: Vec<Candidate>, which: Which, live: f64, mut stored: f64) -> Vec<u32> {
     if which != Which::Inherited {
         candidates.retain(|candidate| candidate.live < candidate.blocks);
         candidates.sort_by(|one, other| one.share().total_cmp(&other.share()).then(one.handle.cmp(&other.handle)));
     }
     let mut is_below = |share: f64, candidate: &Candidate| {
-        let is_below = (live as f64) < share * stored as f64;
-        stored -= candidate.blocks - candidate.live;
+        let is_below = live < share * stored;
+        stored -= candidate.weight - candidate.weight_in_use();
         is_below
     };
     let is_worth_it = |candidate: &Candidate| match which {
@@ -103,23 +113,27 @@ impl Core {
         own.map(|(handle, entry)| uses.live_blocks(handle, entry)).sum()
     }
 
-    pub(super) fn choose(&self, mut uses: Uses, which: Which, done: &Gathered) -> Chosen {
+    pub(super) fn choose(&self, mut uses: Uses, which: Which) -> Chosen {
         let mut chosen = Chosen::default();
         let (table, hit_uses, unreadable) = (self.reader.table.borrow(), self.hit_uses.borrow(), self.unreadable.borrow());
-        let (mut candidates, mut stored) = (Vec::new(), done.stored_blocks);
+        let (mut candidates, mut in_use, mut stored) = (Vec::new(), 0.0, 0.0);
         for (handle, entry) in table.used() {
-            if hit_uses.contains_key(&handle) || uses.may_be_needed(handle) || self.is_in_history(entry) {
+            let is_left_alone = hit_uses.contains_key(&handle) || uses.may_be_needed(handle) || self.is_in_history(entry);
+            if !is_left_alone && uses.is_unused(handle) {
+                chosen.forgotten.push(handle);
                 continue;
             }
-            if uses.is_unused(handle) {
-                chosen.forgotten.push(handle);
-                stored -= entry.own_blocks();
-            } else if entry.is_live() && uses.tracks(entry) && !unreadable.contains(&handle) {
-                let live = uses.live_blocks(handle, entry);
-                candidates.push(Candidate { handle, live, blocks: entry.blocks.into() });
+            let (live, blocks) = (uses.live_blocks(handle, entry), entry.blocks.into());
+            let candidate = Candidate { handle, live, blocks, weight: weight(which, entry) };
+            if entry.owner == 0 && entry.is_live() {
+                in_use += candidate.weight_in_use();
+                stored += candidate.weight;
+            }
+            if !is_left_alone && entry.is_live() && uses.tracks(entry) && !unreadable.contains(&handle) {
+                candidates.push(candidate);
             }
         }
-        let victims = victims(candidates, which, done.live_blocks, stored);
+        let victims = victims(candidates, which, in_use, stored);
         let worth_it = victims.len();
         chosen.victims = victims.into_iter().filter_map(|handle| Some((handle, uses.take(handle)?))).collect();
         // Of the fullest it may not be known what is in use, until others are gone.
@@ -140,10 +154,17 @@ impl Core {
 mod tests {
     use super::*;
 
+    /// Of each object, blocks in use, blocks, and weight.
+    fn chosen_by_weight(which: Which, objects: impl Iterator<Item = (u64, u64, f64)>) -> Vec<u32> {
+        let candidate = |(handle, (live, blocks, weight))| Candidate { handle, live, blocks, weight };
+        let candidates: Vec<Candidate> = (0..).zip(objects).map(candidate).collect();
+        let in_use = candidates.iter().map(Candidate::weight_in_use).sum();
+        let stored = candidates.iter().map(|candidate| candidate.weight).sum();
+        victims(candidates, which, in_use, stored)
+    }
+
     fn chosen(which: Which, objects: &[(u64, u64)]) -> Vec<u32> {
-        let candidates = (0..).zip(objects).map(|(handle, (live, blocks))| Candidate { handle, live: *live, blocks: *blocks });
-        let (live, stored) = objects.iter().fold((0, 0), |sum, object| (sum.0 + object.0, sum.1 + object.1));
-        victims(candidates.collect(), which, live, stored)
+        chosen_by_weight(which, objects.iter().map(|(live, blocks)| (*live, *blocks, *blocks as f64)))
     }
 
     #[test]
@@ -163,5 +184,14 @@ mod tests {
         assert_eq!(chosen(Which::Tidy, &mostly_full), [1]);
         let evenly = [(91, 100), (92, 100), (93, 100)];
         assert_eq!(chosen(Which::Tidy, &evenly), [0, 1]);
+    }
+
+    #[test]
+    fn room_counts_by_bytes() {
+        // Blocks that were compressed well, and pages.
+        let objects = |weights: [f64; 2]| [(990, 1000, weights[0]), (96, 100, weights[1])].into_iter();
+        assert_eq!(chosen_by_weight(Which::Tidy, objects([1000.0, 100.0])), [0; 0]);
+        assert_eq!(chosen_by_weight(Which::Tidy, objects([50.0, 100.0])), [0; 0]);
+        assert_eq!(chosen_by_weight(Which::Tidy, objects([10.0, 100.0])), [1]);
     }
 }

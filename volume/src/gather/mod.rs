@@ -81,7 +81,7 @@ impl Core {
         let mut done = Gathered { stored_blocks, live_blocks: self.live_blocks(&uses), ..Gathered::default() };
         self.live.set(done.live_blocks.saturating_sub(self.garbage_noted.get()));
         self.pending.set(0);
-        let Chosen { mut forgotten, mut victims, mut has_more } = self.choose(uses, which, &done);
+        let Chosen { mut forgotten, mut victims, mut has_more } = self.choose(uses, which);
         let pointers = victims.iter().map(|(_, pointers)| pointers.len()).sum();
         self.note_progress(|progress| progress.begin(bytes(pointers)));
         while !(forgotten.is_empty() && victims.is_empty()) {
