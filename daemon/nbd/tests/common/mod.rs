@@ -102,6 +102,15 @@ impl Rig {
         }
     }
 
+    /// Until the device has done `count` requests of the first client.
+    pub fn wait_for_requests(&self, count: u64) {
+        let deadline = blockdev::clock::monotonic() + HANG;
+        while self.server.clients()[0].requests != count {
+            assert!(blockdev::clock::monotonic() < deadline, "still {} requests", self.server.clients()[0].requests);
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
     /// Bytes of pooled buffers in use on all threads.
     pub fn buffers_used(&self) -> usize {
         self.plane.handles().iter().map(|handle| handle.call(|reactor| reactor.buffers().used_bytes()).unwrap()).sum()
