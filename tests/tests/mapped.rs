@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use novastor_tests::rig::daemon::Daemon;
 use novastor_tests::rig::deadline::Deadline;
 use novastor_tests::rig::fio::Fio;
+use novastor_tests::rig::remembered_load::RememberedLoad;
 use std::env;
 use std::thread;
 use std::time::Duration;
@@ -26,14 +27,6 @@ fn part(uri: &str, round: u64) -> Fio {
     Fio::nbd(uri).verify(round % PARTS * PART_MIB, PART_MIB).with([format!("--randseed={}", round + 1)])
 }
 
-/// Overwrites the part behind all others for ever, with flushes, until the daemon dies under it.
-fn load(uri: &str) -> Fio {
-    let place = [format!("--offset={}M", PARTS * PART_MIB), format!("--size={PART_MIB}M")];
-    let shape =
-        ["--rw=randwrite", "--bsrange=512-64k", "--iodepth=32", "--fsync=32", "--time_based", "--runtime=600", "--thread"];
-    Fio::nbd(uri).with(place).with(shape)
-}
-
 fn kill_again_and_again(policy: &str) -> Result<()> {
     let policies = "[policy.local]\ndurability = \"local\"\n\n[policy.remote]\ndurability = \"remote\"\n";
     let mut daemon = Daemon::new(policies)?;
@@ -42,23 +35,25 @@ fn kill_again_and_again(policy: &str) -> Result<()> {
     daemon.cli(["volume", "create", "disk", "--size", &size, "--layout", "mapped", "--policy", policy])?;
     let uri = daemon.export_nbd("disk")?;
     let clock = Deadline::after(length()?.unwrap_or(Duration::MAX));
+    let mut load = RememberedLoad::new((PARTS * PART_MIB) << 20, PART_MIB << 20);
     let mut rounds = 0;
     while if length()?.is_some() { !clock.has_passed() } else { rounds < ROUNDS } {
         part(&uri, rounds).run(LIMIT).with_context(|| format!("round {rounds}"))?;
-        let mut running = load(&uri).start()?;
+        let underway = load.start(&daemon.nbd_socket(), "disk")?;
         thread::sleep(Duration::from_millis(200 + rounds % 7 * 100));
         daemon.check_alive()?;
         daemon.kill()?;
-        running.kill()?;
+        load = underway.wait()?;
         daemon.start()?;
         daemon.wait_until_served()?;
+        load.check(&daemon.nbd_socket(), "disk").with_context(|| format!("after round {rounds}"))?;
         for earlier in rounds.saturating_sub(PARTS - 1)..=rounds {
             let read = part(&uri, earlier).with(["--verify_only"]);
             read.run(LIMIT).with_context(|| format!("what round {earlier} wrote, after round {rounds}"))?;
         }
         rounds += 1;
     }
-    println!("{rounds} kills with durability {policy}");
+    println!("{rounds} kills with durability {policy}, under {} requests", load.requests());
     let report = daemon.json(["pool", "check", "local"])?;
     ensure!(report["ok"] == true, "{report}");
     daemon.stop()

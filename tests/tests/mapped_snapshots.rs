@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use novastor_tests::rig::daemon::Daemon;
 use novastor_tests::rig::deadline::Deadline;
 use novastor_tests::rig::fio::Fio;
+use novastor_tests::rig::remembered_load::RememberedLoad;
 use novastor_tests::rig::snapshots::Snapshots;
 use std::env;
 use std::thread;
@@ -28,13 +29,6 @@ fn part(uri: &str, round: u64) -> Fio {
     Fio::nbd(uri).verify(0, PART_MIB).with([format!("--randseed={}", round + 1)])
 }
 
-/// Overwrites what lies behind that part for ever, until the daemon dies under it.
-fn load(uri: &str) -> Fio {
-    let place = [format!("--offset={PART_MIB}M"), "--size=16M".to_owned()];
-    let shape = ["--rw=randwrite", "--bsrange=4k-64k", "--iodepth=32", "--fsync=32", "--time_based", "--runtime=600", "--thread"];
-    Fio::nbd(uri).with(place).with(shape)
-}
-
 fn kill_again_and_again(durability: &str) -> Result<()> {
     let mut daemon = Daemon::new(&format!("durability = \"{durability}\""))?;
     daemon.start()?;
@@ -42,10 +36,11 @@ fn kill_again_and_again(durability: &str) -> Result<()> {
     let uri = daemon.export_nbd("disk")?;
     let mut snapshots = Snapshots::new("disk");
     let clock = Deadline::after(length()?.unwrap_or(Duration::MAX));
+    let mut load = RememberedLoad::new(PART_MIB << 20, 16 << 20);
     let mut rounds = 0;
     while if length()?.is_some() { !clock.has_passed() } else { rounds < ROUNDS } {
         part(&uri, rounds).run(LIMIT).with_context(|| format!("round {rounds}"))?;
-        let mut running = load(&uri).start()?;
+        let underway = load.start(&daemon.nbd_socket(), "disk")?;
         let name = format!("s{rounds}");
         let held = snapshots.take(&daemon, &name)?[..PART_MIB as usize * MIB].to_vec();
         ensure!(daemon.contents("disk")?.starts_with(&held), "{name} is not what had been written before it");
@@ -57,10 +52,11 @@ fn kill_again_and_again(durability: &str) -> Result<()> {
         thread::sleep(Duration::from_millis(rounds % 5 * 30));
         daemon.check_alive()?;
         daemon.kill()?;
-        running.kill()?;
+        load = underway.wait()?;
         drop(begun);
         daemon.start()?;
         daemon.wait_until_served()?;
+        load.check(&daemon.nbd_socket(), "disk").with_context(|| format!("after round {rounds}"))?;
         part(&uri, rounds).with(["--verify_only"]).run(LIMIT).with_context(|| format!("round {rounds}, after a kill"))?;
         snapshots.check(&daemon).with_context(|| format!("after round {rounds}"))?;
         snapshots.thin_out(&daemon, KEPT_MAX)?;

@@ -15,6 +15,7 @@ pub mod nbd;
 pub mod process;
 pub mod proxy;
 pub mod qmp;
+pub mod remembered_load;
 pub mod scratch;
 pub mod seaweedfs;
 pub mod snapshots;
