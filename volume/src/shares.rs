@@ -8,9 +8,11 @@
 //!
 //! Of a volume with more than [`COUNTED_MAX`] blocks, only some objects are counted and stand for the others.
 
+use std::hash::BuildHasher;
+
 use backends::Shares;
 use blockdev::{Extent, ExtentKind};
-use rustc_hash::{FxHashMap, FxHashSet};
+use rustc_hash::{FxBuildHasher, FxHashMap, FxHashSet};
 
 use crate::ahead::Ahead;
 use crate::clone::reader_of;
@@ -23,7 +25,7 @@ use crate::names::{Slot, VolumeId, first_block};
 use crate::reader::Reader;
 use crate::segment::BLOCK;
 use crate::snapshots::by_age;
-use crate::table::{Content, Entry};
+use crate::table::{Content, Entry, State, Table};
 
 /// Blocks that are remembered at once.
 const COUNTED_MAX: u64 = 2 << 20;
@@ -32,45 +34,94 @@ const SPAN_BLOCKS: u64 = 1 << 18;
 /// How often a volume is looked at that changes meanwhile.
 const TRIES_MAX: u32 = 4;
 
-/// Objects with data and objects with pages take handles by turns, so those that are counted are picked by a number that is mixed (SplitMix64's finalizer).
+/// Objects with data and objects with pages take handles by turns, so those that are counted are picked by a hash.
 fn is_counted(handle: u32, every: u32) -> bool {
-    let mixed = u64::from(handle).wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    (mixed ^ (mixed >> 31)).is_multiple_of(every.into())
+    FxBuildHasher.hash_one(handle).is_multiple_of(every.into())
 }
 
-/// Which blocks were named, of those objects that are counted.
-struct Count<'a> {
-    reader: &'a Reader,
-    /// One object in so many is counted.
-    every: u32,
-    named: FxHashSet<Pointer>,
-    /// By object, in blocks.
-    by_volume: FxHashMap<u32, u64>,
-    by_anyone: FxHashMap<u32, u64>,
+/// An object that is counted, as it was when counting began.
+struct Object {
+    blocks: u64,
+    bytes: u32,
+    /// Blocks that were named.
+    by_volume: u64,
+    by_anyone: u64,
 }
 
-impl Count<'_> {
-    fn name(&mut self, pointer: Pointer, is_volume: bool) {
-        let Some(location) = pointer.location() else { return };
-        let named = location.segment.get();
-        let handle = self.reader.forward_of(named).unwrap_or(named);
-        if !is_counted(handle, self.every) || !self.named.insert(pointer) {
-            return;
-        }
-        *self.by_anyone.entry(handle).or_default() += 1;
-        if is_volume {
-            *self.by_volume.entry(handle).or_default() += 1;
-        }
+impl Object {
+    fn new(entry: &Entry) -> Object {
+        Object { blocks: entry.blocks.into(), bytes: entry.bytes, by_volume: 0, by_anyone: 0 }
     }
 
-    /// Bytes of an object: for the volume, for its snapshots alone, for nothing.
-    fn split(&self, handle: u32, entry: &Entry) -> [f64; 3] {
-        let blocks = u64::from(entry.blocks);
-        let count = |counts: &FxHashMap<u32, u64>| counts.get(&handle).copied().unwrap_or(0).min(blocks);
-        let (volume, anyone) = (count(&self.by_volume), count(&self.by_anyone));
-        let of = |part: u64| f64::from(entry.bytes) * part as f64 / blocks.max(1) as f64;
-        [of(volume), of(anyone - volume), of(blocks.max(1) - anyone)]
+    /// Bytes: for the volume, for its snapshots alone, for nothing.
+    fn split(&self) -> [f64; 3] {
+        let (volume, anyone) = (self.by_volume.min(self.blocks), self.by_anyone.min(self.blocks));
+        let of = |part: u64| f64::from(self.bytes) * part as f64 / self.blocks.max(1) as f64;
+        [of(volume), of(anyone - volume), of(self.blocks.max(1) - anyone)]
+    }
+}
+
+/// Objects with content of one kind. What blocks and what pages take of an object's bytes differs much, so each stand for their own kind.
+#[derive(Default)]
+struct Kind {
+    counted: FxHashMap<u32, Object>,
+    /// Of all objects, those that are not counted too.
+    bytes: u64,
+}
+
+impl Kind {
+    /// Bytes: for the volume, for its snapshots alone, for nothing.
+    fn split(&self) -> [f64; 3] {
+        let counted: u64 = self.counted.values().map(|object| u64::from(object.bytes)).sum();
+        let scale = self.bytes as f64 / counted.max(1) as f64;
+        let splits = self.counted.values().map(Object::split);
+        splits.fold([0.0; 3], |sums, parts| std::array::from_fn(|part| sums[part] + parts[part] * scale))
+    }
+}
+
+/// Which blocks are named of the objects that were there when counting began, wherever a collection may move them meanwhile.
+struct Count {
+    /// Handles that lead to objects that are counted, and these.
+    leads_to: FxHashMap<u32, u32>,
+    data: Kind,
+    pages: Kind,
+    named: FxHashSet<Pointer>,
+}
+
+impl Count {
+    /// `own` says which entries of the table are the group's.
+    fn new(table: &Table, own: u16) -> Count {
+        let is_own = |entry: &Entry| entry.owner == own && entry.is_live();
+        let stored: u64 = table.entries().iter().filter(|entry| is_own(entry)).map(|entry| u64::from(entry.blocks)).sum();
+        let every = u32::try_from(stored.div_ceil(COUNTED_MAX)).unwrap_or(u32::MAX).max(1);
+        let (mut leads_to, mut data, mut pages) = (FxHashMap::default(), Kind::default(), Kind::default());
+        for (named, entry) in table.used() {
+            let handle = if let State::Forwarded(to) = entry.state { to } else { named };
+            if is_counted(handle, every) {
+                leads_to.insert(named, handle);
+            }
+            if is_own(entry) {
+                let kind = if entry.content == Content::Data { &mut data } else { &mut pages };
+                kind.bytes += u64::from(entry.bytes);
+                if is_counted(named, every) {
+                    kind.counted.insert(named, Object::new(entry));
+                }
+            }
+        }
+        Count { leads_to, data, pages, named: FxHashSet::default() }
+    }
+
+    fn name(&mut self, pointer: Pointer, is_volume: bool) {
+        let Some(location) = pointer.location() else { return };
+        let Some(handle) = self.leads_to.get(&location.segment.get()) else { return };
+        if !self.named.insert(pointer) {
+            return;
+        }
+        let object = [&mut self.data, &mut self.pages].into_iter().find_map(|kind| kind.counted.get_mut(handle));
+        if let Some(object) = object {
+            object.by_anyone += 1;
+            object.by_volume += u64::from(is_volume);
+        }
     }
 }
 
@@ -82,11 +133,7 @@ async fn count(
     layers: impl Fn(&mut dyn FnMut(Pointer)),
     snapshots: &[Tree],
 ) -> Result<Shares, VolumeError> {
-    let is_own = |entry: &&Entry| entry.owner == own && entry.is_live();
-    let stored: u64 = reader.table.borrow().entries().iter().filter(is_own).map(|entry| u64::from(entry.blocks)).sum();
-    let every = u32::try_from(stored.div_ceil(COUNTED_MAX)).unwrap_or(u32::MAX).max(1);
-    let (named, by_volume, by_anyone) = Default::default();
-    let mut count = Count { reader, every, named, by_volume, by_anyone };
+    let mut count = Count::new(&reader.table.borrow(), own);
     let mut data = 0;
     // Before anything else happens: they belong to this tree.
     layers(&mut |pointer| count.name(pointer, true));
@@ -100,22 +147,8 @@ async fn count(
     .await?;
     walk(others, &pages, |pointer, _| count.name(pointer, true)).await?;
     walk(snapshots, &pages, |pointer, _| count.name(pointer, false)).await?;
-    let table = reader.table.borrow();
-    let mut sums = [0.0; 3];
-    // What blocks and what pages take of an object's bytes differs much, so each stand for their own kind.
-    for content in [Content::Data, Content::Pages] {
-        let (mut parts, mut counted, mut all) = ([0.0; 3], 0_u64, 0_u64);
-        for (handle, entry) in table.used().filter(|(_, entry)| is_own(entry) && entry.content == content) {
-            all += u64::from(entry.bytes);
-            if is_counted(handle, every) {
-                counted += u64::from(entry.bytes);
-                parts.iter_mut().zip(count.split(handle, entry)).for_each(|(sum, part)| *sum += part);
-            }
-        }
-        let scale = all as f64 / counted.max(1) as f64;
-        sums.iter_mut().zip(parts).for_each(|(sum, part)| *sum += part * scale);
-    }
-    let [_, snapshots, reclaimable] = sums.map(|sum| sum.round() as u64);
+    let (in_data, in_pages) = (count.data.split(), count.pages.split());
+    let [_, snapshots, reclaimable] = std::array::from_fn(|part| (in_data[part] + in_pages[part]).round() as u64);
     Ok(Shares { data: data * BLOCK as u64, snapshots, reclaimable })
 }
 
@@ -184,7 +217,36 @@ pub(crate) async fn shares_in_store(parts: &Parts, volume: VolumeId) -> Result<S
 
 #[cfg(test)]
 mod tests {
+    use dedup::location::{Location, SegmentHandle};
+
     use super::*;
+    use crate::map::spot_of;
+    use crate::names::{Family, Source};
+
+    fn name(count: &mut Count, handle: u32, spots: std::ops::Range<u32>) {
+        let segment = SegmentHandle::new(handle).unwrap();
+        spots.for_each(|spot| count.name(Pointer::to(Location { segment, spot: spot_of(spot) }), true));
+    }
+
+    #[test]
+    fn what_a_collection_moves_meanwhile_is_still_in_use() {
+        let mut table = Table::new([1; 16]);
+        let add = |table: &mut Table, number, blocks| {
+            let source = Source { group: [1; 16], family: Family::Step, epoch: 1, number };
+            table.add(source, Content::Data, blocks, 100 * blocks).unwrap()
+        };
+        let (first, second) = (add(&mut table, 1, 10), add(&mut table, 2, 10));
+        table.forward(first, second);
+        let mut count = Count::new(&table, 0);
+        name(&mut count, first, 0..2);
+        name(&mut count, second, 2..4);
+        let third = add(&mut table, 3, 6);
+        table.forward(second, third);
+        name(&mut count, first, 4..5);
+        name(&mut count, second, 5..6);
+        name(&mut count, third, 0..6);
+        assert_eq!(count.data.split(), [600.0, 0.0, 400.0]);
+    }
 
     #[test]
     fn objects_that_are_counted_are_picked_evenly_whoever_takes_handles_by_turns() {
