@@ -16,6 +16,7 @@ use crate::simulation::seen::Seen;
 use crate::{Cause, Durability, Settings, VolumeError, WhenFull};
 
 const ROUNDS: u64 = 20;
+const HOURS: Duration = Duration::from_secs(3 * 3600);
 
 /// One whose log does not come round to where it began.
 fn long_disk(bench: &Bench) -> HostDisk {
@@ -179,6 +180,50 @@ fn case_19_a_full_pool_refuses_writes_when_the_log_is_full_if_it_is_to() {
         bench.kill(owner);
         let owner = bench.open(&disk);
         assert_eq!(bench.content(&owner).unwrap(), *model.borrow(), "seed {seed}");
+        bench.scan(&owner);
+    }
+}
+
+/// Writes wait, and everything else that the host has by itself goes on.
+#[test]
+fn case_20_the_log_is_full_while_the_store_is_away_for_hours() {
+    for seed in 20_000..20_040 {
+        let bench = Bench::new(seed, BLOCKS, Durability::Local);
+        let disk = bench.disk();
+        let owner = bench.open(&disk);
+        bench.write(&owner, 0, &numbers(100)).unwrap();
+        bench.store.set_faults(1000);
+        let acknowledged = write_on(&bench, &owner);
+        bench.pass(&owner, HOURS);
+        let stalled = acknowledged.get();
+        assert!((1..ROUNDS * BLOCKS).contains(&stalled), "seed {seed}: {stalled} writes");
+        assert_eq!(owner.volume.failed(), None, "seed {seed}");
+        let trouble = owner.volume.trouble().expect("a store that is away is told of");
+        assert!(
+            matches!(trouble.cause, Cause::Pool(_)) && owner.volume.now() - trouble.since > HOURS / 2,
+            "seed {seed}: {trouble:?}"
+        );
+        let last = (stalled - 1) % BLOCKS * BLOCK as u64;
+        let read = bench.run(&owner, move |volume| async move { volume.read(last, BLOCK as u64).await }).unwrap();
+        assert!(read == content_of(200 + stalled - 1), "seed {seed}: what was written last cannot be read");
+        assert_eq!(flush(&bench, &owner), Ok(()), "seed {seed}: what was acknowledged is on the log's disk");
+        assert_eq!(acknowledged.get(), stalled, "seed {seed}");
+
+        if seed % 2 == 0 {
+            bench.kill(owner);
+            bench.store.set_faults(0);
+            let owner = bench.open(&disk);
+            let found = bench.content(&owner).unwrap();
+            assert!(found == after(stalled) || found == after(stalled + 1), "seed {seed}: {found:?} after {stalled} writes");
+            continue;
+        }
+        bench.store.set_faults(0);
+        bench.pass(&owner, Duration::from_secs(120));
+        assert_eq!(acknowledged.get(), ROUNDS * BLOCKS, "seed {seed}: it goes on by itself");
+        assert_eq!(owner.volume.trouble(), None, "seed {seed}");
+        bench.kill(owner);
+        let owner = bench.open(&disk);
+        assert_eq!(bench.content(&owner).unwrap(), after(ROUNDS * BLOCKS), "seed {seed}");
         bench.scan(&owner);
     }
 }
