@@ -41,9 +41,7 @@ fn kill_again_and_again(policy: &str) -> Result<()> {
         part(&uri, rounds).run(LIMIT).with_context(|| format!("round {rounds}"))?;
         let underway = load.start(&daemon.nbd_socket(), "disk")?;
         thread::sleep(Duration::from_millis(200 + rounds % 7 * 100));
-        daemon.check_alive()?;
-        daemon.kill()?;
-        load = underway.wait()?;
+        load = underway.kill(&mut daemon)?;
         daemon.start()?;
         daemon.wait_until_served()?;
         load.check(&daemon.nbd_socket(), "disk").with_context(|| format!("after round {rounds}"))?;

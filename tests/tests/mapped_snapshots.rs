@@ -50,9 +50,7 @@ fn kill_again_and_again(durability: &str) -> Result<()> {
             snapshots.begin_deleting(&daemon, &format!("s{}", rounds.saturating_sub(2)))?,
         ];
         thread::sleep(Duration::from_millis(rounds % 5 * 30));
-        daemon.check_alive()?;
-        daemon.kill()?;
-        load = underway.wait()?;
+        load = underway.kill(&mut daemon)?;
         drop(begun);
         daemon.start()?;
         daemon.wait_until_served()?;

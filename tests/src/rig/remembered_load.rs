@@ -3,8 +3,10 @@
 //! Several connections write to a part of their own each, one request at a time, and flush now and then. A sector is full of the number of its last write
 //! and its own place, so that one that is torn, old, or somebody else's is told.
 
+use super::daemon::Daemon;
 use super::nbd::NbdClient;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -35,7 +37,7 @@ struct Part {
     count: u64,
 }
 
-/// Goes on until the daemon dies.
+/// Goes on until the daemon is killed.
 #[derive(Debug)]
 pub struct Underway {
     threads: Vec<JoinHandle<Result<Part>>>,
@@ -74,11 +76,22 @@ impl RememberedLoad {
 }
 
 impl Underway {
-    /// What was written and what was flushed; the daemon must have died.
-    pub fn wait(self) -> Result<RememberedLoad> {
+    /// Kills the daemon, which must have served every connection until then: what was written and what was flushed.
+    pub fn kill(self, daemon: &mut Daemon) -> Result<RememberedLoad> {
+        daemon.check_alive()?;
+        let has_ended = self.threads.iter().any(JoinHandle::is_finished);
+        daemon.kill()?;
         let join = |thread: JoinHandle<_>| thread.join().ok().context("a thread of the load panicked")?;
-        Ok(RememberedLoad { parts: self.threads.into_iter().map(join).collect::<Result<_>>()? })
+        let parts = self.threads.into_iter().map(join).collect::<Result<_>>()?;
+        ensure!(!has_ended, "a connection was closed before the daemon was killed");
+        Ok(RememberedLoad { parts })
     }
+}
+
+/// Whether this is what a client sees of a server that dies.
+fn is_closed(error: &anyhow::Error) -> bool {
+    let closed = [ErrorKind::UnexpectedEof, ErrorKind::BrokenPipe, ErrorKind::ConnectionReset];
+    error.downcast_ref::<io::Error>().is_some_and(|error| closed.contains(&error.kind()))
 }
 
 /// The content of a sector.
@@ -88,11 +101,14 @@ fn word(number: u64, sector: u64) -> u64 {
 
 impl Part {
     fn load(mut self, mut connection: NbdClient) -> Result<Self> {
-        // The daemon was killed if nothing answers.
-        while let Ok(error) = self.request(&mut connection) {
-            ensure!(error == 0, "request {} was answered with error {error}", self.count);
+        loop {
+            match self.request(&mut connection) {
+                Ok(0) => {}
+                Ok(error) => bail!("request {} was answered with error {error}", self.count),
+                Err(error) if is_closed(&error) => return Ok(self),
+                Err(error) => return Err(error.context(format!("request {}", self.count))),
+            }
         }
-        Ok(self)
     }
 
     /// Writes or flushes once; the error number.

@@ -95,20 +95,12 @@ impl Rig {
 
     /// Waits until this many clients are attached.
     pub fn wait_for_clients(&self, count: usize) {
-        let deadline = blockdev::clock::monotonic() + HANG;
-        while self.server.clients().len() != count {
-            assert!(blockdev::clock::monotonic() < deadline, "still {} clients", self.server.clients().len());
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        wait_for("clients", count as u64, || self.server.clients().len() as u64);
     }
 
-    /// Until the device has done `count` requests of the first client.
+    /// Waits until the device has done this many requests of the first client.
     pub fn wait_for_requests(&self, count: u64) {
-        let deadline = blockdev::clock::monotonic() + HANG;
-        while self.server.clients()[0].requests != count {
-            assert!(blockdev::clock::monotonic() < deadline, "still {} requests", self.server.clients()[0].requests);
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        wait_for("requests", count, || self.server.clients()[0].requests);
     }
 
     /// Bytes of pooled buffers in use on all threads.
@@ -125,5 +117,13 @@ impl Drop for Rig {
             stopped.expect("the server does not shut down");
             assert_eq!(self.buffers_used(), 0, "buffers were lost");
         }
+    }
+}
+
+fn wait_for(what: &str, count: u64, now: impl Fn() -> u64) {
+    let deadline = blockdev::clock::monotonic() + HANG;
+    while now() != count {
+        assert!(blockdev::clock::monotonic() < deadline, "still {} {what}", now());
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
