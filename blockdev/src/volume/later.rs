@@ -33,16 +33,25 @@ impl LaterDiscards {
         }
     }
 
+    /// Where the first part of `start..end` that is still to be discarded begins.
+    pub(super) fn first_start(&self, start: u64, end: u64) -> Option<u64> {
+        first(&self.ranges.lock(), start, end).map(|(start, _)| start)
+    }
+
     /// Takes out the first part of `start..end` that is still to be discarded.
     pub(super) fn take_first(&self, start: u64, end: u64) -> Option<(u64, u64)> {
         let mut ranges = self.ranges.lock();
-        let before = ranges.range(..=start).next_back().filter(|(_, range_end)| **range_end > start);
-        let (range_start, range_end) = before.or_else(|| ranges.range(start..end).next()).map(|(start, end)| (*start, *end))?;
-        let part = (range_start.max(start), range_end.min(end));
+        let part = first(&ranges, start, end)?;
         remove(&mut ranges, part.0, part.1);
         self.any.store(!ranges.is_empty(), Ordering::SeqCst);
         Some(part)
     }
+}
+
+fn first(ranges: &BTreeMap<u64, u64>, start: u64, end: u64) -> Option<(u64, u64)> {
+    let before = ranges.range(..=start).next_back().filter(|(_, range_end)| **range_end > start);
+    let (range_start, range_end) = before.or_else(|| ranges.range(start..end).next())?;
+    Some(((*range_start).max(start), (*range_end).min(end)))
 }
 
 fn remove(ranges: &mut BTreeMap<u64, u64>, start: u64, end: u64) {

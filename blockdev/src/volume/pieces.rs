@@ -17,22 +17,25 @@ const PIECE_TIME: Duration = Duration::from_millis(2);
 const ANSWER_AFTER: Duration = Duration::from_millis(250);
 /// While any volume is read or written, a discard rests this many times as long as its last piece took.
 const GIVE_WAY: u32 = 100;
+/// A piece that waited for others says little of the next: no rest is longer.
+const REST_MAX: Duration = Duration::from_secs(1);
 
 /// How far a discard or zeroing has come.
 pub(super) struct Pieces {
     /// Where the next piece starts.
     cursor: u64,
     end: u64,
-    started: Instant,
+    /// When the piece under way went to the device. None while it waits, and of one that had nothing to do.
+    started: Option<Instant>,
     /// Others' reads and writes when the last piece ended.
     transfers_seen: u64,
-    /// Resting between two pieces of a discard.
-    resting: bool,
+    /// Between two pieces of a discard that gives way.
+    rest_until: Option<Instant>,
 }
 
 impl Pieces {
-    pub(super) fn of(request: &Request, now: Instant) -> Pieces {
-        Pieces { cursor: request.offset, end: request.end(), started: now, transfers_seen: u64::MAX, resting: false }
+    pub(super) fn of(request: &Request) -> Pieces {
+        Pieces { cursor: request.offset, end: request.end(), started: None, transfers_seen: u64::MAX, rest_until: None }
     }
 
     /// Start and end of what is left, if anything is.
@@ -42,40 +45,41 @@ impl Pieces {
 
     /// The next piece ends at `end`.
     pub(super) fn goes_to(&mut self, end: u64) {
+        self.started = None;
         self.cursor = end;
     }
 
     /// The piece that ends at `end` goes to the device.
     pub(super) fn starts(&mut self, end: u64) {
-        self.started = clock::monotonic();
+        self.started = Some(clock::monotonic());
         self.cursor = end;
     }
 
     /// How long the piece that has just ended took.
-    pub(super) fn took(&self, now: Instant) -> Duration {
-        now.saturating_duration_since(self.started)
+    pub(super) fn took(&self, now: Instant) -> Option<Duration> {
+        self.started.map(|started| now.saturating_duration_since(started))
     }
 
-    /// Until when a discard must rest after a piece, if others moved data meanwhile. `transfers`: how often they did so far.
-    pub(super) fn rest_until(&mut self, now: Instant, transfers: u64) -> Option<Instant> {
-        self.resting = transfers > self.transfers_seen;
+    /// Rests after a piece of a discard, if others moved data meanwhile. `transfers`: how often they did so far.
+    pub(super) fn give_way(&mut self, now: Instant, took: Duration, transfers: u64) {
+        self.rest_until = (transfers > self.transfers_seen).then(|| now + (took * GIVE_WAY).min(REST_MAX));
         self.transfers_seen = transfers;
-        self.resting.then(|| now + self.took(now) * GIVE_WAY)
     }
 
     pub(super) fn is_resting(&self) -> bool {
-        self.resting
+        self.rest_until.is_some()
     }
 
-    /// True if it rested until now.
-    pub(super) fn wake(&mut self) -> bool {
-        std::mem::take(&mut self.resting)
+    /// Until when it still rests; afterwards it does no more.
+    pub(super) fn still_rests(&mut self, now: Instant) -> Option<Instant> {
+        self.rest_until = self.rest_until.filter(|until| *until > now);
+        self.rest_until
     }
 }
 
-/// True if a discard that arrived then is to be answered before it is done.
-pub(super) fn is_long(arrived: Instant, now: Instant) -> bool {
-    now.saturating_duration_since(arrived) > ANSWER_AFTER
+/// When a discard is to be answered, done or not.
+pub(super) fn answer_at(arrived: Instant) -> Instant {
+    arrived + ANSWER_AFTER
 }
 
 /// The size of pieces, learnt from how long they take.

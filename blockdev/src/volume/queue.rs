@@ -217,7 +217,7 @@ impl Inner {
             locked: None,
             flushing: request.op == Op::Flush,
             flush_arrival: 0,
-            pieces: matches!(request.op, Op::Discard | Op::WriteZeroes { .. }).then(|| Box::new(Pieces::of(&request, now))),
+            pieces: matches!(request.op, Op::Discard | Op::WriteZeroes { .. }).then(|| Box::new(Pieces::of(&request))),
         };
         let token = self.slots.borrow_mut().insert(slot) as u32;
         let (piece, completer) = request.divert(&self.completions, u64::from(token));
@@ -376,42 +376,66 @@ impl Inner {
         Request::new(op, offset, len, Payload::None, slot.arrived, &self.completions, u64::from(token))
     }
 
-    /// One piece of a long request is done: learns from how long it took, answers a discard that takes long, and goes on or rests.
+    /// One piece of a long request is done: learns from how long it took, and goes on or rests.
     fn after_piece(&self, token: u32) {
         let mut slots = self.slots.borrow_mut();
         let slot = &mut slots[token as usize];
-        let Some((cursor, end)) = slot.rest() else { return };
         let Some(pieces) = &mut slot.pieces else { return };
         let now = clock::monotonic();
-        self.piece_size.adapt(pieces.took(now));
-        let (mut rest_until, mut answer) = (None, None);
-        if slot.op == Op::Discard {
-            rest_until = pieces.rest_until(now, Volume::transfers_everywhere());
-            if pieces::is_long(slot.arrived, now)
-                && let Some(completer) = slot.completer.take()
-            {
-                self.volume.later.add(cursor, end);
-                self.count(slot, Ok(()));
-                answer = Some(completer);
+        if let Some(took) = pieces.took(now) {
+            self.piece_size.adapt(took);
+            if slot.op == Op::Discard {
+                pieces.give_way(now, took, Volume::transfers_everywhere());
             }
         }
         drop(slots);
-        match rest_until {
-            Some(deadline) => self.reactor.set_timer(self.id, deadline, token),
-            None => self.next_piece(token),
+        self.go_on(token, now);
+    }
+
+    /// Between two pieces: answers a discard that takes long, and starts the next piece unless it still rests. It wakes up to be answered, too.
+    fn go_on(&self, token: u32, now: Instant) {
+        let mut slots = self.slots.borrow_mut();
+        let slot = &mut slots[token as usize];
+        let answer_at = pieces::answer_at(slot.arrived);
+        let answer = if slot.op == Op::Discard && answer_at <= now { self.answer_early(slot) } else { None };
+        let is_answered = slot.answered();
+        match slot.pieces.as_mut().and_then(|pieces| pieces.still_rests(now)) {
+            Some(until) => {
+                let wake_at = if is_answered { until } else { until.min(answer_at) };
+                self.reactor.set_timer(self.id, wake_at, token);
+                drop(slots);
+            }
+            None => {
+                drop(slots);
+                self.next_piece(token);
+            }
         }
         if let Some(completer) = answer {
             completer.complete(Ok(()), Payload::None);
         }
     }
 
+    /// What is left of it is kept to be discarded later. None if it was answered before.
+    fn answer_early(&self, slot: &mut Slot) -> Option<Completer> {
+        let (cursor, end) = slot.rest()?;
+        let completer = slot.completer.take()?;
+        self.volume.later.add(cursor, end);
+        self.count(slot, Ok(()));
+        Some(completer)
+    }
+
+    /// Passes over what was overwritten since the answer: that is done.
     fn next_piece(&self, token: u32) {
-        let slots = self.slots.borrow();
-        let slot = &slots[token as usize];
+        let mut slots = self.slots.borrow_mut();
+        let slot = &mut slots[token as usize];
         let Some((cursor, end)) = slot.rest() else { return };
-        let rest = self.part(token, slot, slot.op, cursor, end - cursor);
+        let start = if slot.answered() { self.volume.later.first_start(cursor, end) } else { Some(cursor) };
+        let rest = self.part(token, slot, slot.op, start.unwrap_or(end), end - start.unwrap_or(end));
+        if let (None, Some(pieces)) = (start, &mut slot.pieces) {
+            pieces.goes_to(end);
+        }
         drop(slots);
-        self.lock(token, rest);
+        if start.is_some() { self.lock(token, rest) } else { rest.complete(Ok(())) }
     }
 
     fn finish(&self, slot: Slot, completion: Completion) {
@@ -448,15 +472,14 @@ impl Handler for Inner {
         if piece.op == Op::Flush { self.flush_in_turn(token, piece) } else { self.start(token, piece) }
     }
 
-    /// A discard has rested.
+    /// A discard has rested, or is to be answered.
     fn timer(&self, token: u32) {
-        let rested = {
-            let mut slots = self.slots.borrow_mut();
-            let pieces = slots.get_mut(token as usize).and_then(|slot| slot.pieces.as_mut());
-            pieces.is_some_and(|pieces| pieces.wake())
+        let is_resting = {
+            let slots = self.slots.borrow();
+            slots.get(token as usize).and_then(|slot| slot.pieces.as_ref()).is_some_and(|pieces| pieces.is_resting())
         };
-        if rested {
-            self.next_piece(token);
+        if is_resting {
+            self.go_on(token, clock::monotonic());
         }
     }
 
