@@ -5,78 +5,124 @@
 //!                                                   └─ no ──▶ the handler that was there before
 //! ```
 //!
-//! A guard stands for exactly as long as its mapping; whoever touches the mapping holds it. So the signal handler, which runs
-//! in the faulting thread, never meets a guard that is going away. Everything the handler does is async-signal-safe.
+//! A guard stands for exactly as long as its mapping, and whoever touches the mapping holds it. The handler runs in the faulting
+//! thread and acts on no guard but the one of the mapping that thread touches:
+//! - That guard was made before the fault and goes after it, so its slot does not change meanwhile and is read as it is.
+//! - Every other slot is read whole or not at all: [`Slot::area`] sees a version on both sides of what it reads, and a guard that
+//!   comes or goes changes the version. So what is read is of one guard, whose mapping was there as long as the guard stood.
+//! - Such another mapping does not hold the address. If it lay there earlier, it was unmapped before the present one was mapped;
+//!   its guard was dropped before that, the present one made after, and both under one lock. So whoever knows the present one
+//!   sees the other gone.
+//!
+//! It follows that `broken` and the descriptor of the event, which the guard owns, are there while the handler uses them.
+//! Everything the handler does is async-signal-safe; it takes no lock, and nobody touches a mapping with the lock held.
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, OnceLock};
 
+use parking_lot::Mutex;
+
 const SLOTS: usize = 16384;
-/// The end of a slot that is taken but not yet filled in.
-const RESERVED: usize = 1;
 
 struct Slot {
+    /// Odd while a guard stands here.
+    version: AtomicUsize,
     start: AtomicUsize,
-    /// 0: free.
     end: AtomicUsize,
     granule: AtomicUsize,
-    broken: AtomicPtr<AtomicBool>,
+    broken: AtomicBool,
     event: AtomicI32,
+}
+
+/// What one guard guards.
+#[derive(Clone, Copy)]
+struct Area {
+    start: usize,
+    end: usize,
+    granule: usize,
+    event: RawFd,
 }
 
 static TABLE: [Slot; SLOTS] = [const {
     Slot {
+        version: AtomicUsize::new(0),
         start: AtomicUsize::new(0),
         end: AtomicUsize::new(0),
         granule: AtomicUsize::new(0),
-        broken: AtomicPtr::new(ptr::null_mut()),
-        event: AtomicI32::new(-1),
+        broken: AtomicBool::new(false),
+        event: AtomicI32::new(0),
     }
 }; SLOTS];
 /// One past the highest slot ever used.
 static USED: AtomicUsize = AtomicUsize::new(0);
+/// Held while a guard comes or goes.
+static CHANGING: Mutex<()> = Mutex::new(());
+
+impl Slot {
+    fn is_taken(&self) -> bool {
+        self.version.load(Ordering::Relaxed) % 2 == 1
+    }
+
+    /// Only with [`CHANGING`] held, and when free. A handler that reads any of what is stored here sees the version of the free
+    /// slot, or a later one, when it looks at the version again: the two fences meet.
+    fn fill(&self, area: Area) {
+        fence(Ordering::Release);
+        self.start.store(area.start, Ordering::Relaxed);
+        self.end.store(area.end, Ordering::Relaxed);
+        self.granule.store(area.granule, Ordering::Relaxed);
+        self.event.store(area.event, Ordering::Relaxed);
+        self.broken.store(false, Ordering::Relaxed);
+        self.version.fetch_add(1, Ordering::Release);
+    }
+
+    /// What is guarded by the guard here, unless there is none or it comes or goes right now.
+    fn area(&self) -> Option<Area> {
+        let version = self.version.load(Ordering::Acquire);
+        let area = Area {
+            start: self.start.load(Ordering::Relaxed),
+            end: self.end.load(Ordering::Relaxed),
+            granule: self.granule.load(Ordering::Relaxed),
+            event: self.event.load(Ordering::Relaxed),
+        };
+        fence(Ordering::Acquire);
+        (version % 2 == 1 && self.version.load(Ordering::Relaxed) == version).then_some(area)
+    }
+}
 
 /// Guards one mapping until dropped.
 pub struct Guard {
-    slot: usize,
-    broken: Box<AtomicBool>,
-    event: Arc<OwnedFd>,
+    slot: &'static Slot,
+    /// Open as long as the handler may write to it.
+    _event: Arc<OwnedFd>,
 }
 
 impl Guard {
-    /// Guards `start..start + len`, made of pages of `granule` bytes. When a fault breaks it, 1 is added to the eventfd `event`.
+    /// Guards `start..start + len`, made of pages of `granule` bytes and mapped already; it is to be dropped before they are
+    /// unmapped. When a fault breaks it, 1 is added to the eventfd `event`.
     pub fn new(start: usize, len: usize, granule: usize, event: Arc<OwnedFd>) -> io::Result<Guard> {
         install()?;
-        let broken = Box::new(AtomicBool::new(false));
-        let free = |slot: &&Slot| slot.end.compare_exchange(0, RESERVED, Ordering::AcqRel, Ordering::Relaxed).is_ok();
-        let index = TABLE.iter().enumerate().find(|(_, slot)| free(slot)).map(|(index, _)| index);
+        let _changing = CHANGING.lock();
+        let index = TABLE.iter().position(|slot| !slot.is_taken());
         let index = index.ok_or_else(|| io::Error::other("too many memory regions are mapped in this process"))?;
-        let slot = &TABLE[index];
-        slot.granule.store(granule, Ordering::Relaxed);
-        slot.event.store(event.as_raw_fd(), Ordering::Relaxed);
-        slot.broken.store(ptr::from_ref(&*broken).cast_mut(), Ordering::Relaxed);
-        slot.start.store(start, Ordering::Relaxed);
-        slot.end.store(start + len, Ordering::Release);
+        TABLE[index].fill(Area { start, end: start + len, granule, event: event.as_raw_fd() });
         USED.fetch_max(index + 1, Ordering::Release);
-        Ok(Guard { slot: index, broken, event })
+        Ok(Guard { slot: &TABLE[index], _event: event })
     }
 
     /// True once part of the mapping turned out to be gone.
     pub fn is_broken(&self) -> bool {
-        self.broken.load(Ordering::Relaxed)
+        self.slot.broken.load(Ordering::Relaxed)
     }
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        let slot = &TABLE[self.slot];
-        slot.start.store(0, Ordering::Relaxed);
-        slot.end.store(0, Ordering::Release);
-        let _ = &self.event;
+        let _changing = CHANGING.lock();
+        self.slot.version.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -106,16 +152,17 @@ fn install() -> io::Result<()> {
 }
 
 extern "C" fn on_sigbus(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the kernel passes a valid siginfo of a fault, whose address field is set; errno belongs to this thread.
-    let (address, errno) = unsafe { ((*info).si_addr() as usize, libc::__errno_location()) };
+    // SAFETY: the kernel passes a valid siginfo, whose address field means something if the code names a fault; errno belongs to
+    // this thread.
+    let (code, address, errno) = unsafe { ((*info).si_code, (*info).si_addr() as usize, libc::__errno_location()) };
     // SAFETY: as above.
     let saved = unsafe { *errno };
+    // Others are no fault of this thread: sent by somebody, or about memory that nobody touches now.
+    let faulted = matches!(code, libc::BUS_ADRERR | libc::BUS_MCEERR_AR);
     let used = USED.load(Ordering::Acquire);
-    let repaired = TABLE[..used].iter().any(|slot| {
-        let end = slot.end.load(Ordering::Acquire);
-        let start = slot.start.load(Ordering::Relaxed);
-        end > RESERVED && (start..end).contains(&address) && repair(slot, address, end)
-    });
+    let holds = |area: &Area| (area.start..area.end).contains(&address);
+    let found = TABLE[..used].iter().find_map(|slot| slot.area().filter(holds).map(|area| (slot, area)));
+    let repaired = faulted && found.is_some_and(|(slot, area)| repair(slot, area, address));
     // SAFETY: restores what the interrupted code may be about to read.
     unsafe { *errno = saved };
     if !repaired {
@@ -124,22 +171,21 @@ extern "C" fn on_sigbus(signal: libc::c_int, info: *mut libc::siginfo_t, context
 }
 
 /// A truncated file is gone from the faulting page to its end, so zero pages go there.
-fn repair(slot: &Slot, address: usize, end: usize) -> bool {
-    let granule = slot.granule.load(Ordering::Relaxed);
-    let start = address & !(granule - 1);
+fn repair(slot: &Slot, area: Area, address: usize) -> bool {
+    let start = address & !(area.granule - 1);
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
-    // SAFETY: `start..end` is a tail of a mapping that its guard says is ours, and stays one mapping as a whole.
-    let mapped = unsafe { libc::mmap(start as *mut libc::c_void, end - start, protection, flags, -1, 0) };
+    // SAFETY: `start..area.end` is a tail of the mapping that the faulting thread holds (see above), and stays one mapping as a
+    // whole.
+    let mapped = unsafe { libc::mmap(start as *mut libc::c_void, area.end - start, protection, flags, -1, 0) };
     if mapped == libc::MAP_FAILED {
         return false;
     }
+    slot.broken.store(true, Ordering::SeqCst);
     let one = 1u64;
-    // SAFETY: the flag and the descriptor live as long as the guard, and it stands while its mapping is touched, as now.
-    unsafe {
-        (*slot.broken.load(Ordering::Relaxed)).store(true, Ordering::SeqCst);
-        libc::write(slot.event.load(Ordering::Relaxed), ptr::from_ref(&one).cast(), size_of::<u64>());
-    }
+    // SAFETY: it reads a live integer; the descriptor is open as long as the guard stands, which it does while its mapping is
+    // touched, as now.
+    unsafe { libc::write(area.event, ptr::from_ref(&one).cast(), size_of::<u64>()) };
     true
 }
 
@@ -164,5 +210,62 @@ fn chain(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_
             let handler: extern "C" fn(libc::c_int) = unsafe { std::mem::transmute(handler) };
             handler(signal);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{EventfdFlags, eventfd};
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+    const LEN: usize = 1 << 16;
+    const ROUNDS: usize = 20_000;
+
+    fn event() -> Arc<OwnedFd> {
+        Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap())
+    }
+
+    fn map(at: usize, len: usize, flags: libc::c_int, file: RawFd) -> usize {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: where the kernel likes, or in place of a part of what this test has mapped for itself.
+        let start = unsafe { libc::mmap(at as *mut libc::c_void, len, protection, flags, file, 0) };
+        assert_ne!(start, libc::MAP_FAILED);
+        start as usize
+    }
+
+    /// Guards come and go below and above a file that is truncated again and again, and above its neighbour.
+    #[test]
+    fn a_fault_repairs_nothing_but_its_own_mapping() {
+        let low = map(0, 4 * LEN, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1);
+        let (own, neighbour, high) = (low + LEN, low + 2 * LEN, low + 3 * LEN);
+        // SAFETY: it lies in what was mapped above, and nobody else uses it.
+        let neighbour = unsafe { std::slice::from_raw_parts_mut(neighbour as *mut u8, LEN) };
+        neighbour.fill(0xab);
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for areas in [[low, high], [high, low]] {
+                let done = &done;
+                scope.spawn(move || {
+                    let event = event();
+                    while !done.load(Ordering::Relaxed) {
+                        areas.iter().for_each(|area| drop(Guard::new(*area, LEN, 4096, event.clone()).unwrap()));
+                    }
+                });
+            }
+            let (event, file) = (event(), memfd_create("guarded", MemfdFlags::CLOEXEC).unwrap());
+            let mut intact = 0;
+            for _ in 0..ROUNDS {
+                ftruncate(&file, LEN as u64).unwrap();
+                map(own, LEN, libc::MAP_SHARED | libc::MAP_FIXED, file.as_raw_fd());
+                let guard = Guard::new(own, LEN, 4096, event.clone()).unwrap();
+                ftruncate(&file, 0).unwrap();
+                // SAFETY: it is mapped; the access faults and is repaired by the handler.
+                let read = unsafe { (own as *const u8).read_volatile() };
+                intact += usize::from(read == 0 && guard.is_broken() && neighbour.iter().all(|byte| *byte == 0xab));
+            }
+            done.store(true, Ordering::Relaxed);
+            assert_eq!(intact, ROUNDS);
+        });
     }
 }
