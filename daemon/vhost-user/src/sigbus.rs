@@ -27,6 +27,8 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::Mutex;
 
 const SLOTS: usize = 16384;
+/// Two tables, one of which replaces the other, of as many regions as VMMs used to have.
+const HANDFUL: usize = 16;
 
 struct Slot {
     /// Odd while a guard stands here.
@@ -93,6 +95,14 @@ impl Slot {
     }
 }
 
+/// Whether the front end with this event may have one more guard: beyond a handful it has a share of what is left, so that a few
+/// front ends with many regions keep nobody else from having some.
+fn leaves_room(event: RawFd) -> bool {
+    let taken = || TABLE.iter().filter(|slot| slot.is_taken());
+    let own = taken().filter(|slot| slot.event.load(Ordering::Relaxed) == event).count();
+    own < HANDFUL || own < (SLOTS - taken().count()) / 4
+}
+
 /// Guards one mapping until dropped.
 pub struct Guard {
     slot: &'static Slot,
@@ -106,7 +116,7 @@ impl Guard {
     pub fn new(start: usize, len: usize, granule: usize, event: Arc<OwnedFd>) -> io::Result<Guard> {
         install()?;
         let _changing = CHANGING.lock();
-        let index = TABLE.iter().position(|slot| !slot.is_taken());
+        let index = TABLE.iter().position(|slot| !slot.is_taken()).filter(|_| leaves_room(event.as_raw_fd()));
         let index = index.ok_or_else(|| io::Error::other("too many memory regions are mapped in this process"))?;
         TABLE[index].fill(Area { start, end: start + len, granule, event: event.as_raw_fd() });
         USED.fetch_max(index + 1, Ordering::Release);
@@ -232,6 +242,18 @@ mod tests {
         let start = unsafe { libc::mmap(at as *mut libc::c_void, len, protection, flags, file, 0) };
         assert_ne!(start, libc::MAP_FAILED);
         start as usize
+    }
+
+    #[test]
+    fn a_front_end_with_many_regions_leaves_room_for_others() {
+        let guard = |event: &Arc<OwnedFd>| Guard::new(0, 0, 4096, event.clone()).ok();
+        let (first, second) = (event(), event());
+        let many: Vec<Guard> = std::iter::from_fn(|| guard(&first)).collect();
+        assert!(many.len() < SLOTS / 4, "{} regions", many.len());
+        let others: Vec<Guard> = std::iter::from_fn(|| guard(&second)).collect();
+        assert!(others.len() > HANDFUL && others.len() < many.len(), "{} and {} regions", many.len(), others.len());
+        drop(many);
+        assert!(guard(&second).is_some(), "what is given back is there for others");
     }
 
     /// Guards come and go below and above a file that is truncated again and again, and above its neighbour.
