@@ -6,7 +6,7 @@
 //! ```
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -47,6 +47,7 @@ impl Default for ExportOptions {
 /// A connected front end.
 #[derive(Clone, Debug)]
 pub struct ClientInfo {
+    /// 0 for one in a PID namespace that is not seen from here.
     pub pid: i32,
     pub uid: u32,
     pub since: SystemTime,
@@ -188,6 +189,16 @@ fn ring_bell(event: &OwnedFd) {
     let _ = rustix::io::write(event, &1u64.to_ne_bytes());
 }
 
+/// Process and user at the other end. As plain numbers, since the kernel gives 0 for a process that is not seen from here.
+fn peer_of(stream: &UnixStream) -> (libc::pid_t, libc::uid_t) {
+    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+    let target = (&raw mut peer).cast();
+    // SAFETY: `peer` has room for `len` bytes, and any bytes are a valid value of it.
+    unsafe { libc::getsockopt(stream.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED, target, &raw mut len) };
+    (peer.pid, peer.uid)
+}
+
 struct Server {
     shared: Arc<Shared>,
     wake: Arc<OwnedFd>,
@@ -250,18 +261,18 @@ impl Server {
     fn accept(&self) {
         let Some(stream) = self.next_connection() else { return };
         self.shared.disconnecting.store(false, Ordering::SeqCst);
-        let peer = rustix::net::sockopt::socket_peercred(&stream).ok();
-        let (pid, uid) = peer.map_or((0, 0), |peer| (peer.pid.as_raw_nonzero().get(), peer.uid.as_raw()));
+        let (pid, uid) = peer_of(&stream);
+        let process = if pid == 0 { "a process of another PID namespace".into() } else { format!("process {pid}") };
         *self.shared.client.lock() = Some(ClientInfo { pid, uid, since: clock::wall(), features: 0, queues_started: 0 });
-        tracing::info!("{}: process {pid} of user {uid} connected", self.shared.name);
+        tracing::info!("{}: {process} of user {uid} connected", self.shared.name);
         let end = self.serve(stream);
         *self.shared.client.lock() = None;
         match end {
-            Ok(()) => tracing::info!("{}: process {pid} disconnected", self.shared.name),
+            Ok(()) => tracing::info!("{}: {process} disconnected", self.shared.name),
             Err(SessionError::Connection(ConnectionError::Closed)) => {
-                tracing::info!("{}: process {pid} closed its connection", self.shared.name);
+                tracing::info!("{}: {process} closed its connection", self.shared.name);
             }
-            Err(error) => tracing::warn!("{}: connection to process {pid} ended: {error}", self.shared.name),
+            Err(error) => tracing::warn!("{}: connection to {process} ended: {error}", self.shared.name),
         }
     }
 
