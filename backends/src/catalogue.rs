@@ -9,9 +9,10 @@
 //! Records are replaced as a whole (write, sync, rename, sync the folder), so a crash leaves the old one or the new one. A volume comes and goes by
 //! one rename of its folder. The folders of mapped volumes stay in the trash until [`Catalogue::forget`], as they have data elsewhere.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -65,7 +66,9 @@ fn write_file_once(path: &Path, bytes: &[u8]) -> io::Result<()> {
 }
 
 fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut file = File::create(path)?;
+    // Nothing that somebody else made a link to is emptied.
+    let flags = libc::O_NOFOLLOW;
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).custom_flags(flags).open(path)?;
     file.write_all(bytes)?;
     file.sync_all()
 }

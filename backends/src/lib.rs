@@ -16,6 +16,6 @@ pub mod segments;
 pub mod simple;
 
 pub use pool::{
-    Claim, Collected, Destaged, EngineUse, Flattened, KeyRecord, KeyRotation, KeyState, Layout, LogUse, Pool, PoolError,
-    PoolHealth, ReducedUsage, Shares, SnapshotRecord, Usage, VolumeRecord, VolumeSpec, check_name,
+    Claim, Collected, Destaged, EngineUse, Flattened, KeyRecord, KeyRotation, KeyState, Layout, LogUse, ObjectKind, Pool,
+    PoolError, PoolHealth, ReducedUsage, Shares, SnapshotRecord, Usage, VolumeRecord, VolumeSpec, check_name,
 };

@@ -31,6 +31,9 @@ pub struct VolumeRecord {
     /// For an adopted volume: the file, device or image it stands on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub object: Option<String>,
+    /// What that was when it was adopted, where the pool minds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub object_kind: Option<ObjectKind>,
     /// `VOL@SNAP` or `VOL` it was cloned from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<String>,
@@ -59,6 +62,7 @@ impl VolumeRecord {
             policy: spec.policy.clone(),
             tenant: spec.tenant.clone(),
             object: None,
+            object_kind: None,
             origin: None,
             wrapped_key: spec.wrapped_key.clone(),
             encrypted: spec.wrapped_key.is_some(),
@@ -71,6 +75,16 @@ impl VolumeRecord {
     pub fn group(&self) -> uuid::Uuid {
         self.group.unwrap_or(self.uuid)
     }
+}
+
+/// What an adopted volume stands on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ObjectKind {
+    /// A regular file, by a path without symbolic links.
+    File,
+    /// A block device, by the name it was adopted by: the kernel's own may be another device's after a reboot.
+    Device,
 }
 
 /// How a volume lies on its backend.

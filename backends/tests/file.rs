@@ -1,5 +1,6 @@
 //! The file driver: the conformance suite on real file systems, and what goes wrong with files.
 
+use std::cell::RefCell;
 use std::fs::{self, OpenOptions};
 use std::path::Path;
 use std::process::Command;
@@ -77,6 +78,21 @@ fn conforms_with_direct_io() {
 #[test]
 fn conforms_through_the_page_cache() {
     suite_in(Rig::new().folder.path(), false);
+}
+
+#[test]
+fn block_devices_conform_whatever_their_block_size() {
+    let rig = Rig::new();
+    for block_size in [512, 4096] {
+        let last = RefCell::new(None);
+        run(Suite { resize: false, ..Suite::default() }, || {
+            let device = LoopDevice::new(rig.folder.path(), block_size);
+            let opened = open(&device.path, true);
+            assert_eq!(opened.geometry().block_size, block_size);
+            last.replace(Some(device));
+            opened
+        });
+    }
 }
 
 #[test]
@@ -371,6 +387,67 @@ fn adopting_leaves_the_file_alone() {
 }
 
 #[test]
+fn an_adopted_file_that_became_a_link_is_refused() {
+    let rig = Rig::new();
+    let (path, other) = (rig.file("image.raw", 4 * MIB), rig.file("other.raw", 4 * MIB));
+    let pool = rig.pool();
+    pool.adopt(path.to_str().unwrap(), "vm").unwrap();
+    pool.open("vm", false).unwrap();
+    fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink(&other, &path).unwrap();
+    for read_only in [false, true] {
+        let refused = pool.open("vm", read_only).err().unwrap().to_string();
+        assert!(refused.contains("symbolic link"), "{refused}");
+    }
+    assert!(pool.snapshot(&["vm"], "s").is_err() && pool.clone_volume("vm", None, "copy").is_err());
+    pool.create("own", &spec(4 * MIB)).unwrap();
+    let own = rig.folder.path().join("pool/volumes/own/data.raw");
+    fs::remove_file(&own).unwrap();
+    std::os::unix::fs::symlink(&other, &own).unwrap();
+    assert!(pool.open("own", false).err().unwrap().to_string().contains("symbolic link"));
+}
+
+#[test]
+fn an_adopted_block_device_keeps_the_name_it_was_adopted_by() {
+    let rig = Rig::new();
+    let (first, second) = (LoopDevice::new(rig.folder.path(), 512), LoopDevice::new(rig.folder.path(), 512));
+    let (name, alias) = (rig.folder.path().join("by-name"), rig.folder.path().join("by-alias"));
+    std::os::unix::fs::symlink(&first.path, &name).unwrap();
+    std::os::unix::fs::symlink(&first.path, &alias).unwrap();
+    let pool = rig.pool();
+    assert_eq!(pool.adopt(name.to_str().unwrap(), "vm").unwrap().object.as_deref(), name.to_str());
+    for other in [&name, &alias, &first.path] {
+        assert!(matches!(pool.adopt(other.to_str().unwrap(), "twice"), Err(PoolError::Exists(_))), "{}", other.display());
+    }
+    rig.client(&volume(open(&second.path, true))).write(0, vec![2; 4096]).unwrap();
+    // As after a reboot that numbers the devices in another order.
+    fs::remove_file(&name).unwrap();
+    std::os::unix::fs::symlink(&second.path, &name).unwrap();
+    let client = rig.client(&volume(pool.open("vm", false).unwrap()));
+    assert_eq!(client.read(0, 4096).unwrap(), vec![2; 4096]);
+    drop(client);
+    fs::remove_file(&name).unwrap();
+    fs::File::create_new(&name).unwrap().set_len(DEVICE_SIZE).unwrap();
+    let refused = pool.open("vm", false).err().unwrap().to_string();
+    assert!(refused.contains("was a block device"), "{refused}");
+}
+
+#[test]
+fn a_link_in_place_of_a_temporary_file_leads_to_nothing_that_is_emptied() {
+    let rig = Rig::new();
+    let pool = rig.pool();
+    pool.create("vm", &spec(MIB)).unwrap();
+    let precious = rig.folder.path().join("precious");
+    fs::write(&precious, "kept").unwrap();
+    let link = |name: &str| std::os::unix::fs::symlink(&precious, rig.folder.path().join("pool").join(name)).unwrap();
+    link(".health");
+    assert!(pool.health().ok);
+    link("volumes/vm/volume.tmp");
+    assert!(pool.resized("vm", 2 * MIB).is_err());
+    assert_eq!(fs::read_to_string(&precious).unwrap(), "kept");
+}
+
+#[test]
 fn a_file_truncated_while_nobody_had_it_open_is_refused_in_words() {
     let rig = Rig::new();
     let path = rig.file("image.raw", 4 * MIB);
@@ -472,17 +549,40 @@ impl LoopMount {
     }
 }
 
+/// A block device of [`DEVICE_SIZE`] bytes of zeroes.
+struct LoopDevice {
+    path: std::path::PathBuf,
+    _file: tempfile::NamedTempFile,
+}
+
+impl LoopDevice {
+    fn new(folder: &Path, block_size: u32) -> LoopDevice {
+        let file = tempfile::NamedTempFile::new_in(folder).unwrap();
+        file.as_file().set_len(DEVICE_SIZE).unwrap();
+        let (block_size, shown) = (block_size.to_string(), file.path().to_str().unwrap());
+        let path = command("losetup", &["--find", "--show", "--sector-size", &block_size, shown]);
+        LoopDevice { path: path.trim().into(), _file: file }
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.path).status();
+    }
+}
+
 impl Drop for LoopMount {
     fn drop(&mut self) {
         let _ = Command::new("umount").args(["-l"]).arg(&self.path).status();
     }
 }
 
-fn command(program: &str, arguments: &[&str]) {
+fn command(program: &str, arguments: &[&str]) -> String {
     let path = format!("{}:/sbin:/usr/sbin", std::env::var("PATH").unwrap_or_default());
     let output = Command::new(program).args(arguments).env("PATH", path).output();
     let output = output.unwrap_or_else(|error| panic!("{program}: {error}; install it with: cargo xtask rig install"));
     assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
 }
 
 /// Counts on one volume, then on the other, without pause: no snapshot of both may see the second ahead of the first.

@@ -1,8 +1,8 @@
 //! One open file or block device.
 
-use std::fs::{File, Metadata, OpenOptions};
+use std::fs::{File, Metadata};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use blockdev::{BlockDevice, Capabilities, DeviceError, Geometry, IoQueue, Reacto
 use parking_lot::Mutex;
 
 use super::queue::FileQueue;
-use super::sys::{self, DirectAlignment};
+use super::sys::{self, DirectAlignment, Links};
 
 /// How long to wait for another opener's lock: a process that was killed holds it until its last write has landed.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
@@ -83,13 +83,21 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> DeviceError {
 impl FileDevice {
     /// Opens and locks `path`. Waits a few seconds for a lock held elsewhere; then it is refused. Blocks.
     pub fn open(path: &Path, options: FileOptions) -> Result<FileDevice, DeviceError> {
+        FileDevice::open_through(path, options, Links::All)
+    }
+
+    /// The same; `path` is refused if other links are on it.
+    pub(super) fn open_through(path: &Path, options: FileOptions, links: Links) -> Result<FileDevice, DeviceError> {
         let shown = path.display();
         let kind = std::fs::metadata(path).map_err(io_error(format!("opening {shown}")))?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(DeviceError::Refused(format!("{shown} is neither a regular file nor a block device")));
         }
-        let (file, direct, metadata) = open_locked(path, options, kind.is_block_device())?;
+        let (file, direct, metadata) = open_locked(path, options, links, kind.is_block_device())?;
         let is_block_device = metadata.file_type().is_block_device();
+        if metadata.file_type() != kind {
+            return Err(DeviceError::Refused(format!("{shown} is being replaced by something else; try again")));
+        }
         let alignment =
             alignment(&file, direct, is_block_device).map_err(io_error(format!("asking {shown} for its alignment")))?;
         let size = sys::size_of(&file).map_err(io_error(format!("reading the size of {shown}")))?;
@@ -110,6 +118,10 @@ impl FileDevice {
         let (path, helper) = (path.to_owned(), Mutex::new(None));
         let shared = SharedFile { file, path, size, truncated, is_block_device, in_memory, helper };
         Ok(FileDevice { shared: Arc::new(shared), geometry, read_only: options.read_only, direct, fast_zero, discard })
+    }
+
+    pub(super) fn is_block_device(&self) -> bool {
+        self.shared.is_block_device
     }
 
     fn check_file(&self) -> Option<String> {
@@ -137,13 +149,20 @@ impl FileDevice {
 
 /// Makes sure that nobody has the volume's file open, until the result is dropped. Waits as [`FileDevice::open`] does.
 pub fn hold_unused(path: &Path) -> Result<File, DeviceError> {
-    open_locked(path, FileOptions { read_only: false, direct: false }, false).map(|(file, ..)| file)
+    open_locked(path, FileOptions { read_only: false, direct: false }, Links::All, false).map(|(file, ..)| file)
 }
 
-fn open_locked(path: &Path, options: FileOptions, is_block_device: bool) -> Result<(File, bool, Metadata), DeviceError> {
+fn open_locked(
+    path: &Path,
+    options: FileOptions,
+    links: Links,
+    is_block_device: bool,
+) -> Result<(File, bool, Metadata), DeviceError> {
     let deadline = clock::monotonic() + LOCK_PATIENCE;
+    // A block device is claimed: the kernel refuses that while it is mounted, or part of another device.
+    let claim = if is_block_device && !options.read_only { libc::O_EXCL } else { 0 };
     loop {
-        let (file, direct) = open_file(path, options, is_block_device, deadline)?;
+        let (file, direct) = open_file(path, options, links, claim, deadline)?;
         lock(&file, path, options.read_only, deadline)?;
         let metadata = file.metadata().map_err(io_error(format!("reading the attributes of {}", path.display())))?;
         if is_still_at(&metadata, path)? {
@@ -158,11 +177,15 @@ fn is_still_at(opened: &Metadata, path: &Path) -> Result<bool, DeviceError> {
     Ok((opened.dev(), opened.ino()) == (now.dev(), now.ino()))
 }
 
-/// A block device is claimed: the kernel refuses that while it is mounted, or part of another device.
-fn open_file(path: &Path, options: FileOptions, is_block_device: bool, deadline: Instant) -> Result<(File, bool), DeviceError> {
-    let claim = if is_block_device && !options.read_only { libc::O_EXCL } else { 0 };
+fn open_file(
+    path: &Path,
+    options: FileOptions,
+    links: Links,
+    claim: i32,
+    deadline: Instant,
+) -> Result<(File, bool), DeviceError> {
     loop {
-        match try_open(path, options, claim) {
+        match try_open(path, options, links, claim) {
             Ok(opened) => return Ok(opened),
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) && clock::monotonic() < deadline => {
                 std::thread::sleep(LOCK_RETRY);
@@ -173,14 +196,20 @@ fn open_file(path: &Path, options: FileOptions, is_block_device: bool, deadline:
                     path.display()
                 )));
             }
+            Err(error) if error.raw_os_error() == Some(libc::ELOOP) && links != Links::All => {
+                return Err(DeviceError::Refused(format!(
+                    "{} leads through a symbolic link, which it did not when its volume was made; put the file back in its place",
+                    path.display()
+                )));
+            }
             Err(error) => return Err(io_error(format!("opening {}", path.display()))(error)),
         }
     }
 }
 
-fn try_open(path: &Path, options: FileOptions, claim: i32) -> io::Result<(File, bool)> {
-    let flags = claim | libc::O_CLOEXEC;
-    let open = |flags: i32| OpenOptions::new().read(true).write(!options.read_only).custom_flags(flags).open(path);
+fn try_open(path: &Path, options: FileOptions, links: Links, claim: i32) -> io::Result<(File, bool)> {
+    let flags = claim | if options.read_only { libc::O_RDONLY } else { libc::O_RDWR };
+    let open = |flags: i32| sys::open(path, flags, links);
     if options.direct {
         match open(flags | libc::O_DIRECT) {
             Ok(file) => return Ok((file, true)),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,10 +10,11 @@ use blockdev::{BlockDevice, clock};
 use uuid::Uuid;
 
 use super::device::{FileDevice, FileOptions, hold_unused};
-use super::sys;
+use super::sys::{self, Links};
 use crate::catalogue::{Catalogue, io_error, still_there, sync_folder_of};
 use crate::pool::{
-    Flattened, Layout, Pool, PoolError, PoolHealth, Result, SnapshotRecord, Usage, VolumeRecord, VolumeSpec, check_name,
+    Flattened, Layout, ObjectKind, Pool, PoolError, PoolHealth, Result, SnapshotRecord, Usage, VolumeRecord, VolumeSpec,
+    check_name,
 };
 
 /// Where a pool is.
@@ -69,13 +70,28 @@ impl FilePool {
         })
     }
 
-    fn open_path(&self, path: &Path, read_only: bool) -> Result<Arc<dyn BlockDevice>> {
-        Ok(Arc::new(FileDevice::open(path, FileOptions { read_only, direct: true })?))
+    fn open_path(&self, path: &Path, read_only: bool, links: Links) -> Result<FileDevice> {
+        Ok(FileDevice::open_through(path, FileOptions { read_only, direct: true }, links)?)
+    }
+
+    fn open_data(&self, record: &VolumeRecord, read_only: bool) -> Result<FileDevice> {
+        let path = self.data_path(record);
+        let device = self.open_path(&path, read_only, links_to_data(record))?;
+        match record.object_kind {
+            Some(adopted) if adopted != kind_of(&device) => Err(PoolError::Invalid(format!(
+                "volume {}: {} was a {} when it was adopted, and is a {} now; put back what was there",
+                record.name,
+                path.display(),
+                shown(adopted),
+                shown(kind_of(&device)),
+            ))),
+            _ => Ok(device),
+        }
     }
 
     /// A new file at `target` that shares the data of `source`.
-    fn reflink(&self, what: &str, source: &Path, target: &Path) -> Result<()> {
-        let from = File::open(source).map_err(io_error(format!("{what}: opening {}", source.display())))?;
+    fn reflink(&self, what: &str, source: &Path, links: Links, target: &Path) -> Result<()> {
+        let from = sys::open(source, libc::O_RDONLY, links).map_err(io_error(format!("{what}: opening {}", source.display())))?;
         let to = File::create_new(target).map_err(io_error(format!("{what}: creating {}", target.display())))?;
         let shared = sys::share_data(&from, &to).and_then(|()| to.sync_all());
         shared.map_err(|error| {
@@ -101,7 +117,7 @@ impl FilePool {
         let folder = self.catalogue.folder(volume).join("snapshots");
         fs::create_dir_all(&folder).map_err(io_error(format!("{what}: making {}", folder.display())))?;
         let _ = fs::remove_file(&target);
-        self.reflink(&what, &self.data_path(&record), &target)?;
+        self.reflink(&what, &self.data_path(&record), links_to_data(&record), &target)?;
         sync_folder_of(&target).map_err(io_error(what))?;
         let size = fs::metadata(&target).map_err(io_error("reading the snapshot's size"))?.len();
         let made = SnapshotRecord { created: now_seconds(), size };
@@ -113,6 +129,26 @@ impl FilePool {
 
 fn now_seconds() -> u64 {
     clock::wall().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// A regular file that was put elsewhere may be led to something that its owner must not reach; a device's names are links.
+fn links_to_data(record: &VolumeRecord) -> Links {
+    match (&record.object, record.object_kind) {
+        (None, _) => Links::Folders,
+        (Some(_), Some(ObjectKind::Device)) => Links::All,
+        (Some(_), _) => Links::None,
+    }
+}
+
+fn kind_of(device: &FileDevice) -> ObjectKind {
+    if device.is_block_device() { ObjectKind::Device } else { ObjectKind::File }
+}
+
+fn shown(kind: ObjectKind) -> &'static str {
+    match kind {
+        ObjectKind::File => "regular file",
+        ObjectKind::Device => "block device",
+    }
 }
 
 fn allocated(path: &Path) -> u64 {
@@ -170,15 +206,22 @@ impl Pool for FilePool {
         if root.is_ok_and(|root| path.starts_with(root)) {
             return Err(PoolError::Invalid(format!("{object} already belongs to pool {}", self.name)));
         }
-        if let Some(other) = self.list()?.into_iter().find(|other| other.object.as_deref().map(Path::new) == Some(&path)) {
+        let is_there = |other: &String| fs::canonicalize(other).is_ok_and(|other| other == path);
+        if let Some(other) = self.list()?.into_iter().find(|other| other.object.as_ref().is_some_and(is_there)) {
             return Err(PoolError::Exists(format!("{object} is already volume {}", other.name)));
         }
-        let Some(object) = path.to_str() else {
+        let Some(canonical) = path.to_str() else {
             return Err(PoolError::Invalid(format!("volume {volume}: {} refused: its path is not UTF-8", path.display())));
         };
-        let size = self.open_path(&path, true)?.geometry().size;
+        let device = self.open_path(&path, true, Links::None)?;
+        let (size, kind) = (device.geometry().size, kind_of(&device));
+        let object = match kind {
+            ObjectKind::File => canonical,
+            ObjectKind::Device => object,
+        };
         let spec = VolumeSpec { size, block_size: 512, layout: Layout::Raw, policy: None, tenant: None, wrapped_key: None };
-        let record = VolumeRecord { object: Some(object.to_owned()), ..VolumeRecord::new(volume, &spec) };
+        let record =
+            VolumeRecord { object: Some(object.to_owned()), object_kind: Some(kind), ..VolumeRecord::new(volume, &spec) };
         self.catalogue.add(&record, |_| Ok(()))?;
         Ok(record)
     }
@@ -186,7 +229,7 @@ impl Pool for FilePool {
     fn open(&self, volume: &str, read_only: bool) -> Result<Arc<dyn BlockDevice>> {
         let record = self.get(volume)?;
         let path = self.data_path(&record);
-        let device = self.open_path(&path, read_only)?;
+        let device = self.open_data(&record, read_only)?;
         let (size, wanted, shown) = (device.geometry().size, record.size, path.display());
         if size < wanted {
             return Err(PoolError::Invalid(format!(
@@ -194,12 +237,12 @@ impl Pool for FilePool {
                  what is lost: truncate -s {wanted} {shown}"
             )));
         }
-        Ok(device)
+        Ok(Arc::new(device))
     }
 
     fn open_snapshot(&self, volume: &str, snapshot: &str) -> Result<Arc<dyn BlockDevice>> {
         self.snapshot_of(&self.get(volume)?, snapshot)?;
-        self.open_path(&self.snapshot_path(volume, snapshot), true)
+        Ok(Arc::new(self.open_path(&self.snapshot_path(volume, snapshot), true, Links::Folders)?))
     }
 
     fn resized(&self, volume: &str, size: u64) -> Result<()> {
@@ -234,9 +277,12 @@ impl Pool for FilePool {
         let _lock = self.catalogue.lock()?;
         self.catalogue.refuse_existing(to)?;
         let origin = self.get(volume)?;
-        let (source, size, from) = match snapshot {
-            Some(name) => (self.snapshot_path(volume, name), self.snapshot_of(&origin, name)?.size, format!("{volume}@{name}")),
-            None => (self.data_path(&origin), origin.size, volume.to_owned()),
+        let (source, links, size, from) = match snapshot {
+            Some(name) => {
+                let size = self.snapshot_of(&origin, name)?.size;
+                (self.snapshot_path(volume, name), Links::Folders, size, format!("{volume}@{name}"))
+            }
+            None => (self.data_path(&origin), links_to_data(&origin), origin.size, volume.to_owned()),
         };
         let what = format!("clone of {from} as {to}");
         let record = VolumeRecord {
@@ -244,11 +290,12 @@ impl Pool for FilePool {
             uuid: blockdev::random::uuid(),
             size,
             object: None,
+            object_kind: None,
             origin: Some(from),
             snapshots: BTreeMap::new(),
             ..origin
         };
-        self.catalogue.add(&record, |folder| self.reflink(&what, &source, &folder.join("data.raw")))?;
+        self.catalogue.add(&record, |folder| self.reflink(&what, &source, links, &folder.join("data.raw")))?;
         Ok(record)
     }
 
@@ -294,7 +341,7 @@ impl Pool for FilePool {
         // Held until the name leads to the new file: whoever waits for it looks again then.
         let _unused = hold_unused(&data)?;
         let _ = fs::remove_file(&fresh);
-        self.reflink(&what, &self.snapshot_path(volume, snapshot), &fresh)?;
+        self.reflink(&what, &self.snapshot_path(volume, snapshot), Links::Folders, &fresh)?;
         // A file shorter than its record counts as truncated.
         let record = VolumeRecord { size: size.min(record.size), ..record };
         self.catalogue.update(&record)?;
@@ -368,9 +415,10 @@ impl FilePool {
     }
 }
 
-/// Makes a file and removes it, beside others who do the same.
+/// Makes a file and removes it, beside others who do the same. Whatever somebody has put there is replaced, and not followed.
 fn probe(path: &Path) -> std::io::Result<()> {
-    OpenOptions::new().write(true).create(true).truncate(true).open(path)?;
+    let _ = fs::remove_file(path);
+    OpenOptions::new().write(true).create(true).truncate(false).custom_flags(libc::O_NOFOLLOW).open(path)?;
     match fs::remove_file(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
         removed => removed,

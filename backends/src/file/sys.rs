@@ -4,14 +4,45 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
 
 use blockdev::{Extent, ExtentKind};
 
 const BLKSSZGET: libc::c_ulong = 0x1268;
 const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
 const FICLONE: libc::c_ulong = 0x4004_9409;
+
+/// Which symbolic links on the way to a file are followed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Links {
+    All,
+    /// Those before the last component.
+    Folders,
+    None,
+}
+
+/// Opens `path`. Fails with `ELOOP` at a link that is not to be followed.
+pub(super) fn open(path: &Path, flags: libc::c_int, links: Links) -> io::Result<File> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let (last, resolve) = match links {
+        Links::All => (0, 0),
+        Links::Folders => (libc::O_NOFOLLOW, 0),
+        Links::None => (0, libc::RESOLVE_NO_SYMLINKS),
+    };
+    // SAFETY: all-zero is a valid open_how.
+    let mut how: libc::open_how = unsafe { std::mem::zeroed() };
+    how.flags = (flags | last | libc::O_CLOEXEC) as u64;
+    how.resolve = resolve;
+    let how_ptr = &raw const how;
+    // SAFETY: the path is a C string and `how` is of the size given; both outlive the call.
+    let file = unsafe { libc::syscall(libc::SYS_openat2, libc::AT_FDCWD, path.as_ptr(), how_ptr, size_of_val(&how)) };
+    let file = check(file as libc::c_int)?;
+    // SAFETY: the descriptor is new and nobody else's.
+    Ok(unsafe { File::from_raw_fd(file) })
+}
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }

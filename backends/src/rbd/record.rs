@@ -89,6 +89,7 @@ impl Record {
             policy: self.policy.clone(),
             tenant: self.tenant.clone(),
             object: (!self.created).then(|| image_name.to_owned()),
+            object_kind: None,
             origin: self.origin.clone(),
             wrapped_key: None,
             group: None,

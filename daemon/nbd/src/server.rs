@@ -364,26 +364,35 @@ impl Shared {
 
     fn attach(&self, ready: Ready, contexts: Vec<Context>, peer: String) -> bool {
         let Ready { socket, early, tls, identity, chosen } = ready;
-        let Some(client) = self.register(chosen.export, peer, identity.0.map(|subject| subject.full)) else {
-            return false;
+        let subject = identity.0.map(|subject| subject.full);
+        let serve = |client: &Arc<Client>| {
+            let negotiated = Negotiated {
+                socket,
+                early,
+                tls,
+                headers: chosen.headers,
+                allocation_context: chosen.allocation_context,
+                contexts,
+                client: client.clone(),
+            };
+            let (key, gone) = (self.key, self.gone.clone());
+            client.reactor.spawn(move |reactor| Worker::of_thread(key, reactor, &gone).adopt(negotiated));
         };
+        let Some(client) = self.register(chosen.export, peer, subject, serve) else { return false };
         tracing::info!(client = client.id, export = client.export.name(), "{} attached", client.peer);
-        let negotiated = Negotiated {
-            socket,
-            early,
-            tls,
-            headers: chosen.headers,
-            allocation_context: chosen.allocation_context,
-            contexts,
-            client: client.clone(),
-        };
-        let (key, gone) = (self.key, self.gone.clone());
-        client.reactor.spawn(move |reactor| Worker::of_thread(key, reactor, &gone).adopt(negotiated));
         true
     }
 
     /// Enters a client on the thread that has the fewest, if possible on the home of its volume. `None` if it must not be served any more.
-    fn register(&self, export: Arc<Export>, peer: String, tls_subject: Option<String>) -> Option<Arc<Client>> {
+    ///
+    /// `serve` queues its service on that thread before anybody else can see it: whoever finds the client queues its end behind that.
+    fn register(
+        &self,
+        export: Arc<Export>,
+        peer: String,
+        tls_subject: Option<String>,
+        serve: impl FnOnce(&Arc<Client>),
+    ) -> Option<Arc<Client>> {
         let mut clients = self.clients.lock();
         if export.is_withdrawn() || self.stopping.load(Ordering::SeqCst) {
             return None;
@@ -410,6 +419,7 @@ impl Shared {
             bytes_written: AtomicU64::new(0),
         });
         clients.by_id.insert(client.id, client.clone());
+        serve(&client);
         Some(client)
     }
 
