@@ -4,11 +4,13 @@
 use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, chownat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
@@ -100,13 +102,27 @@ impl SocketFile {
         if self.is_there() { fs::remove_file(&self.path) } else { Ok(()) }
     }
 
-    /// Sets its mode and group.
+    /// Sets its mode and group: of this very socket, whatever its name leads to by then, as others may write to its folder.
     pub fn dress(&self, rules: &SocketRules) -> Result<()> {
-        let what = || format!("socket {}: setting its mode and group", self.path.display());
-        if let Some(group) = rules.group.as_deref().map(group_id).transpose()? {
-            chown(&self.path, None, Some(group)).map_err(|error| Error::io(what(), &error))?;
+        let failed = |error: io::Error| Error::io(format!("socket {}: setting its mode and group", self.path.display()), &error);
+        let group = rules.group.as_deref().map(group_id).transpose()?;
+        let socket = self.opened().map_err(failed)?;
+        if let Some(group) = group {
+            chownat(&socket, "", None, Some(Gid::from_raw(group)), AtFlags::EMPTY_PATH).map_err(|error| failed(error.into()))?;
         }
-        fs::set_permissions(&self.path, fs::Permissions::from_mode(rules.mode)).map_err(|error| Error::io(what(), &error))
+        // A descriptor that is for its path alone takes no fchmod.
+        let itself = format!("/proc/self/fd/{}", socket.as_raw_fd());
+        fs::set_permissions(itself, fs::Permissions::from_mode(rules.mode)).map_err(failed)
+    }
+
+    /// A descriptor of it, for its path alone.
+    fn opened(&self) -> io::Result<OwnedFd> {
+        let socket = rustix::fs::open(&self.path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+        let found = rustix::fs::fstat(&socket)?;
+        let is_ours = FileType::from_raw_mode(found.st_mode) == FileType::Socket
+            && (found.st_dev, found.st_ino) == (self.device, self.inode)
+            && found.st_uid == rustix::process::geteuid().as_raw();
+        if is_ours { Ok(socket) } else { Err(io::Error::new(io::ErrorKind::AlreadyExists, "something else has taken its place")) }
     }
 }
 
@@ -221,6 +237,28 @@ mod tests {
         assert_eq!((metadata.mode() & 0o777, metadata.gid()), (0o640, group));
         assert_eq!(listen_unix(&path, &rules).unwrap_err().kind, ErrorKind::InUse);
         drop(listener);
+    }
+
+    #[test]
+    fn what_took_a_sockets_place_keeps_its_mode() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, target) = (folder.path().join("a.sock"), folder.path().join("target"));
+        fs::write(&target, "").unwrap();
+        fs::set_permissions(&target, fs::Permissions::from_mode(0o600)).unwrap();
+        let (_listener, file) = listen_unix(&path, &rules(folder.path())).unwrap();
+        let away = folder.path().join("away");
+        fs::rename(&path, &away).unwrap();
+        let dressing =
+            SocketRules { mode: 0o666, group: Some(rustix::process::getgid().as_raw().to_string()), ..rules(folder.path()) };
+        std::os::unix::fs::symlink(&target, &path).unwrap();
+        assert!(file.dress(&dressing).is_err());
+        assert_eq!(fs::metadata(&target).unwrap().mode() & 0o777, 0o600);
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&away, &path).unwrap();
+        assert!(file.dress(&dressing).is_err());
+        fs::remove_file(&path).unwrap();
+        let _other = UnixListener::bind(&path).unwrap();
+        assert!(file.dress(&dressing).is_err(), "another socket is there");
     }
 
     #[test]
