@@ -272,6 +272,17 @@ fn reload_follows_the_file_without_touching_open_volumes() {
 }
 
 #[test]
+fn a_reload_with_one_bad_export_changes_nothing() {
+    let daemon = daemon_with_volume();
+    let declared = "[[export]]\nvolume = \"v\"\nnbd = true\nqueues = 2\n";
+    daemon.configure(&format!("{}\n[pool.second]\ndriver = \"null\"\n{declared}", daemon.config()));
+    let (kind, message) = daemon.refused(&["config", "reload"]);
+    assert!(kind == "invalid" && message.contains("novastor.toml:") && message.contains("queues"), "{message}");
+    assert_eq!(daemon.json(&["pool", "list"]).as_array().unwrap().len(), 2);
+    assert_eq!(daemon.json(&["export", "list"]), serde_json::json!([]));
+}
+
+#[test]
 fn an_export_that_cannot_be_served_is_reported_and_comes_back() {
     let mut daemon = daemon_with_volume();
     daemon.json(&["export", "add", "v", "--nbd"]);

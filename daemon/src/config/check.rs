@@ -10,6 +10,9 @@ use super::check_pool::DRIVERS;
 use super::load::{Places, Problem, line_of};
 use super::model::{Config, DaemonConfig, ExportConfig, NbdTarget, PolicyConfig};
 use super::secret;
+use crate::daemon::sockets::group_id;
+use crate::exports::{ExportSpec, load_tls};
+use crate::names::VolumeRef;
 use crate::units::parse_size;
 
 const DRIVERS_LATER: [&str; 5] = ["nfs", "smb", "gcs", "azure", "swift"];
@@ -200,6 +203,9 @@ impl Checker<'_> {
             self.refuse("daemon.data_dir", "is empty: name the folder for what belongs to this host");
         }
         self.mode("daemon.socket_mode", &daemon.socket_mode);
+        if let Some(Err(error)) = daemon.socket_group.as_deref().map(group_id) {
+            self.refuse("daemon.socket_group", error.message);
+        }
         self.log_size(daemon);
         if !(1..=256).contains(&daemon.threads) {
             self.refuse("daemon.threads", format!("{} data-plane threads: choose 1 to 256", daemon.threads));
@@ -234,6 +240,10 @@ impl Checker<'_> {
     }
 
     fn reach(&mut self, path: &str, address: &Address) {
+        let socket = address.unix_path().and_then(|socket| std::path::absolute(socket).ok());
+        if let Some(Err(error)) = socket.map(|socket| address::check_socket_path(&socket.to_string_lossy())) {
+            self.refuse(path, error);
+        }
         if !address.is_local() && self.config.tls.is_none() {
             self.refuse(path, format!("{address} can be reached from other hosts: that needs [tls], or use 127.0.0.1"));
         }
@@ -247,6 +257,7 @@ impl Checker<'_> {
 
     fn tls(&mut self) {
         let Some(tls) = &self.config.tls else { return };
+        let problems_before = self.problems.len();
         if tls.cert.as_os_str().is_empty() {
             self.refuse("tls.cert", "[tls] needs cert: the file that holds the certificate chain");
         } else {
@@ -257,6 +268,11 @@ impl Checker<'_> {
         }
         if let Err(error) = secret::tls_key(tls) {
             self.refuse("tls.key_file", error);
+        }
+        if self.problems.len() == problems_before
+            && let Err(error) = load_tls(tls)
+        {
+            self.refuse("tls", error.message);
         }
     }
 
@@ -283,26 +299,18 @@ impl Checker<'_> {
         let path = format!("export.{index}");
         if export.volume.is_empty() {
             self.refuse(&path, "an export needs `volume`");
+        } else if let Err(error) = export.volume.parse::<VolumeRef>() {
+            self.refuse(&format!("{path}.volume"), error.message);
         }
         let nbd = export.nbd.as_ref().filter(|target| **target != NbdTarget::Shared(false));
-        match (nbd, &export.vhost_user) {
-            (None, None) => self.refuse(&path, "needs `vhost_user = \"PATH\"` or `nbd = true`"),
-            (Some(_), Some(_)) => self.refuse(&path, "has both `vhost_user` and `nbd`: write two [[export]] tables"),
-            (Some(NbdTarget::Own(text)), None) => self.listener(&format!("{path}.nbd"), text),
-            (Some(_), None) => {}
-            (None, Some(socket)) => self.socket(&format!("{path}.vhost_user"), socket),
-        }
-        if export.queues.is_some_and(|queues| !(1..=256).contains(&queues)) {
-            self.refuse(&format!("{path}.queues"), "choose 1 to 256 queues");
-        }
-        if let Some(mode) = &export.mode {
-            self.mode(&format!("{path}.mode"), mode);
-        }
-    }
-
-    fn socket(&mut self, path: &str, socket: &Path) {
-        if let Err(error) = address::check_socket_path(&socket.to_string_lossy()) {
-            self.refuse(path, error);
+        let target = match (nbd, &export.vhost_user) {
+            (None, None) => return self.refuse(&path, "needs `vhost_user = \"PATH\"` or `nbd = true`"),
+            (Some(_), Some(_)) => return self.refuse(&path, "has both `vhost_user` and `nbd`: write two [[export]] tables"),
+            (Some(_), None) => "nbd",
+            (None, Some(_)) => "vhost_user",
+        };
+        if let Err(refusal) = ExportSpec::from_config(export, self.config.tls.is_some()) {
+            self.refuse(&format!("{path}.{}", refusal.key.unwrap_or(target)), refusal.why);
         }
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::address::{self, Address};
 use super::check::Checker;
-use super::model::Config;
+use super::model::{Config, NbdTarget};
 
 impl Checker<'_> {
     /// Two pools in one folder would be the same pool.
@@ -27,7 +27,15 @@ impl Checker<'_> {
         let nbd = daemon.nbd.iter().enumerate().map(|(index, text)| (format!("daemon.nbd.{index}"), text.parse()));
         let admin = [("daemon.admin".to_owned(), daemon.admin_address())];
         let metrics = daemon.metrics.iter().map(|text| ("daemon.metrics".to_owned(), address::tcp(text)));
-        let all = admin.into_iter().chain(metrics).chain(nbd);
+        let exports = config.export.iter().enumerate().filter_map(|(index, export)| {
+            let (key, address) = match (&export.vhost_user, &export.nbd) {
+                (Some(socket), _) => ("vhost_user", Ok(Address::Unix(socket.clone()))),
+                (None, Some(NbdTarget::Own(text))) => ("nbd", text.parse()),
+                (None, _) => return None,
+            };
+            Some((format!("export.{index}.{key}"), address))
+        });
+        let all = admin.into_iter().chain(metrics).chain(nbd).chain(exports);
         let all: Vec<(String, Address)> = all.filter_map(|(path, address)| Some((path, address.ok()?))).collect();
         for (index, (path, address)) in all.iter().enumerate() {
             if let Some((other, _)) = all[..index].iter().find(|(_, other)| clash(address, other)) {

@@ -8,6 +8,51 @@ fn with(text: &str, variables: &[(&str, &str)]) -> Result<Config, ConfigError> {
     load_text("t.toml", text, variables.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect())
 }
 
+/// A certificate that signed itself, and its key.
+struct TlsFiles {
+    cert: tempfile::NamedTempFile,
+    key: tempfile::NamedTempFile,
+}
+
+impl TlsFiles {
+    fn new() -> TlsFiles {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let cert = rcgen::CertificateParams::new(vec!["localhost".into()]).unwrap().self_signed(&key).unwrap();
+        let written = |text: &str| {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(file.path(), text).unwrap();
+            file
+        };
+        TlsFiles { cert: written(&cert.pem()), key: written(&key.serialize_pem()) }
+    }
+}
+
+#[test]
+fn exports_that_could_not_be_declared_are_refused_with_their_line() {
+    let nbd = "nbd = true";
+    let vhost_user = "vhost_user = \"/run/a\"";
+    let relative = format!("vhost_user = {:?}", "a".repeat(107));
+    for (target, rest, place, why) in [
+        (nbd, "mode = \"0660\"", "4: export.0.mode: ", "socket of its own"),
+        (nbd, "group = \"root\"", "4: export.0.group: ", "socket of its own"),
+        (nbd, "queues = 2", "4: export.0.queues: ", "vhost-user"),
+        (nbd, "tls_allow = [\"a\"]", "4: export.0.tls_allow: ", "needs [tls]"),
+        (vhost_user, "tls_allow = [\"a\"]", "4: export.0.tls_allow: ", "is for NBD"),
+        (vhost_user, "queues = 0", "4: export.0.queues: ", "1 to 256"),
+        (vhost_user, "group = \"no-such-group-here\"", "4: export.0.group: ", "does not exist"),
+        (&relative, "", "3: export.0.vhost_user: ", "107"),
+    ] {
+        let refused = problems(&format!("[[export]]\nvolume = \"a\"\n{target}\n{rest}\n"));
+        assert!(refused.starts_with(&format!("t.toml:{place}")) && refused.contains(why), "{refused}");
+    }
+    assert!(problems("[[export]]\nvolume = \"A b\"\nnbd = true\n").starts_with("t.toml:2: export.0.volume: "));
+    let relative = format!("[daemon]\nnbd = [\"unix:{}\"]\n", "a".repeat(107));
+    assert!(problems(&relative).contains("107"));
+    assert!(problems("[daemon]\nsocket_group = \"no-such-group-here\"\n").starts_with("t.toml:2: daemon.socket_group: "));
+    let twice = problems(&format!("[[export]]\nvolume = \"a\"\n{vhost_user}\n").repeat(2));
+    assert!(twice.starts_with("t.toml:6: export.1.vhost_user: export.0.vhost_user listens"), "{twice}");
+}
+
 #[test]
 fn the_example_is_valid_with_and_without_its_comments() {
     load_text("example", EXAMPLE, Vec::new()).unwrap();
@@ -22,15 +67,21 @@ fn the_example_is_valid_with_and_without_its_comments() {
         })
         .collect();
     let everything = everything.join("\n").replace("/etc/novastor/token", &key.path().display().to_string());
-    let everything = ["tls.key", "tls.crt", "ca.crt", "s3.id", "s3.key"]
+    let everything = ["s3.id", "s3.key"]
         .iter()
         .fold(everything, |text, name| text.replace(&format!("/etc/novastor/{name}"), &key.path().display().to_string()));
+    let tls = TlsFiles::new();
+    let everything = everything
+        .replace("/etc/novastor/tls.key", tls.key.path().to_str().unwrap())
+        .replace("/etc/novastor/tls.crt", tls.cert.path().to_str().unwrap())
+        .replace("/etc/novastor/ca.crt", tls.cert.path().to_str().unwrap())
+        .replace("\"kvm\"", "\"root\"");
     let kek_file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(kek_file.path(), "ab".repeat(32)).unwrap();
     let kek = kek_file.path().display().to_string();
     let everything = everything.replace("/etc/novastor/kek.old", &kek).replace("/etc/novastor/kek", &kek);
     let config = load_text("example", &everything, Vec::new()).unwrap();
-    assert_eq!(config.export.len(), 1);
+    assert_eq!(config.export.len(), 2);
     assert_eq!(config.pool.len(), 4);
 }
 
@@ -221,10 +272,16 @@ fn two_listeners_on_one_address_are_refused() {
 
 #[test]
 fn the_files_of_tls_are_looked_for() {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    let text = |cert: &str, ca: &str| format!("[tls]\ncert = {cert:?}\nkey_file = {:?}\nclient_ca = {ca:?}\n", file.path());
-    let there = file.path().to_str().unwrap();
+    let tls = TlsFiles::new();
+    let text = |cert: &str, ca: &str| format!("[tls]\ncert = {cert:?}\nkey_file = {:?}\nclient_ca = {ca:?}\n", tls.key.path());
+    let there = tls.cert.path().to_str().unwrap();
     load_text("t", &text(there, there), Vec::new()).unwrap();
+    let other = TlsFiles::new();
+    let refused = problems(&text(other.cert.path().to_str().unwrap(), there));
+    assert!(refused.starts_with("t.toml:1: tls: ") && refused.contains("certificate and key"), "{refused}");
+    std::fs::write(other.cert.path(), "no PEM").unwrap();
+    let refused = problems(&text(there, other.cert.path().to_str().unwrap()));
+    assert!(refused.starts_with("t.toml:1: tls: ") && refused.contains("client CA"), "{refused}");
     let refused = problems(&text("/nowhere/tls.crt", "/nowhere/ca.crt"));
     assert!(refused.contains("t.toml:2: tls.cert: /nowhere/tls.crt: No such file"), "{refused}");
     assert!(refused.contains("t.toml:4: tls.client_ca: /nowhere/ca.crt: No such file"), "{refused}");

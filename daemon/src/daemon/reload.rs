@@ -6,18 +6,23 @@ use std::time::Duration;
 use super::Daemon;
 use super::keys::kek_ids;
 use crate::api::types::ReloadReport;
-use crate::config::{self, Config};
+use crate::config::{self, Config, ExportConfig};
 use crate::error::{Error, Result};
-use crate::exports::Exports;
+use crate::exports::{ExportSpec, Exports};
 
 const POOL_PATIENCE: Duration = Duration::from_secs(5);
 
 impl Daemon {
     /// Reads the configuration again. Nothing changes if it is not valid.
     pub fn reload(self: &Arc<Self>) -> Result<ReloadReport> {
-        let new = config::load(self.config_file.as_deref()).map_err(|error| Error::invalid(error.to_string()))?;
+        let mut new = config::load(self.config_file.as_deref()).map_err(|error| Error::invalid(error.to_string()))?;
         let old = self.config();
         let mut report = ReloadReport { needs_restart: needing_restart(&old, &new), ..ReloadReport::default() };
+        let waits_for_tls = |export: &mut ExportConfig| ExportSpec::from_config(export, old.tls.is_some()).is_err();
+        let later = new.export.extract_if(.., waits_for_tls);
+        report
+            .problems
+            .extend(later.map(|export| format!("export of {}: waits for [tls], which needs a restart", export.volume)));
         self.reload_pools(&new, &mut report);
         if old.log.level != new.log.level {
             self.log.set_level(&new.log.level)?;

@@ -29,7 +29,7 @@ use crate::daemon::data_dir::DataDir;
 use crate::daemon::open::Lease;
 use crate::error::{Error, ErrorKind, Result};
 use crate::names::VolumeId;
-pub use nbd::{NbdFrontEnd, PrivateExport};
+pub use nbd::{NbdFrontEnd, PrivateExport, load_tls};
 use spec::{ExportFile, same_listener};
 pub use spec::{ExportRecord, ExportSpec};
 

@@ -13,7 +13,7 @@ use super::changes::Changes;
 use super::spec::{ExportRecord, ExportSpec};
 use super::{FrontEnd, Lease};
 use crate::api::types::ClientInfo;
-use crate::config::{Address, Config, tls_key};
+use crate::config::{Address, Config, TlsConfig, tls_key};
 use crate::daemon::Daemon;
 use crate::daemon::listeners::{Hold, Listeners};
 use crate::daemon::sockets::SocketRules;
@@ -59,7 +59,7 @@ impl NbdFrontEnd {
     pub fn new(config: &Config, reactors: &[ReactorHandle], listeners: Arc<Listeners>) -> Result<NbdFrontEnd> {
         Ok(NbdFrontEnd {
             server: Server::new(reactors, ServerOptions::default()),
-            tls: load_tls(config)?,
+            tls: config.tls.as_ref().map(load_tls).transpose()?,
             asks: Asks::of(config),
             runtime: Handle::current(),
             listeners,
@@ -254,13 +254,13 @@ fn uri(address: &Address, name: &str, asks: Asks) -> String {
     }
 }
 
-fn load_tls(config: &Config) -> Result<Option<TlsSettings>> {
-    let Some(tls) = &config.tls else { return Ok(None) };
+/// Reads and understands the files of `[tls]`.
+pub fn load_tls(tls: &TlsConfig) -> Result<TlsSettings> {
     let read = |path: &Path| std::fs::read(path).map_err(|error| Error::io(path.display(), &error));
     let client_ca = tls.client_ca.as_deref().map(read).transpose()?;
     let key = tls_key(tls).map_err(Error::invalid)?;
     let settings = TlsSettings::from_pem(&read(&tls.cert)?, key.as_bytes(), client_ca.as_deref());
-    settings.map(Some).map_err(|error| Error::invalid(format!("[tls]: {error}")))
+    settings.map_err(|error| Error::invalid(format!("[tls]: {error}")))
 }
 
 #[cfg(test)]

@@ -8,10 +8,10 @@ use backends::Claim;
 use blockdev::Volume;
 
 use super::{Entry, Exports, Running, Table};
-use crate::config::Config;
+use crate::config::{Config, ExportConfig};
 use crate::daemon::Daemon;
-use crate::error::{ErrorKind, Result};
-use crate::exports::spec::{ExportRecord, ExportSpec};
+use crate::error::{Error, ErrorKind, Result};
+use crate::exports::spec::{ExportRecord, ExportSpec, Refusal};
 
 const RETRY: Duration = Duration::from_secs(2);
 /// Threads that open the volumes of one pool, at most: a volume that takes long holds up few others.
@@ -21,9 +21,11 @@ impl Exports {
     /// Makes the declared exports those of `config`: new ones are noted, those gone are stopped and forgotten. Returns what
     /// changed, in words.
     pub fn declare(&self, config: &Config) -> Result<Vec<String>> {
-        let wanted: Result<Vec<ExportSpec>> =
-            config.export.iter().map(|export| ExportSpec::from_config(export, config.tls.is_some())).collect();
-        let wanted = wanted?;
+        let spec = |(index, export): (usize, &ExportConfig)| {
+            let refused = |refusal: Refusal| Error::invalid(format!("export.{index}: {}", refusal.why));
+            ExportSpec::from_config(export, config.tls.is_some()).map_err(refused)
+        };
+        let wanted = config.export.iter().enumerate().map(spec).collect::<Result<Vec<ExportSpec>>>()?;
         let mut changes = Vec::new();
         let mut gone = Vec::new();
         let mut table = self.table.lock();

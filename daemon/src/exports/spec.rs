@@ -8,6 +8,7 @@ use uuid::Uuid;
 use crate::api::types::{ExportCreate, Protocol};
 use crate::config::address::{Address, check_socket_path};
 use crate::config::{ExportConfig, NbdTarget, parse_mode};
+use crate::daemon::sockets::group_id;
 use crate::error::{Error, Result};
 
 /// The most queues of a vhost-user export where nothing else is said.
@@ -85,6 +86,22 @@ pub struct ExportFile {
     pub exports: Vec<ExportRecord>,
 }
 
+/// Why an export cannot be.
+#[derive(Debug)]
+pub struct Refusal {
+    /// The key of the configuration, and the option of the command; none where it is the address.
+    pub key: Option<&'static str>,
+    /// What follows the key.
+    pub why: String,
+}
+
+impl Refusal {
+    fn in_command(self, volume: &str) -> Error {
+        let option = self.key.map(|key| format!("--{} ", key.replace('_', "-"))).unwrap_or_default();
+        Error::invalid(format!("export of {volume} refused: {option}{}", self.why))
+    }
+}
+
 impl ExportSpec {
     pub fn from_request(request: ExportCreate, has_tls: bool) -> Result<ExportSpec> {
         let spec = ExportSpec {
@@ -97,10 +114,11 @@ impl ExportSpec {
             group: request.group,
             tls_allow: request.tls_allow,
         };
-        spec.checked(has_tls)
+        let volume = spec.volume.clone();
+        spec.checked(has_tls).map_err(|refusal| refusal.in_command(&volume))
     }
 
-    pub fn from_config(config: &ExportConfig, has_tls: bool) -> Result<ExportSpec> {
+    pub fn from_config(config: &ExportConfig, has_tls: bool) -> std::result::Result<ExportSpec, Refusal> {
         let (protocol, address) = match (&config.vhost_user, &config.nbd) {
             (Some(path), _) => (Protocol::VhostUser, Some(format!("unix:{}", path.display()))),
             (None, Some(NbdTarget::Own(address))) => (Protocol::Nbd, Some(address.clone())),
@@ -119,19 +137,23 @@ impl ExportSpec {
         spec.checked(has_tls)
     }
 
-    fn checked(mut self, has_tls: bool) -> Result<ExportSpec> {
-        let subject = format!("export of {}", self.volume);
-        let refuse = |why: String| Err(Error::invalid(format!("{subject} refused: {why}")));
+    fn checked(mut self, has_tls: bool) -> std::result::Result<ExportSpec, Refusal> {
+        let refuse = |why: String| Err(Refusal { key: None, why });
+        let refuse_key = |key: &'static str, why: String| Err(Refusal { key: Some(key), why });
         let address = match self.address.as_deref().map(str::parse::<Address>).transpose() {
             Ok(address) => address,
             Err(why) => return refuse(why),
         };
         if let Some(mode) = self.mode.as_deref().filter(|mode| parse_mode(mode).is_none()) {
-            return refuse(format!("mode {mode:?} is no mode: write it in octal, such as 0660"));
+            return refuse_key("mode", format!("{mode:?} is no mode: write it in octal, such as \"0660\""));
         }
         let own_socket = matches!(address, Some(Address::Unix(_)));
-        if !own_socket && (self.mode.is_some() || self.group.is_some()) {
-            return refuse("--mode and --group are for an export with a socket of its own".to_owned());
+        let dress = if self.mode.is_some() { Some("mode") } else { self.group.as_ref().map(|_| "group") };
+        if let Some(key) = dress.filter(|_| !own_socket) {
+            return refuse_key(key, "is for an export with a socket of its own".to_owned());
+        }
+        if let Some(Err(error)) = self.group.as_deref().map(group_id) {
+            return refuse_key("group", error.message);
         }
         match self.protocol {
             Protocol::VhostUser => {
@@ -139,31 +161,37 @@ impl ExportSpec {
                     return refuse("vhost-user needs the path of a unix socket".to_owned());
                 }
                 if !self.tls_allow.is_empty() {
-                    return refuse("--tls-allow is for NBD; vhost-user has no TLS: use --mode and --group".to_owned());
+                    return refuse_key(
+                        "tls_allow",
+                        "is for NBD; vhost-user has no TLS: use the mode and group of its socket".to_owned(),
+                    );
                 }
                 let queues = *self.queues.get_or_insert(QUEUES_DEFAULT);
                 if !(1..=QUEUES_MAX).contains(&queues) {
-                    return refuse(format!("{queues} queues: choose 1 to {QUEUES_MAX}"));
+                    return refuse_key("queues", format!("{queues}: choose 1 to {QUEUES_MAX}"));
                 }
             }
             Protocol::Nbd => {
                 if self.queues.is_some() {
-                    return refuse("--queues is for vhost-user; an NBD client opens as many connections as it likes".to_owned());
+                    return refuse_key(
+                        "queues",
+                        "is for vhost-user; an NBD client opens as many connections as it likes".to_owned(),
+                    );
                 }
                 if !self.tls_allow.is_empty() && !has_tls {
-                    return refuse("--tls-allow needs [tls] in the configuration".to_owned());
+                    return refuse_key("tls_allow", "needs [tls] in the configuration".to_owned());
                 }
                 if let Some(address) = address.as_ref().filter(|address| !address.is_local() && !has_tls) {
                     return refuse(format!("{address} can be reached from other hosts: that needs [tls], or use 127.0.0.1"));
                 }
             }
         }
-        self.address = address.map(|address| absolute(address).to_string());
-        if let Some(path) = self.socket_path()
-            && let Err(why) = check_socket_path(&path.to_string_lossy())
-        {
+        let address = address.map(absolute);
+        let socket = address.as_ref().and_then(Address::unix_path);
+        if let Some(Err(why)) = socket.map(|path| check_socket_path(&path.to_string_lossy())) {
             return refuse(why);
         }
+        self.address = address.map(|address| address.to_string());
         Ok(self)
     }
 
