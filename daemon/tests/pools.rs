@@ -53,6 +53,28 @@ fn lists_say_which_pools_did_not_answer_and_show_what_the_others_hold() {
     assert_eq!(daemon.json(&["volume", "show", "v"])["name"], json!("v"));
 }
 
+#[test]
+fn a_bare_name_changes_nothing_while_a_pool_that_may_have_it_too_is_silent() {
+    let declared = "[[export]]\nvolume = \"d\"\nnbd = true\n";
+    let mut daemon = Daemon::new(&format!("{declared}{BROKEN}"));
+    fs::write(daemon.path("file"), "not a folder").unwrap();
+    daemon.start();
+    for name in ["v", "d"] {
+        daemon.json(&["volume", "create", &format!("local/{name}"), "--size", "1M"]);
+    }
+    for change in [&["volume", "delete", "v", "--yes"][..], &["export", "add", "v", "--nbd"], &["snapshot", "create", "v@s"]] {
+        let (kind, message) = daemon.refused(change);
+        assert!(kind == "backend" && message.contains("local/v") && message.contains("pool broken"), "{message}");
+    }
+    daemon.json(&["volume", "show", "v"]);
+    daemon.json(&["volume", "delete", "local/v", "--yes"]);
+    daemon.json(&["config", "reload"]);
+    assert_eq!(daemon.json(&["export", "list"])[0]["ready"], false, "the silent pool may have another d");
+    fs::remove_file(daemon.path("file")).unwrap();
+    fs::create_dir(daemon.path("file")).unwrap();
+    eventually("the declared export is served", || daemon.json(&["export", "list"])[0]["ready"] == true);
+}
+
 fn state_of(daemon: &Daemon, pool: &str) -> (bool, String) {
     let found = daemon.json(&["pool", "show", pool]);
     (found["ok"].as_bool().unwrap(), found["detail"].as_str().unwrap().to_owned())

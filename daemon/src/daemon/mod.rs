@@ -137,8 +137,26 @@ impl Daemon {
         }
     }
 
-    /// The volume that `name` means: with its pool, or unique among all pools.
+    /// The volume that `name` means: with its pool, or unique among all pools. A pool that does not answer may hold one of that name too.
     pub fn resolve(&self, name: &VolumeRef) -> Result<VolumeId> {
+        let (id, silent) = self.resolve_among_answers(name)?;
+        if silent.is_empty() {
+            return Ok(id);
+        }
+        let message = format!(
+            "volume {name} may also be in a pool that does not answer: write POOL/NAME, such as {id}; {}",
+            Unanswered::in_words(&silent)
+        );
+        Err(Error::new(ErrorKind::Backend, message))
+    }
+
+    /// The same, for what only looks: pools that do not answer do not count.
+    pub fn resolve_to_look(&self, name: &VolumeRef) -> Result<VolumeId> {
+        self.resolve_among_answers(name).map(|(id, _)| id)
+    }
+
+    /// The volume, and the pools that did not say whether they have one of that name too.
+    fn resolve_among_answers(&self, name: &VolumeRef) -> Result<(VolumeId, Vec<Unanswered>)> {
         let id = |pool: &str| VolumeId { pool: pool.to_owned(), name: name.name.clone(), snapshot: name.snapshot.clone() };
         if let Some(pool) = &name.pool {
             let found = self.pools.get(pool)?;
@@ -146,7 +164,7 @@ impl Daemon {
                 // Says what there is instead.
                 found.get(&name.name)?;
             }
-            return Ok(id(pool));
+            return Ok((id(pool), Vec::new()));
         }
         let (mut found, mut silent) = (Vec::new(), Vec::new());
         let wanted = name.name.clone();
@@ -159,7 +177,7 @@ impl Daemon {
             }
         }
         match (found.as_slice(), silent.as_slice()) {
-            ([pool], _) => Ok(id(pool)),
+            ([pool], _) => Ok((id(pool), silent)),
             ([], []) => {
                 Err(Error::not_found(format!("volume {} does not exist: `novastor volume list` shows those that do", name.name)))
             }

@@ -55,7 +55,7 @@ impl Daemon {
     }
 
     pub fn show_volume(&self, name: &str) -> Result<VolumeInfo> {
-        let id = self.resolve(&name.parse::<VolumeRef>()?.without_snapshot()?)?;
+        let id = self.resolve_to_look(&name.parse::<VolumeRef>()?.without_snapshot()?)?;
         Ok(self.volume_info(&id.pool, self.record(&id)?))
     }
 
@@ -253,7 +253,7 @@ impl Daemon {
     }
 
     pub fn volume_usage(&self, name: &str) -> Result<VolumeUsage> {
-        let id = self.resolve(&name.parse::<VolumeRef>()?.without_snapshot()?)?;
+        let id = self.resolve_to_look(&name.parse::<VolumeRef>()?.without_snapshot()?)?;
         let pool = self.pools.get(&id.pool)?;
         let usage = pool.usage(&id.name)?;
         Ok(VolumeUsage {
