@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -31,8 +31,15 @@ impl DataDir {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| {
             Error::io(format!("data_dir {shown} cannot be made (set [daemon].data_dir to a folder you may write)"), &error)
         })?;
+        ensure_private(path)?;
         let lock_path = path.join("lock");
-        let lock = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&lock_path);
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(&lock_path);
         let lock = lock.map_err(|error| Error::io(format!("data_dir {shown}: lock file"), &error))?;
         let deadline = blockdev::clock::monotonic() + PREDECESSOR_WAIT;
         while let Err(error) = rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
@@ -75,11 +82,26 @@ impl DataDir {
     }
 }
 
+/// Refuses a folder in which other users can put what the daemon would take for its own.
+fn ensure_private(path: &Path) -> Result<()> {
+    let shown = path.display();
+    let metadata = fs::metadata(path).map_err(|error| Error::io(format!("data_dir {shown}"), &error))?;
+    if metadata.mode() & 0o002 != 0 {
+        return Err(Error::invalid(format!("data_dir {shown} refused: every user may write to it: chmod 0700 {shown}")));
+    }
+    let (owner, user) = (metadata.uid(), rustix::process::geteuid().as_raw());
+    if owner != user && owner != 0 {
+        return Err(Error::invalid(format!("data_dir {shown} refused: it belongs to user {owner}: chown {user} {shown}")));
+    }
+    Ok(())
+}
+
 /// Replaces a file's content atomically and durably.
 pub fn replace_file(path: &Path, content: &[u8]) -> std::io::Result<()> {
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".new");
-    let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&temporary)?;
+    let mut file =
+        OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(&temporary)?;
     file.write_all(content)?;
     file.sync_all()?;
     fs::rename(&temporary, path)?;
@@ -93,6 +115,31 @@ mod tests {
 
     use super::*;
     use crate::error::ErrorKind;
+
+    #[test]
+    fn a_folder_that_others_may_write_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let set_mode = |mode| fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+        set_mode(0o777);
+        assert!(DataDir::open(folder.path()).err().unwrap().message.contains("chmod 0700"));
+        set_mode(0o750);
+        drop(DataDir::open(folder.path()).unwrap());
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(folder.path(), Some(4711), None).unwrap();
+            assert!(DataDir::open(folder.path()).err().unwrap().message.contains("chown 0"));
+        }
+    }
+
+    #[test]
+    fn what_stands_in_the_place_of_a_new_file_is_not_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let data_dir = DataDir::open(folder.path()).unwrap();
+        let target = folder.path().join("target");
+        fs::write(&target, "mine").unwrap();
+        std::os::unix::fs::symlink(&target, folder.path().join("x.json.new")).unwrap();
+        assert!(data_dir.write("x.json", &1).is_err());
+        assert_eq!(fs::read(&target).unwrap(), b"mine");
+    }
 
     #[test]
     fn a_second_daemon_is_refused_and_values_survive() {
