@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::Daemon;
 use super::keys::kek_ids;
 use crate::api::types::ReloadReport;
-use crate::config::{self, Config, ExportConfig};
+use crate::config::{self, Config, ExportConfig, LogConfig};
 use crate::error::{Error, Result};
 use crate::exports::{ExportSpec, Exports};
 
@@ -32,6 +32,9 @@ impl Daemon {
             let daemon = &config.daemon;
             (daemon.socket_mode.clone(), daemon.socket_group.clone(), daemon.socket_dirs.clone())
         };
+        if old.daemon.adopt_dirs != new.daemon.adopt_dirs {
+            report.changed.push("folders whose files may be adopted".to_owned());
+        }
         if sockets(&old) != sockets(&new) {
             report.changed.push("rules for sockets made from now on".to_owned());
         }
@@ -99,5 +102,69 @@ fn effective(old: &Config, new: Config) -> Config {
     daemon.socket_mode = new.daemon.socket_mode;
     daemon.socket_group = new.daemon.socket_group;
     daemon.socket_dirs = new.daemon.socket_dirs;
-    Config { daemon, tls: old.tls.clone(), ..new }
+    daemon.adopt_dirs = new.daemon.adopt_dirs;
+    let log = LogConfig { format: old.log.format, ..new.log };
+    Config { daemon, tls: old.tls.clone(), log, ..new }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{DaemonConfig, LogFormat};
+
+    #[test]
+    fn every_key_of_the_daemon_takes_effect_or_asks_for_a_restart() {
+        // Without the rest pattern, so that a new key has to be thought of here.
+        let DaemonConfig {
+            data_dir: _,
+            log_size: _,
+            admin: _,
+            admin_token_file: _,
+            admin_token: _,
+            metrics: _,
+            nbd: _,
+            socket_mode: _,
+            socket_group: _,
+            socket_dirs: _,
+            adopt_dirs: _,
+            node: _,
+            threads: _,
+            spin_us: _,
+            faults: _,
+        } = DaemonConfig::default();
+        let old = Config::default();
+        let changes: [(&str, fn(&mut DaemonConfig)); 15] = [
+            ("data_dir", |daemon| daemon.data_dir = "/other".into()),
+            ("log_size", |daemon| daemon.log_size = "2GiB".to_owned()),
+            ("admin", |daemon| daemon.admin = "unix:/other".to_owned()),
+            ("admin_token_file", |daemon| daemon.admin_token_file = Some("/other".into())),
+            ("admin_token", |daemon| daemon.admin_token = Some("other".to_owned())),
+            ("metrics", |daemon| daemon.metrics = Some("127.0.0.1:1".to_owned())),
+            ("nbd", |daemon| daemon.nbd.clear()),
+            ("socket_mode", |daemon| daemon.socket_mode = "0600".to_owned()),
+            ("socket_group", |daemon| daemon.socket_group = Some("0".to_owned())),
+            ("socket_dirs", |daemon| daemon.socket_dirs.push("/other".into())),
+            ("adopt_dirs", |daemon| daemon.adopt_dirs.push("/other".into())),
+            ("node", |daemon| daemon.node.push('x')),
+            ("threads", |daemon| daemon.threads += 1),
+            ("spin_us", |daemon| daemon.spin_us += 1),
+            ("faults", |daemon| daemon.faults = Some(String::new())),
+        ];
+        for (key, change) in changes {
+            let mut new = old.clone();
+            change(&mut new.daemon);
+            assert_ne!(new, old, "{key}");
+            let takes_effect = effective(&old, new.clone()).daemon == new.daemon;
+            assert_ne!(takes_effect, !needing_restart(&old, &new).is_empty(), "{key}");
+        }
+    }
+
+    #[test]
+    fn another_format_of_the_log_needs_a_restart_until_there_was_one() {
+        let old = Config::default();
+        let mut new = old.clone();
+        new.log.format = LogFormat::Json;
+        let now = effective(&old, new.clone());
+        assert_eq!(needing_restart(&now, &new), ["log.format"]);
+    }
 }
