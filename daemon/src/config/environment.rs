@@ -6,7 +6,7 @@ use toml::{Table, Value};
 use super::load::{Places, Problem};
 use super::schema::{Node, Schema, nearest};
 
-const PREFIX: &str = "NOVASTOR_";
+pub(super) const PREFIX: &str = "NOVASTOR_";
 const SEPARATOR: &str = "__";
 
 /// Sets what `variables` say in `table`.

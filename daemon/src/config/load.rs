@@ -1,6 +1,7 @@
 //! From text and environment to a checked [`Config`], with a line for everything that is wrong.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -69,7 +70,27 @@ pub fn load(file: Option<&Path>) -> Result<Config, ConfigError> {
         })?,
     };
     let name = file.map_or("defaults".to_owned(), |path| path.display().to_string());
-    load_text(&name, &text, std::env::vars().collect())
+    load_text(&name, &text, variables(std::env::vars_os())?)
+}
+
+/// Those that can be read; of the others, what is not meant for novastor is nobody's concern here.
+fn variables(all: impl Iterator<Item = (OsString, OsString)>) -> Result<Vec<(String, String)>, ConfigError> {
+    let (mut variables, mut problems) = (Vec::new(), Vec::new());
+    for (name, value) in all {
+        match (name.into_string(), value.into_string()) {
+            (Ok(name), Ok(value)) => variables.push((name, value)),
+            (Ok(name), Err(_)) if name.starts_with(environment::PREFIX) => {
+                problems.push(Problem { place: format!("environment {name}"), message: "is not UTF-8: set it again".to_owned() });
+            }
+            (Err(name), _) if name.as_encoded_bytes().starts_with(environment::PREFIX.as_bytes()) => {
+                let message = "its name is not UTF-8: unset it".to_owned();
+                problems.push(Problem { place: format!("environment {}", name.display()), message });
+            }
+            _ => {}
+        }
+    }
+    fail_on(problems)?;
+    Ok(variables)
 }
 
 /// Loads `text`, called `file` in messages, with these environment variables.
@@ -170,5 +191,25 @@ impl Walk<'_> {
         };
         let message = format!("unknown key `{name}` in {section}: {advice}");
         self.problems.push(Problem { place: format!("{}:{line}", self.places.file), message });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStringExt;
+
+    use super::*;
+
+    #[test]
+    fn what_is_no_utf8_in_the_environment_is_skipped_unless_it_is_ours() {
+        let bad = || OsString::from_vec(vec![b'a', 0xff]);
+        let read = |name: OsString, value: OsString| variables([("A".into(), "b".into()), (name, value)].into_iter());
+        for (name, value) in [("OTHER".into(), bad()), (bad(), "x".into())] {
+            assert_eq!(read(name, value).unwrap(), [("A".to_owned(), "b".to_owned())]);
+        }
+        let refused = read("NOVASTOR_DAEMON__NODE".into(), bad()).unwrap_err().to_string();
+        assert!(refused.starts_with("environment NOVASTOR_DAEMON__NODE: is not UTF-8"), "{refused}");
+        let name = OsString::from_vec([&b"NOVASTOR_"[..], &[0xff]].concat());
+        assert!(read(name, "x".into()).unwrap_err().to_string().contains("its name is not UTF-8"));
     }
 }
