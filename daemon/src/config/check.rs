@@ -4,6 +4,7 @@ use std::path::Path;
 
 use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
+use tracing_subscriber::filter::LevelFilter;
 
 use super::address::{self, Address};
 use super::check_pool::DRIVERS;
@@ -227,6 +228,11 @@ impl Checker<'_> {
 
     fn log(&mut self) {
         let level = &self.config.log.level;
+        // `Targets` takes any other word for the name of a target, and turns everything else off.
+        let words = level.split(',').filter(|word| !word.contains('='));
+        for word in words.filter(|word| word.parse::<LevelFilter>().is_err()) {
+            self.refuse("log.level", format!("there is no level {word:?}: use error, warn, info, debug or trace"));
+        }
         if let Err(error) = level.parse::<tracing_subscriber::filter::Targets>() {
             self.refuse("log.level", format!("{level:?}: {error}; use error, warn, info, debug or trace"));
         }

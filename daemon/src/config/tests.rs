@@ -164,6 +164,17 @@ fn listeners_beyond_loopback_need_tls() {
 }
 
 #[test]
+fn a_level_that_is_none_does_not_silence_the_log() {
+    for level in ["warning", "info,verbose", "INFOO"] {
+        let refused = problems(&format!("[log]\nlevel = {level:?}\n"));
+        assert!(refused.starts_with("t.toml:2: log.level: there is no level"), "{refused}");
+    }
+    for level in ["warn", "WARN", "off", "info,nbd=debug", "nbd=debug"] {
+        load_text("t", &format!("[log]\nlevel = {level:?}\n"), Vec::new()).unwrap();
+    }
+}
+
+#[test]
 fn socket_paths_and_modes_are_checked() {
     let long = format!("[daemon]\nadmin = \"unix:/{}\"\n", "a".repeat(107));
     assert!(problems(&long).contains("108 bytes"));
