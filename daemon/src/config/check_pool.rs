@@ -81,6 +81,9 @@ impl Checker<'_> {
         if pool.request_timeout_seconds.is_some_and(|seconds| seconds > 86_400) {
             self.refuse(&format!("{path}.request_timeout_seconds"), "choose at most 86400 seconds; 0 waits for ever");
         }
+        if let Some(Err(error)) = pool.keyring.as_deref().filter(|keyring| keyring.exists()).map(secret::check_secret) {
+            self.refuse(&format!("{path}.keyring"), error);
+        }
         if pool.driver == "s3" {
             self.s3(&path, pool);
         }

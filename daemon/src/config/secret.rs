@@ -14,15 +14,25 @@ const SECRET_MAX: u64 = 1 << 20;
 /// Reads a secret file; refuses one that others can read or write.
 pub fn read_secret(path: &Path) -> Result<String, String> {
     let shown = path.display();
+    let mut text = String::new();
+    open_secret(path)?.take(SECRET_MAX).read_to_string(&mut text).map_err(|error| format!("secret file {shown}: {error}"))?;
+    Ok(text)
+}
+
+/// Refuses a file that others can read or write, for one that a library reads.
+pub fn check_secret(path: &Path) -> Result<(), String> {
+    open_secret(path).map(|_| ())
+}
+
+fn open_secret(path: &Path) -> Result<File, String> {
+    let shown = path.display();
     let file = File::open(path).map_err(|error| format!("secret file {shown}: {error}"))?;
     let metadata = file.metadata().map_err(|error| format!("secret file {shown}: {error}"))?;
     if metadata.mode() & 0o007 != 0 {
         let mode = metadata.mode() & 0o777;
         return Err(format!("secret file {shown} has mode {mode:04o}, so others can reach it: chmod 0600 {shown}"));
     }
-    let mut text = String::new();
-    file.take(SECRET_MAX).read_to_string(&mut text).map_err(|error| format!("secret file {shown}: {error}"))?;
-    Ok(text)
+    Ok(file)
 }
 
 /// The bearer token of the admin API, where there is one.

@@ -197,6 +197,10 @@ fn secrets_stay_out_of_the_file_and_out_of_readable_files() {
     let open = std::os::unix::fs::PermissionsExt::from_mode(0o644);
     std::fs::set_permissions(file.path(), open).unwrap();
     assert!(problems(&text).contains("chmod 0600"));
+    let keyring = |path: &std::path::Path| format!("[pool.c]\ndriver = \"rbd\"\npool = \"p\"\nkeyring = {path:?}\n");
+    let refused = problems(&keyring(file.path()));
+    assert!(refused.starts_with("t.toml:4: pool.c.keyring: ") && refused.contains("chmod 0600"), "{refused}");
+    load_text("t", &keyring(std::path::Path::new("/nowhere/keyring")), Vec::new()).unwrap();
     let config = with("", &[("NOVASTOR_DAEMON__ADMIN_TOKEN", "0123456789abcdef")]).unwrap();
     assert_eq!(admin_token(&config).unwrap().as_deref(), Some("0123456789abcdef"));
 }
