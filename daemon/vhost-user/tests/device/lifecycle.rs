@@ -16,10 +16,14 @@ use crate::frontend::*;
 use crate::{DISK, Server, eventually};
 
 fn slow(delay: Duration) -> Server {
+    slow_on(Arc::new(MemoryDisk::new(DISK, 1)), delay)
+}
+
+fn slow_on(disk: Arc<dyn BlockDevice>, delay: Duration) -> Server {
     let plan = FaultPlan::new(1);
     let rule = |class| FaultRule { class, errors_per_million: 0, errno: Errno::EIO, delay, jitter: Duration::ZERO };
     plan.set(vec![rule(OpClass::Read), rule(OpClass::Write)]);
-    Server::of(Arc::new(Faulty::new(Arc::new(MemoryDisk::new(DISK, 1)), plan)))
+    Server::of(Arc::new(Faulty::new(disk, plan)))
 }
 
 fn offer_writes(frontend: &Frontend, queue: &Queue, count: u16) {
@@ -365,6 +369,26 @@ fn write_through_makes_writes_durable_by_themselves() {
     assert_ne!(set(1, 33), 0, "nothing else can be written");
     assert_eq!(set(1, 32), 0);
     assert_eq!(write(), [Op::Write { fua: false }]);
+}
+
+#[test]
+fn zeroes_are_unmapped_and_made_durable_as_asked() {
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let server = Server::of(Arc::new(Recording { below: MemoryDisk::new(DISK, 1), seen: seen.clone() }));
+    let frontend = Frontend::connect(&server.socket());
+    let mut queue = Queue::new(0, 64);
+    frontend.start(&queue, 0);
+    let mut zero = |flags: u32| {
+        let range = [&u64s(&[8])[..], &u32s(&[8, flags])].concat();
+        assert_eq!(queue.run(&frontend.memory, T_WRITE_ZEROES, 0, Data::Out(&range)), 0);
+        std::mem::take(&mut *seen.lock().unwrap())
+    };
+    let zeroes = |unmap| Op::WriteZeroes { unmap, fua: false, fast: false };
+    assert_eq!(zero(0), [zeroes(false)]);
+    assert_eq!(zero(1), [zeroes(true)]);
+    frontend.must(req::SET_CONFIG, &[&u32s(&[32, 1, 0])[..], &[0]].concat(), &[]);
+    assert_eq!(zero(0), [Op::Flush, zeroes(false), Op::Flush]);
+    assert_eq!(zero(1), [zeroes(true), Op::Flush]);
 }
 
 #[test]
