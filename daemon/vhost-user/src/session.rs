@@ -433,14 +433,16 @@ impl Session {
         if self.features & config::FEATURE_WRITE_CACHE == 0 && !migrating {
             return Err(Refusal::NoWriteCache);
         }
-        self.set_write_through(!write_back);
-        if !write_back {
-            self.flush()?;
+        if write_back {
+            self.set_write_through(false);
+            return Ok(());
         }
-        Ok(())
+        self.with_rings_drained(|session| session.set_write_through(true));
+        self.flush()
     }
 
-    /// A driver that has switched the cache off flushes no more: what was written before must become durable now.
+    /// A driver that has switched the cache off flushes no more: what was written before must become durable now, after the last
+    /// write that was taken as one into the cache has ended.
     fn flush(&self) -> Result<(), Refusal> {
         let (reactor, _) = self.shared.thread_for(0);
         let client = Client::open(&self.shared.volume, reactor).map_err(|error| Refusal::Flush(error.to_string()))?;

@@ -392,6 +392,20 @@ fn zeroes_are_unmapped_and_made_durable_as_asked() {
 }
 
 #[test]
+fn a_write_under_way_is_durable_when_the_cache_is_off() {
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let recording = Recording { below: MemoryDisk::new(DISK, 1), seen: seen.clone() };
+    let server = slow_on(Arc::new(recording), Duration::from_millis(100));
+    let frontend = Frontend::connect(&server.socket());
+    let queue = Queue::new(0, 64);
+    frontend.start(&queue, 0);
+    offer_writes(&frontend, &queue, 1);
+    eventually("the write is taken", || server.export.stats().class(OpClass::Write).in_flight() > 0);
+    frontend.must(req::SET_CONFIG, &[&u32s(&[32, 1, 0])[..], &[0]].concat(), &[]);
+    assert_eq!(*seen.lock().unwrap(), [Op::Write { fua: false }, Op::Flush]);
+}
+
+#[test]
 fn a_driver_that_cannot_flush_gets_durable_writes() {
     let seen = Arc::new(Mutex::new(Vec::new()));
     let server = Server::of(Arc::new(Recording { below: MemoryDisk::new(DISK, 1), seen: seen.clone() }));
