@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use blockdev::stats::{OpClass, OpStats, Stage};
 use blockdev::{CompletionQueue, Errno, HandlerId, Memory, Op, Payload, Reactor, Request, VolumeQueue};
-use smallvec::SmallVec;
+use smallvec::{SmallVec, smallvec};
 
 use super::QueueSetup;
 use crate::chain::{
@@ -19,6 +19,9 @@ use crate::dirty_log::DirtyLog;
 use crate::inflight::InflightLog;
 use crate::memory::Translator;
 use crate::ring::{Ring, RingError, UsedLog};
+
+/// The most heads taken at a time: more would keep the thread's other queues waiting.
+const TAKEN_MAX: u16 = 64;
 
 /// A queue's ring and its requests.
 pub(super) struct Live {
@@ -45,9 +48,11 @@ pub(super) struct Live {
 
 /// A request on its way, by head.
 struct Slot {
-    /// Parts not yet completed; 0 if the slot is free.
-    pending: u32,
+    /// On its way to the volume or in it; otherwise the slot is free.
+    pending: bool,
     class: OpClass,
+    /// Of one without data.
+    op: Op,
     failed: Option<Errno>,
     bytes: u64,
     status: *mut u8,
@@ -55,6 +60,8 @@ struct Slot {
     arrived: Instant,
     /// What a read dirties, while that is logged.
     dirty: SmallVec<[Segment; 2]>,
+    /// Ranges yet to be carried out, the next one last.
+    ranges: SmallVec<[Range; 1]>,
 }
 
 impl Live {
@@ -110,6 +117,7 @@ impl Live {
         self.memory.memory().is_broken() || self.inflight.as_ref().is_some_and(|log| log.area().is_broken())
     }
 
+    /// Takes heads, but not more than [`TAKEN_MAX`]; false if there were none.
     pub(super) fn take_available(&mut self, now: Instant) -> Result<bool, RingError> {
         let count = self.ring.available()?;
         if count == 0 {
@@ -119,7 +127,7 @@ impl Live {
             return Err(RingError::MemoryGone);
         }
         self.ring.disable_notifications();
-        for _ in 0..count {
+        for _ in 0..count.min(TAKEN_MAX) {
             let head = self.ring.pop()?;
             if let Some(log) = &mut self.inflight {
                 log.take(head);
@@ -132,7 +140,7 @@ impl Live {
     /// Starts the request at `head`.
     #[inline]
     pub(super) fn take(&mut self, head: u16, now: Instant) -> Result<(), RingError> {
-        if self.slots[usize::from(head)].pending > 0 {
+        if self.slots[usize::from(head)].pending {
             return Err(RingError::Busy(head));
         }
         let parsed = self.reader.parse(&self.ring, &self.memory, head, self.limits)?;
@@ -145,11 +153,11 @@ impl Live {
                 self.answer(head, STATUS_IOERR, 0);
             }
             Command::Write { offset, len } => self.transfer(head, Op::Write { fua: self.is_write_through() }, offset, len),
-            Command::Flush => self.submit(head, Op::Flush, &[Range { offset: 0, len: 0, unmap: false }]),
-            Command::Discard(ranges) => self.submit(head, Op::Discard, &ranges),
+            Command::Flush => self.submit(head, Op::Flush, smallvec![Range { offset: 0, len: 0, unmap: false }]),
+            Command::Discard(ranges) => self.submit(head, Op::Discard, ranges),
             Command::WriteZeroes(ranges) => {
                 let op = Op::WriteZeroes { unmap: false, fua: self.is_write_through(), fast: false };
-                self.submit(head, op, &ranges);
+                self.submit(head, op, ranges);
             }
             Command::GetId => self.identify(head),
             Command::Refused(status) => self.answer(head, status, 0),
@@ -172,7 +180,7 @@ impl Live {
         if read && self.log.is_some() {
             slot.dirty.extend_from_slice(segments);
         }
-        (slot.pending, slot.class, slot.bytes) = (1, OpClass::from(op), len);
+        (slot.pending, slot.class, slot.bytes) = (true, OpClass::from(op), len);
         self.stats.started(slot.class);
         self.in_flight += 1;
         // SAFETY: the pieces lie in mappings of the guest memory that `owner` keeps mapped, readable and writable.
@@ -181,23 +189,28 @@ impl Live {
         self.volume.submit(Request::new(op, offset, len, Payload::Memory(memory), slot.arrived, &self.completions, token));
     }
 
-    /// A request without data, in one or more ranges.
-    fn submit(&mut self, head: u16, op: Op, ranges: &[Range]) {
+    /// A request without data, in one or more ranges: they are carried out one after another, so that a guest has no more
+    /// requests in the volume than in its ring.
+    fn submit(&mut self, head: u16, op: Op, mut ranges: SmallVec<[Range; 1]>) {
         let slot = &mut self.slots[usize::from(head)];
-        slot.pending = ranges.len() as u32;
-        (slot.class, slot.bytes) = (OpClass::from(op), ranges.iter().map(|range| range.len).sum());
-        let arrived = slot.arrived;
+        slot.pending = true;
+        (slot.op, slot.class, slot.bytes) = (op, OpClass::from(op), ranges.iter().map(|range| range.len).sum());
+        ranges.reverse();
+        slot.ranges = ranges;
         self.stats.started(slot.class);
         self.in_flight += 1;
-        for range in ranges {
-            let op = match op {
-                Op::WriteZeroes { fua, fast, .. } => Op::WriteZeroes { unmap: range.unmap, fua, fast },
-                other => other,
-            };
-            let token = u64::from(head);
-            let request = Request::new(op, range.offset, range.len, Payload::None, arrived, &self.completions, token);
-            self.volume.submit(request);
-        }
+        self.submit_next_range(head);
+    }
+
+    fn submit_next_range(&mut self, head: u16) {
+        let slot = &mut self.slots[usize::from(head)];
+        let Some(Range { offset, len, unmap }) = slot.ranges.pop() else { return };
+        let op = match slot.op {
+            Op::WriteZeroes { fua, fast, .. } => Op::WriteZeroes { unmap, fua, fast },
+            other => other,
+        };
+        let token = u64::from(head);
+        self.volume.submit(Request::new(op, offset, len, Payload::None, slot.arrived, &self.completions, token));
     }
 
     fn identify(&mut self, head: u16) {
@@ -237,12 +250,15 @@ impl Live {
         while let Some(completion) = self.completions.pop() {
             let head = completion.token as u16;
             let slot = &mut self.slots[usize::from(head)];
-            slot.failed = slot.failed.or(completion.result.err());
-            slot.pending -= 1;
-            if slot.pending == 0 {
-                self.in_flight -= 1;
-                self.finish(head, now);
+            slot.failed = completion.result.err();
+            if slot.failed.is_none() && !slot.ranges.is_empty() {
+                self.submit_next_range(head);
+                continue;
             }
+            slot.ranges.clear();
+            slot.pending = false;
+            self.in_flight -= 1;
+            self.finish(head, now);
         }
         !self.batch.is_empty() && self.is_memory_gone()
     }
@@ -278,14 +294,16 @@ impl Live {
 impl Slot {
     fn free(now: Instant) -> Slot {
         Slot {
-            pending: 0,
+            pending: false,
             class: OpClass::Read,
+            op: Op::Flush,
             failed: None,
             bytes: 0,
             status: std::ptr::null_mut(),
             status_guest: 0,
             arrived: now,
             dirty: SmallVec::new(),
+            ranges: SmallVec::new(),
         }
     }
 }

@@ -209,7 +209,8 @@ impl Worker {
         }
     }
 
-    /// Takes what is available; true if there was something.
+    /// Takes some of what is available; true if there was something. Whoever calls it is polling, or polls from then on if there
+    /// was: so what is left is taken without a kick.
     fn process(&self, state: &mut State) -> bool {
         if state.broken || state.stopping.is_some() {
             return false;
@@ -346,7 +347,9 @@ impl Handler for Worker {
     fn timer(&self, _token: u32) {
         let mut state = self.state.borrow_mut();
         if state.live.is_some() && !state.broken {
-            self.process(&mut state);
+            if self.process(&mut state) {
+                self.start_polling(&mut state);
+            }
             self.reactor.set_timer(self.id, self.reactor.now() + LOOK_INTERVAL, LOOK);
         }
     }

@@ -405,6 +405,44 @@ fn a_write_under_way_is_durable_when_the_cache_is_off() {
     assert_eq!(*seen.lock().unwrap(), [Op::Write { fua: false }, Op::Flush]);
 }
 
+fn ranges(count: u64) -> Vec<u8> {
+    (0..count).flat_map(|number| [&u64s(&[8 * number])[..], &u32s(&[8, 0])].concat()).collect()
+}
+
+#[test]
+fn ranges_are_discarded_one_after_another_until_one_fails() {
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let recording = Recording { below: MemoryDisk::new(DISK, 1), seen: seen.clone() };
+    let plan = FaultPlan::new(1);
+    let server = Server::of(Arc::new(Faulty::new(Arc::new(recording), plan.clone())));
+    let frontend = Frontend::connect(&server.socket());
+    let mut queue = Queue::new(0, 64);
+    frontend.start(&queue, 0);
+    assert_eq!(queue.run(&frontend.memory, T_DISCARD, 0, Data::Out(&ranges(32))), 0);
+    assert_eq!(*seen.lock().unwrap(), [Op::Discard; 32]);
+    let (class, errno) = (OpClass::Discard, Errno::EIO);
+    let rule = FaultRule { class, errors_per_million: 1_000_000, errno, delay: Duration::ZERO, jitter: Duration::ZERO };
+    plan.set(vec![rule]);
+    assert_eq!(queue.run(&frontend.memory, T_DISCARD, 0, Data::Out(&ranges(32))), 1);
+    assert_eq!(plan.injected(), 1, "nothing came after the first that failed");
+    plan.set(Vec::new());
+    assert_eq!(queue.run(&frontend.memory, T_DISCARD, 0, Data::Out(&ranges(1))), 0);
+    assert_eq!(seen.lock().unwrap().len(), 33, "and nothing of it is left over");
+    frontend.stop(0);
+    assert_eq!(queue.used_index(&frontend.memory), 3, "each was answered once");
+}
+
+#[test]
+fn one_kick_is_enough_for_a_long_ring() {
+    let server = Server::start();
+    let frontend = Frontend::connect(&server.socket());
+    let queue = Queue::new(0, 512);
+    frontend.start(&queue, 0);
+    offer_writes(&frontend, &queue, 150);
+    eventually("all are done", || queue.used_index(&frontend.memory) == 150);
+    assert!((0..150).all(|number| queue.status(&frontend.memory, 3 * number) == 0));
+}
+
 #[test]
 fn a_driver_that_cannot_flush_gets_durable_writes() {
     let seen = Arc::new(Mutex::new(Vec::new()));
