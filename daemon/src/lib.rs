@@ -20,4 +20,5 @@ pub mod exports;
 pub mod image;
 pub mod metrics;
 pub mod names;
+pub mod quoting;
 pub mod units;

@@ -279,6 +279,8 @@ fn an_import_survives_the_end_of_both_sides() -> Result<()> {
     ensure!(error.contains("the same command resumes it"), "{error}");
 
     bench.daemon.start()?;
+    bench.refused(&arguments, 2, "is resumed at")?;
+    let arguments = [&arguments[..], &["--yes"]].concat();
     let mut child = stop_when(&bench, &arguments, || running_job(&bench).is_ok())?;
     let job = running_job(&bench)?;
     child.signal(Signal::KILL)?;
@@ -339,6 +341,6 @@ fn a_cancelled_job_ends_the_copy() -> Result<()> {
     }
     child.signal(Signal::CONT)?;
     ensure!(child.wait(LIMIT)?.code() == Some(1));
-    bench.json(&arguments)?;
+    bench.json(&[&arguments[..], &["--yes"]].concat())?;
     bench.compare("v", "raw", "big.raw")
 }

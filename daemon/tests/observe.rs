@@ -237,13 +237,14 @@ fn doctor_finds_low_limits_and_wrong_places() -> Result<()> {
     let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
     let port = taken.local_addr()?.port();
     daemon.configure(&format!(
-        "[daemon]\ndata_dir = \"{{disk}}/data\"\nadmin = \"unix:{{dir}}/none/admin.sock\"\nmetrics = \"127.0.0.1:{port}\"\n\
-         nbd = []\nsocket_group = \"no-such-group\"\n[pool.local]\ndriver = \"file\"\npath = \"{{dir}}/novastor.toml/pool\"\n"
+        "[daemon]\ndata_dir = \"{{disk}}/data\"\nadmin = \"unix:{{dir}}/novastor.toml/admin.sock\"\nmetrics = \"127.0.0.1:{port}\"\n\
+         nbd = [\"unix:{{dir}}/made/nbd.sock\"]\nsocket_group = \"no-such-group\"\n[pool.local]\ndriver = \"file\"\npath = \"{{dir}}/novastor.toml/pool\"\n"
     ))?;
     let (status, wrong) = doctor(&[], Some(&daemon.config_file()))?;
     ensure!(status == Some(1), "{wrong:?}");
+    ensure!(wrong["NBD"].0 == "ok" && wrong["NBD"].1.contains("can be made, with its folder"), "{wrong:?}");
     for (what, words) in
-        [("admin socket", "mkdir -p"), ("metrics", "is taken"), ("socket group", "groupadd"), ("pool local", "no folder")]
+        [("admin socket", "Not a directory"), ("metrics", "is taken"), ("socket group", "groupadd"), ("pool local", "no folder")]
     {
         let (state, said) = wrong.get(what).with_context(|| format!("{what}: {wrong:?}"))?;
         ensure!(state == "fail" && said.contains(words), "{what}: {state} {said}");

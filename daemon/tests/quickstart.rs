@@ -104,7 +104,7 @@ fn an_ordinary_user_runs_it_and_pastes_its_lines() {
         std::os::unix::fs::chown(folder.path(), Some(NOBODY), Some(NOBODY)).unwrap();
     }
     let mut child = as_ordinary_user(&novastor, folder.path())
-        .args(["quickstart", "--size", "64M"])
+        .args(["quickstart", "--size", "64M", "--folder", "my disks, all"])
         .stdout(Stdio::piped())
         .stderr(std::fs::File::create(folder.path().join("log")).unwrap())
         .spawn()

@@ -41,6 +41,9 @@ fn a_bad_configuration_names_file_line_and_nearest_key() {
     let (status, text) = status_of(&["config", "check", &file]);
     assert_eq!(status, 1);
     assert!(text.contains(&expected), "{text}");
+    let (status, text) = status_of(&["config", "check", &file, "--json"]);
+    let body: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!((status, &body["error"]["kind"]), (1, &serde_json::json!("invalid")), "{text}");
     assert!(!daemon.path("data").exists(), "a bad configuration touches nothing");
 }
 

@@ -60,6 +60,7 @@ pub fn start(daemon: &Arc<Daemon>) -> Result<Servers> {
         Address::Unix(path) => {
             let path = std::path::absolute(path).map_err(|error| Error::io(path.display(), &error))?;
             let rules = SocketRules { mode: 0o600, group: None, ..SocketRules::from_config(&config) };
+            daemon.listeners().ensure_private(&path)?;
             let (listener, hold) = daemon.listeners().open_unix(&path, &rules)?;
             servers.holds.push(hold);
             tracing::info!("admin API: listening on {address}");

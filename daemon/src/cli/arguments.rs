@@ -18,7 +18,8 @@ pub struct Arguments {
 
 #[derive(Args)]
 pub struct Global {
-    /// Where the daemon's admin API is: unix:PATH, http://HOST:PORT or https://HOST:PORT
+    /// Where the daemon's admin API is: unix:PATH, http://HOST:PORT or https://HOST:PORT [default: /run/novastor/admin.sock, or
+    /// ./novastor-data/run/admin.sock if that is the caller's own]
     #[arg(long, global = true, env = "NOVASTOR_ADMIN", value_name = "ADDRESS")]
     pub admin: Option<String>,
     /// The file with the API's token, for http and https

@@ -14,6 +14,7 @@ use crate::api::types::{JobState, Status, TransferCreate, VolumeCreate, VolumeIn
 use crate::client::{Client, encode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, Disk, Format, OpenError, Pass, Record, Source, Volume};
+use crate::quoting;
 use crate::units::{format_size, now_unix};
 
 /// The size of a new volume is a multiple of this.
@@ -134,7 +135,13 @@ impl Import<'_> {
         let earlier = earlier.filter(|earlier| earlier.is_of(&source, image.format, target.size()));
         let resumed_from = earlier.map(|earlier| earlier.position);
         let pass = match resumed_from {
-            Some(_) => Pass::Write,
+            Some(position) => {
+                let at = format_size(position);
+                let question =
+                    format!("The import into volume {name} is resumed at {at}: it replaces all that was written since.");
+                self.context.output.confirm(self.yes, &question)?;
+                Pass::Write
+            }
             None if is_new || is_empty(&target)? => Pass::WriteNew,
             None => {
                 let question = format!("Volume {name} is not empty: the import replaces all of it.");
@@ -192,8 +199,9 @@ impl Import<'_> {
                 let uri = nbd_uri(client, &self.volume);
                 Error::unsupported(format!(
                     "image {file}: {why}; once volume {0} exists and is exported (`novastor volume create {0} --size SIZE`, \
-                     `novastor export add {0} --nbd`), copy it with: qemu-img convert -p -n -f {format} -O raw {file} '{uri}'",
-                    self.volume
+                     `novastor export add {0} --nbd`), copy it with: qemu-img convert -p -n -f {format} -O raw {1} '{uri}'",
+                    quoting::shell(&self.volume),
+                    quoting::shell(&file.to_string())
                 ))
             }
         }
@@ -216,8 +224,9 @@ impl Export<'_> {
             let (uri, file) = (nbd_uri(&client, &self.volume), self.file.display());
             return Err(Error::unsupported(format!(
                 "image {file}: vmdk images are not written here; export the volume (`novastor export add {} --nbd --read-only`) \
-                 and copy it with: qemu-img convert -p -O vmdk '{uri}' {file}",
-                self.volume
+                 and copy it with: qemu-img convert -p -O vmdk '{uri}' {}",
+                quoting::shell(&self.volume),
+                quoting::shell(&file.to_string())
             ))
             .into());
         }
@@ -327,7 +336,7 @@ fn nbd_uri(client: &Client, volume: &str) -> String {
     let name = volume.split_once('/').map_or(volume, |(_, name)| name);
     let status: Option<Status> = client.get("/v1/status").ok();
     let socket = status.and_then(|status| status.nbd.iter().find_map(|address| address.strip_prefix("unix:").map(str::to_owned)));
-    format!("nbd+unix:///{name}?socket={}", socket.as_deref().unwrap_or("/run/novastor/nbd.sock"))
+    quoting::nbd_unix_uri(name, Path::new(socket.as_deref().unwrap_or("/run/novastor/nbd.sock")))
 }
 
 fn begin(context: &Context, volume: &str, (direction, take_over): (&str, bool), file: &Path, total: u64) -> Result<Transfer> {

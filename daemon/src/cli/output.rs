@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::arguments::Usage;
 use crate::api::reply::{ErrorBody, Listed};
 use crate::api::types::Unanswered;
+use crate::config::ConfigError;
 use crate::error::{Error, ErrorKind};
 
 /// A list was printed that is not complete.
@@ -85,7 +86,7 @@ fn body_of(error: &anyhow::Error) -> ErrorBody {
         return ErrorBody { error: error.clone(), unanswered: unanswered.clone() };
     }
     let own = error.downcast_ref::<Error>().cloned();
-    let kind = if error.is::<Usage>() { ErrorKind::Invalid } else { ErrorKind::Io };
+    let kind = if error.is::<Usage>() || error.is::<ConfigError>() { ErrorKind::Invalid } else { ErrorKind::Io };
     ErrorBody { error: own.unwrap_or_else(|| Error::new(kind, format!("{error:#}"))), unanswered: Vec::new() }
 }
 

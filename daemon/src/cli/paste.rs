@@ -5,6 +5,7 @@ use std::process::{Command, Stdio};
 use serde::Serialize;
 
 use crate::api::types::{ExportInfo, Protocol};
+use crate::quoting;
 
 /// An export with the lines to paste.
 #[derive(Serialize)]
@@ -85,22 +86,29 @@ fn vhost_user(path: &str, read_only: bool, qemu: Option<(u32, u32)>) -> Vec<Line
             &found,
             format!(
                 "-object memory-backend-memfd,id=mem0,size=1G,share=on -m 1G -machine q35,memory-backend=mem0 \\\n\
-                 -chardev socket,id=disk0,path={path},{} \\\n\
+                 -chardev {} \\\n\
                  -device vhost-user-blk-pci,chardev=disk0,num-queues=1",
-                reconnect(qemu)
+                quoting::shell(&format!("socket,id=disk0,path={},{}", quoting::qemu(path), reconnect(qemu)))
             ),
         ),
         line(
             "cloud-hypervisor",
-            format!("--memory size=1G,shared=on \\\n--disk vhost_user=on,socket={path},num_queues=1,queue_size=128{access}"),
+            format!(
+                "--memory size=1G,shared=on \\\n--disk {}",
+                quoting::shell(&format!(
+                    "vhost_user=on,socket={},num_queues=1,queue_size=128{access}",
+                    quoting::cloud_hypervisor(path)
+                ))
+            ),
         ),
         line(
             "libvirt",
             format!(
                 "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>\n\
                  <disk type='vhostuser' device='disk'>\n  <driver name='qemu' type='raw'/>\n  \
-                 <source type='unix' path='{path}'><reconnect enabled='yes' timeout='1'/></source>\n  \
-                 <target dev='vda' bus='virtio'/>\n</disk>"
+                 <source type='unix' path='{}'><reconnect enabled='yes' timeout='1'/></source>\n  \
+                 <target dev='vda' bus='virtio'/>\n</disk>",
+                quoting::xml(path)
             ),
         ),
     ]
@@ -111,8 +119,8 @@ fn nbd(uri: &str, read_only: bool) -> Vec<Line> {
     let tls = Tls::of(uri);
     let (client, server) = match parts(uri) {
         (Place::Unix(path), name) => (
-            format!("nbd-client -unix {path} -name {name} /dev/nbd0"),
-            format!("file.server.type=unix,file.server.path={path},file.export={name}"),
+            format!("nbd-client -unix {} -name {} /dev/nbd0", quoting::shell(&path), quoting::shell(&name)),
+            format!("file.server.type=unix,file.server.path={},file.export={name}", quoting::qemu(&path)),
         ),
         (Place::Tcp { host, port }, name) => (
             format!("nbd-client {host} {port} -name {name}{} /dev/nbd0", tls.nbd_client),
@@ -123,8 +131,12 @@ fn nbd(uri: &str, read_only: bool) -> Vec<Line> {
         line(
             "qemu",
             format!(
-                "{}-drive if=virtio,format=raw,cache=none,discard=unmap,file.driver=nbd,{server}{},file.reconnect-delay=60{access}",
-                tls.qemu_object, tls.qemu_drive
+                "{}-drive {}",
+                tls.qemu_object,
+                quoting::shell(&format!(
+                    "if=virtio,format=raw,cache=none,discard=unmap,file.driver=nbd,{server}{},file.reconnect-delay=60{access}",
+                    tls.qemu_drive
+                ))
             ),
         ),
         line("nbd-client", client),
@@ -168,19 +180,19 @@ impl Tls {
 }
 
 enum Place<'a> {
-    Unix(&'a str),
+    Unix(String),
     Tcp { host: &'a str, port: &'a str },
 }
 
-fn parts(uri: &str) -> (Place<'_>, &str) {
+fn parts(uri: &str) -> (Place<'_>, String) {
     let rest = uri.split_once("://").map_or(uri, |(_, rest)| rest);
     let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
     match path.split_once("?socket=") {
-        Some((name, socket)) => (Place::Unix(socket), name),
+        Some((name, socket)) => (Place::Unix(quoting::from_uri(socket)), quoting::from_uri(name)),
         None => {
             let (host, port) = host.rsplit_once(':').unwrap_or((host, "10809"));
             let name = path.split_once('?').map_or(path, |(name, _)| name);
-            (Place::Tcp { host: host.trim_matches(['[', ']']), port }, name)
+            (Place::Tcp { host: host.trim_matches(['[', ']']), port }, quoting::from_uri(name))
         }
     }
 }
@@ -207,6 +219,26 @@ mod tests {
         let lines = nbd("nbd://[::1]:10809/demo", true);
         assert!(lines[0].text.contains("file.server.host=::1,file.server.port=10809"), "{lines:?}");
         assert!(lines[0].text.ends_with("readonly=on"));
+    }
+
+    #[test]
+    fn unusual_paths_are_quoted_as_each_tool_reads_them() {
+        let lines = vhost_user("/my 'd', x/v.sock", false, Some((10, 0)));
+        assert!(
+            lines[0].text.contains(r"-chardev 'socket,id=disk0,path=/my '\''d'\'',, x/v.sock,reconnect-ms=100' \"),
+            "{lines:?}"
+        );
+        assert!(lines[1].text.contains("socket=\"/my '\\''d'\\'', x/v.sock\",num_queues=1"), "{lines:?}");
+        assert!(
+            lines[2].text.contains("<source type='unix' path='/my &apos;d&apos;, x/v.sock'><reconnect enabled='yes'"),
+            "{lines:?}"
+        );
+        let usual = vhost_user("/run/v.sock", false, Some((10, 0)));
+        assert!(usual[2].text.starts_with("<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>\n"));
+        assert!(usual[2].text.contains("<disk type='vhostuser' device='disk'>") && !usual[0].text.contains('\''), "{usual:?}");
+        let lines = nbd("nbd+unix:///demo?socket=/my%20d%2C/n.sock", false);
+        assert!(lines[0].text.starts_with("-drive 'if=virtio,") && lines[0].text.contains("path=/my d,,/n.sock,"), "{lines:?}");
+        assert_eq!(lines[1].text, "nbd-client -unix '/my d,/n.sock' -name demo /dev/nbd0");
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::daemon::data_dir::{DataDir, replace_file};
 use crate::daemon::listeners::Listeners;
 use crate::daemon::{Daemon, serve};
 use crate::error::ErrorKind;
+use crate::quoting;
 
 const VOLUME: &str = "local/demo";
 const NBD_PORT: u16 = 10809;
@@ -140,13 +141,13 @@ fn prepare(daemon: &Arc<Daemon>, size: u64, vhost_user: &Path) -> anyhow::Result
 
 fn welcome(daemon: &Daemon, file: &Path, exports: Vec<ExportInfo>) -> String {
     let uri = exports.iter().flat_map(|export| export.uris.iter()).find(|uri| uri.starts_with("nbd+unix:")).cloned();
-    let admin = daemon.config().daemon.admin.clone();
+    let admin = quoting::shell(&daemon.config().daemon.admin);
     let mut lines: Vec<Line> = exports.into_iter().flat_map(|export| WithLines::new(export).lines).collect();
     if let Some(uri) = uri {
         lines.push(Line {
             tool: "fio".to_owned(),
             text: format!(
-                "fio --name=demo --ioengine=nbd --uri='{uri}' --rw=randrw --bs=4k --iodepth=32 --size=1G \\\n\
+                "fio --name=demo --ioengine=nbd --uri='{uri}' --rw=randread --bs=4k --iodepth=32 --size=1G \\\n\
                  --time_based --runtime=10"
             ),
         });

@@ -1,6 +1,7 @@
 //! The command line's way to the admin API: over a unix socket, TCP, or TLS.
 
 use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,8 +18,9 @@ use crate::api::reply::{ErrorBody, IncompleteBody, Listed};
 use crate::config::read_secret;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Where the daemon listens when nothing else is said, first found first: the system's, and that of `novastor quickstart`.
-pub const DEFAULT_SOCKETS: [&str; 2] = ["/run/novastor/admin.sock", "novastor-data/run/admin.sock"];
+/// Where the daemon listens when nothing else is said: the system's, and if that is not there the one of `novastor quickstart`.
+const SYSTEM_SOCKET: &str = "/run/novastor/admin.sock";
+const OWN_SOCKET: &str = "novastor-data/run/admin.sock";
 
 /// An address of the admin API.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,14 +39,11 @@ pub struct Client {
 }
 
 impl Client {
-    /// `admin`: `unix:PATH`, `http://HOST:PORT` or `https://HOST:PORT`; by default the first default socket there is.
+    /// `admin`: `unix:PATH`, `http://HOST:PORT` or `https://HOST:PORT`; by default the system's socket, or the caller's own below the current folder.
     pub fn new(admin: Option<&str>, token_file: Option<&Path>, ca: Option<&Path>) -> Result<Client> {
         let target = match admin {
             Some(text) => parse(text)?,
-            None => {
-                let found = DEFAULT_SOCKETS.iter().map(Path::new).find(|path| path.exists());
-                Target::Unix(found.unwrap_or(Path::new(DEFAULT_SOCKETS[0])).to_owned())
-            }
+            None => Target::Unix(default_socket(Path::new(SYSTEM_SOCKET), Path::new(OWN_SOCKET))?),
         };
         let token = token_file.map(|path| read_secret(path).map_err(Error::invalid)).transpose()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -164,6 +163,25 @@ impl Client {
     }
 }
 
+/// Whoever may write to the current folder could have put a daemon of theirs there: only one of the caller's own is talked to.
+fn default_socket(system: &Path, own: &Path) -> Result<PathBuf> {
+    if system.exists() || own.symlink_metadata().is_err() {
+        return Ok(system.to_owned());
+    }
+    let caller = rustix::process::geteuid().as_raw();
+    let folders = own.ancestors().skip(1).filter(|folder| !folder.as_os_str().is_empty()).take(2);
+    let is_callers = |path: &Path| {
+        path.symlink_metadata().is_ok_and(|metadata| !metadata.file_type().is_symlink() && metadata.uid() == caller)
+    };
+    if std::iter::once(own).chain(folders).all(is_callers) {
+        return Ok(own.to_owned());
+    }
+    Err(Error::invalid(format!(
+        "the daemon's socket {} and its folders are not all your own: if that daemon is meant, say --admin unix:{0}",
+        own.display()
+    )))
+}
+
 fn understood<T: DeserializeOwned>(status: StatusCode, bytes: &[u8]) -> Result<T> {
     if status.is_success() {
         return serde_json::from_slice(bytes).map_err(|error| {
@@ -235,6 +253,23 @@ mod tests {
         assert_eq!(parse("http://[::1]:80").unwrap(), Target::Plain("[::1]:80".into()));
         assert_eq!(parse("https://h").unwrap(), Target::Tls("h:443".into()));
         assert!(parse("h:1").is_err() && parse("unix:").is_err());
+    }
+
+    #[test]
+    fn a_socket_of_somebody_else_is_not_talked_to_unasked() {
+        let folder = tempfile::tempdir().unwrap();
+        let (system, data) = (folder.path().join("system.sock"), folder.path().join("data"));
+        let own = data.join("run/admin.sock");
+        assert_eq!(default_socket(&system, &own).unwrap(), system);
+        std::fs::create_dir_all(data.join("run")).unwrap();
+        let _listener = std::os::unix::net::UnixListener::bind(&own).unwrap();
+        assert_eq!(default_socket(&system, &own).unwrap(), own);
+        std::fs::rename(&data, folder.path().join("elsewhere")).unwrap();
+        std::os::unix::fs::symlink("elsewhere", &data).unwrap();
+        let error = default_socket(&system, &own).unwrap_err();
+        assert!(error.message.contains("--admin"), "{error}");
+        std::fs::write(&system, "").unwrap();
+        assert_eq!(default_socket(&system, &own).unwrap(), system);
     }
 
     #[test]

@@ -11,7 +11,6 @@ use super::check_pool::DRIVERS;
 use super::load::{Places, Problem, line_of};
 use super::model::{Config, DaemonConfig, ExportConfig, NbdTarget, PolicyConfig};
 use super::secret;
-use crate::daemon::sockets::group_id;
 use crate::exports::{ExportSpec, load_tls};
 use crate::names::VolumeRef;
 use crate::units::parse_size;
@@ -204,9 +203,6 @@ impl Checker<'_> {
             self.refuse("daemon.data_dir", "is empty: name the folder for what belongs to this host");
         }
         self.mode("daemon.socket_mode", &daemon.socket_mode);
-        if let Some(Err(error)) = daemon.socket_group.as_deref().map(group_id) {
-            self.refuse("daemon.socket_group", error.message);
-        }
         self.log_size(daemon);
         if !(1..=256).contains(&daemon.threads) {
             self.refuse("daemon.threads", format!("{} data-plane threads: choose 1 to 256", daemon.threads));

@@ -12,6 +12,7 @@
 
 use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
@@ -23,7 +24,7 @@ use rustix::net::Shutdown;
 use super::sockets::{SocketFile, SocketRules, listen_tcp, listen_unix};
 use super::systemd::{self, PassedSocket};
 use crate::config::Address;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Before the names of sockets that this daemon had kept.
 const MARK: &str = "novastor";
@@ -67,6 +68,23 @@ impl Listeners {
     /// Adds a socket that was opened elsewhere.
     pub fn add(&self, address: &Address, socket: OwnedFd) {
         self.passed.lock().push(Passed { key: key_of(address), socket, name: None, file: None });
+    }
+
+    /// Refuses a socket unit's socket that others than its owner can reach: it is taken as it is, and systemd lets everybody in by default.
+    pub fn ensure_private(&self, path: &Path) -> Result<()> {
+        let key = key_of(&Address::Unix(path.to_owned()));
+        if !self.passed.lock().iter().any(|passed| passed.key == key && passed.name.is_none()) {
+            return Ok(());
+        }
+        let shown = path.display();
+        let metadata = std::fs::symlink_metadata(path).map_err(|error| Error::io(format!("socket {shown}"), &error))?;
+        let mode = metadata.mode() & 0o777;
+        if mode & !0o600 == 0 {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "socket {shown} refused: its socket unit gave it mode {mode:04o}: add SocketMode=0600 to that unit"
+        )))
     }
 
     /// Listens on a unix socket: on one that was passed, or on a new one.
@@ -284,6 +302,22 @@ mod tests {
         pass(&listeners, &name_of(&address, Some(&file)), &address, earlier.into());
         let (_listener, _hold) = listeners.open_unix(&path, &rules(folder.path())).unwrap();
         assert!(std::os::unix::net::UnixStream::connect(&path).is_ok());
+    }
+
+    #[test]
+    fn a_socket_units_socket_that_others_can_reach_is_not_private() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.sock");
+        let (socket, _) = listen_unix(&path, &rules(folder.path())).unwrap();
+        let listeners = Listeners::default();
+        pass(&listeners, "novastor.socket", &Address::Unix(path.clone()), socket.into());
+        listeners.ensure_private(&path).unwrap();
+        for mode in [0o666, 0o660, 0o604] {
+            std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+            let refused = listeners.ensure_private(&path).unwrap_err();
+            assert!(refused.message.contains("add SocketMode=0600"), "{refused}");
+        }
+        listeners.ensure_private(&folder.path().join("other.sock")).unwrap();
     }
 
     #[test]

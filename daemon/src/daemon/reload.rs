@@ -133,7 +133,8 @@ mod tests {
             faults: _,
         } = DaemonConfig::default();
         let old = Config::default();
-        let changes: [(&str, fn(&mut DaemonConfig)); 15] = [
+        type Change = fn(&mut DaemonConfig);
+        let changes: [(&str, Change); 15] = [
             ("data_dir", |daemon| daemon.data_dir = "/other".into()),
             ("log_size", |daemon| daemon.log_size = "2GiB".to_owned()),
             ("admin", |daemon| daemon.admin = "unix:/other".to_owned()),

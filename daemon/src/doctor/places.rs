@@ -91,6 +91,11 @@ fn socket(what: &str, path: &Path, daemon_runs: bool) -> Finding {
         return Finding::fail(what, why, "choose a shorter path");
     }
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // The daemon makes the last folder, and no more.
+    let may_make = |error: std::io::Error| error.kind() == ErrorKind::NotFound && folder.parent().is_some_and(may_write);
+    if fs::symlink_metadata(folder).is_err_and(may_make) {
+        return Finding::ok(what, format!("{shown} can be made, with its folder"));
+    }
     if let Err(error) = fs::metadata(folder) {
         return Finding::fail(what, format!("the folder of {shown}: {error}"), format!("mkdir -p {}", folder.display()));
     }
@@ -206,7 +211,8 @@ mod tests {
         fs::remove_file(&path).unwrap();
         fs::write(&path, "").unwrap();
         assert!(socket("x", &path, false).finding.contains("no socket"));
-        assert_eq!(socket("x", &folder.path().join("none/a.sock"), false).state, State::Fail);
+        assert_eq!(socket("x", &folder.path().join("none/a.sock"), false).state, State::Ok);
+        assert_eq!(socket("x", &folder.path().join("none/none/a.sock"), false).state, State::Fail);
         assert_eq!(socket("x", &folder.path().join("a".repeat(200)), false).state, State::Fail);
     }
 

@@ -247,7 +247,7 @@ fn absolute(address: Address) -> Address {
 fn uri(address: &Address, name: &str, asks: Asks) -> String {
     let server = || address.for_clients().host_port().unwrap_or_default();
     match (address, asks) {
-        (Address::Unix(path), _) => format!("nbd+unix:///{name}?socket={}", path.display()),
+        (Address::Unix(path), _) => crate::quoting::nbd_unix_uri(name, path),
         (Address::Tcp { .. }, Asks::Nothing) => format!("nbd://{}/{name}", server()),
         (Address::Tcp { .. }, Asks::Tls) => format!("nbds://{}/{name}", server()),
         (Address::Tcp { .. }, Asks::Certificate) => format!("nbds://{}/{name}?tls-certificates=DIR", server()),
