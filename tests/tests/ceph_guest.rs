@@ -81,6 +81,6 @@ fn without_ceph_the_daemon_serves_the_rest_and_says_what_is_missing() -> Result<
     ensure!(pool["ok"] == false && detail.contains("librbd.so.1") && detail.contains("install the package librbd1"), "{pool}");
     println!("{detail}");
     daemon.create_volume("local/disk", "64M")?;
-    Fio::nbd(&daemon.export_nbd("disk")?).verify(0, 4).run(LIMIT)?;
+    Fio::nbd(&daemon.export_nbd("local/disk")?).verify(0, 4).run(LIMIT)?;
     daemon.stop()
 }
