@@ -122,6 +122,30 @@ fn what_was_done_is_scraped() -> Result<()> {
 }
 
 #[test]
+fn an_export_that_is_not_served_is_seen() -> Result<()> {
+    let mut daemon = Daemon::new("[[export]]\nvolume = \"local/v\"\nnbd = true")?;
+    daemon.start()?;
+    let labels = [("volume", "local/v"), ("protocol", "nbd")];
+    let series = parse(&scrape(&daemon)?)?;
+    ensure!(
+        value(&series, "novastor_export_ready", &labels)? == 0.0 && value(&series, "novastor_export_problem", &labels)? == 1.0
+    );
+    ensure!(value(&series, "novastor_export_clients", &labels).is_err());
+    let text = daemon.cli(["top", "--once"])?;
+    ensure!(text.contains("NOT SERVED") && text.contains("local/v"), "{text}");
+
+    daemon.cli(["volume", "create", "local/v", "--size", "64M"])?;
+    daemon.wait_until_served()?;
+    let series = parse(&scrape(&daemon)?)?;
+    ensure!(
+        value(&series, "novastor_export_ready", &labels)? == 1.0 && value(&series, "novastor_export_clients", &labels)? == 0.0
+    );
+    ensure!(value(&series, "novastor_export_problem", &labels).is_err());
+    ensure!(!daemon.cli(["top", "--once"])?.contains("NOT SERVED"));
+    Ok(())
+}
+
+#[test]
 fn top_shows_a_sample() -> Result<()> {
     let mut daemon = Daemon::new("")?;
     daemon.start()?;

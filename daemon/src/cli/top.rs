@@ -40,7 +40,16 @@ fn frame(report: &StatsReport) -> String {
     };
     let pools = table(POOL_HEAD, report.pools.iter().map(pool_row));
     let head = format!("{} · {:.1} s", report.node, report.interval_ms as f64 / 1e3);
-    format!("{head}\n\n{volumes}\n\n{pools}")
+    let parts = [Some(head), Some(volumes), exports_away(report), Some(pools)];
+    parts.into_iter().flatten().collect::<Vec<_>>().join("\n\n")
+}
+
+/// Exports that accept no clients, and why.
+fn exports_away(report: &StatsReport) -> Option<String> {
+    let away = report.exports.iter().filter(|export| !export.ready);
+    let rows: Vec<_> =
+        away.map(|export| [export.export.clone(), export.volume.clone(), export.error.clone().unwrap_or_default()]).collect();
+    (!rows.is_empty()).then(|| table(["EXPORT", "VOLUME", "NOT SERVED"], rows))
 }
 
 const VOLUME_HEAD: [&str; 18] = [
@@ -183,8 +192,20 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_without_volumes_says_so() {
-        let report = StatsReport { node: "n".to_owned(), interval_ms: 1000, volumes: vec![], exports: vec![], pools: vec![] };
+    fn a_frame_without_volumes_says_so_and_which_exports_are_not_served() {
+        let mut report = StatsReport { node: "n".to_owned(), interval_ms: 1000, volumes: vec![], exports: vec![], pools: vec![] };
         assert!(frame(&report).contains("no volume is open"));
+        assert!(!frame(&report).contains("NOT SERVED"));
+        report.exports.push(ExportStats {
+            export: "3".to_owned(),
+            volume: "p/away".to_owned(),
+            ready: false,
+            error: Some("no such file".to_owned()),
+            clients: 0,
+            operations: BTreeMap::new(),
+        });
+        let frame = frame(&report);
+        let row = frame.lines().find(|line| line.contains("p/away")).unwrap();
+        assert!(frame.contains("NOT SERVED") && row.contains("no such file"), "{frame}");
     }
 }

@@ -89,6 +89,15 @@ struct Running {
     lease: Lease,
 }
 
+/// What an export does at a moment.
+pub struct ExportSample {
+    pub id: String,
+    pub volume: String,
+    pub protocol: Protocol,
+    /// Clients attached and what they did, or why it does not accept any.
+    pub activity: std::result::Result<(usize, Snapshot), String>,
+}
+
 impl Exports {
     /// Reads the list; nothing runs yet.
     pub fn load(data_dir: Arc<DataDir>, nbd: NbdFrontEnd) -> Result<Exports> {
@@ -276,15 +285,19 @@ impl Exports {
         }
     }
 
-    /// Statistics of those that run.
-    pub fn stats(&self) -> Vec<(ExportRecord, usize, Snapshot)> {
+    /// What each does, or why it does not run.
+    pub fn samples(&self) -> Vec<ExportSample> {
         let table = self.table.lock();
-        let running = table.entries.values().filter_map(|entry| Some((entry, entry.running.as_ref()?)));
-        let stats = running.map(|(entry, running)| {
-            let front_end = &running.front_end;
-            (entry.record.clone(), front_end.clients().len(), front_end.stats())
-        });
-        stats.collect()
+        let sample = |entry: &Entry| ExportSample {
+            id: entry.record.id.clone(),
+            volume: entry.record.spec.volume.clone(),
+            protocol: entry.record.spec.protocol,
+            activity: match &entry.running {
+                Some(running) => Ok((running.front_end.clients().len(), running.front_end.stats())),
+                None => Err(entry.why_not().unwrap_or_else(|| "it is being started".to_owned())),
+            },
+        };
+        table.entries.values().map(sample).collect()
     }
 
     /// Ids of the exports of a volume and of its snapshots, running or not.
@@ -346,7 +359,7 @@ impl Exports {
             group: spec.group,
             tls_allow: spec.tls_allow,
             ready: running.is_some(),
-            error: entry.error.clone().or_else(|| taken_over.clone()),
+            error: entry.why_not(),
             problem: taken_over,
             clients: running.map(|running| running.front_end.clients()).unwrap_or_default(),
         }
@@ -354,6 +367,11 @@ impl Exports {
 }
 
 impl Entry {
+    /// Why it does not run.
+    fn why_not(&self) -> Option<String> {
+        self.error.clone().or_else(|| self.record.told_taken_over().filter(|_| self.running.is_none()))
+    }
+
     fn volume(&self) -> Result<VolumeId> {
         let volume: crate::names::VolumeRef = self.record.spec.volume.parse()?;
         Ok(VolumeId { pool: volume.pool.unwrap_or_default(), name: volume.name, snapshot: volume.snapshot })

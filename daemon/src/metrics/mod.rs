@@ -16,8 +16,9 @@ use std::time::Instant;
 use backends::EngineUse;
 use blockdev::stats::Snapshot;
 
-use crate::api::types::{PoolInfo, Protocol};
+use crate::api::types::PoolInfo;
 use crate::daemon::Daemon;
+use crate::exports::ExportSample;
 pub use report::{ExportStats, OpStats, PoolStats, StatsReport, VolumeStats};
 
 /// All counters at about one moment.
@@ -46,14 +47,6 @@ pub struct VolumeSample {
     pub engine: Option<EngineUse>,
 }
 
-pub struct ExportSample {
-    pub id: String,
-    pub volume: String,
-    pub protocol: Protocol,
-    pub clients: usize,
-    pub stats: Snapshot,
-}
-
 impl Sample {
     /// Asks everybody. Pools may block.
     pub fn take(daemon: &Daemon) -> Sample {
@@ -66,20 +59,13 @@ impl Sample {
             engine: daemon.pools().get(&id.pool).ok().and_then(|pool| pool.engine_use(&id.name)),
             pool: id.pool,
         });
-        let exports = daemon.exports().stats().into_iter().map(|(record, clients, stats)| ExportSample {
-            id: record.id,
-            volume: record.spec.volume,
-            protocol: record.spec.protocol,
-            clients,
-            stats,
-        });
         Sample {
             node: daemon.config().daemon.node.clone(),
             started: daemon.status().started,
             threads: daemon.plane().handles().len(),
             taken: blockdev::clock::monotonic(),
             volumes: volumes.collect(),
-            exports: exports.collect(),
+            exports: daemon.exports().samples(),
             pools: daemon.list_pools(),
             closed: daemon.open_volumes().closed_stats(),
         }

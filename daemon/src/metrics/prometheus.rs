@@ -8,6 +8,7 @@ use blockdev::stats::{ClassSnapshot, OpClass, Snapshot, Stage};
 
 use super::{Sample, VolumeSample};
 use crate::api::types::{PoolInfo, Protocol};
+use crate::exports::ExportSample;
 
 /// Upper limits of the latency buckets, in microseconds.
 const BUCKETS_US: [u64; 16] =
@@ -135,19 +136,29 @@ fn engines(page: &mut Page, sample: &Sample) {
 }
 
 fn exports(page: &mut Page, sample: &Sample) {
-    let labels = |export: &super::ExportSample| (export.id.clone(), export.volume.clone(), protocol(export.protocol));
-    let named: Vec<_> = sample.exports.iter().map(|export| (labels(export), export)).collect();
-    page.family("novastor_export_clients", "gauge", "Clients attached.");
-    for ((id, volume, protocol), export) in &named {
-        let labels = [("export", id.as_str()), ("volume", volume), ("protocol", protocol)];
-        page.value("novastor_export_clients", &labels, export.clients as f64);
-    }
-    let of_export: Vec<(Labels<'_>, Vec<&Snapshot>)> = named
+    let labels = |export: &'_ ExportSample| -> [(&'static str, String); 3] {
+        [("export", export.id.clone()), ("volume", export.volume.clone()), ("protocol", protocol(export.protocol).to_owned())]
+    };
+    let named: Vec<_> = sample.exports.iter().map(|export| (labels(export), &export.activity)).collect();
+    let named: Vec<(Labels<'_>, _)> = named
         .iter()
-        .map(|((id, volume, protocol), export)| {
-            (vec![("export", id.as_str()), ("volume", volume.as_str()), ("protocol", *protocol)], vec![&export.stats])
-        })
+        .map(|(labels, activity)| (labels.iter().map(|(key, value)| (*key, value.as_str())).collect(), *activity))
         .collect();
+    page.family("novastor_export_ready", "gauge", "1 while the export accepts clients.");
+    for (labels, activity) in &named {
+        page.value("novastor_export_ready", labels, f64::from(activity.is_ok()));
+    }
+    page.family("novastor_export_problem", "gauge", "Present while the export accepts no clients: why.");
+    for (labels, reason) in named.iter().filter_map(|(labels, activity)| Some((labels, activity.as_ref().err()?))) {
+        page.value("novastor_export_problem", &[labels.as_slice(), &[("text", &bounded(reason))]].concat(), 1.0);
+    }
+    let running: Vec<_> = named.into_iter().filter_map(|(labels, activity)| Some((labels, activity.as_ref().ok()?))).collect();
+    page.family("novastor_export_clients", "gauge", "Clients attached.");
+    for (labels, (clients, _)) in &running {
+        page.value("novastor_export_clients", labels, *clients as f64);
+    }
+    let of_export: Vec<(Labels<'_>, Vec<&Snapshot>)> =
+        running.into_iter().map(|(labels, (_, stats))| (labels, vec![stats])).collect();
     page.operations("novastor_export", &of_export);
     page.latencies("novastor_export", &of_export, &[Stage::Total]);
 }
@@ -289,7 +300,12 @@ mod tests {
             closed: Default::default(),
             taken: blockdev::clock::monotonic(),
             volumes: vec![volume],
-            exports: Vec::new(),
+            exports: vec![ExportSample {
+                id: "7".to_owned(),
+                volume: "p/away".to_owned(),
+                protocol: Protocol::Nbd,
+                activity: Err("no such file".to_owned()),
+            }],
             pools: Vec::new(),
         };
         let text = render(&sample);
@@ -319,6 +335,10 @@ mod tests {
         }
         assert!(!text.contains("op=\"discard\",stage"), "a histogram of nothing");
         assert!(text.contains("novastor_volume_healthy{volume=\"p/a\\\"b\"} 0\n"));
+        let away = "{export=\"7\",volume=\"p/away\",protocol=\"nbd\"";
+        assert!(text.contains(&format!("novastor_export_ready{away}}} 0\n")), "{text}");
+        assert!(text.contains(&format!("novastor_export_problem{away},text=\"no such file\"}} 1\n")), "{text}");
+        assert!(!text.contains("novastor_export_clients{"), "clients of an export that accepts none");
         let counts: Vec<f64> = text
             .lines()
             .filter(|line| line.contains("_bucket") && line.contains("op=\"write\",stage=\"total\""))

@@ -47,12 +47,17 @@ pub struct VolumeStats {
     pub operations: BTreeMap<String, OpStats>,
 }
 
-/// An export that runs.
+/// An export.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct ExportStats {
     pub export: String,
     pub volume: String,
+    /// It accepts clients.
+    pub ready: bool,
+    /// Why it does not.
+    pub error: Option<String>,
     pub clients: usize,
+    /// Empty while it is not ready.
     pub operations: BTreeMap<String, OpStats>,
 }
 
@@ -116,12 +121,15 @@ impl Sample {
             })
             .collect();
         let exports = self.exports.iter().map(|now| {
-            let then = earlier.exports.iter().find(|then| then.id == now.id).map(|then| &then.stats);
+            let before = earlier.exports.iter().find(|then| then.id == now.id).and_then(|then| then.activity.as_ref().ok());
+            let before = before.map(|(_, stats)| stats);
             ExportStats {
                 export: now.id.clone(),
                 volume: now.volume.clone(),
-                clients: now.clients,
-                operations: operations(&now.stats, then, interval),
+                ready: now.activity.is_ok(),
+                error: now.activity.as_ref().err().cloned(),
+                clients: now.activity.as_ref().map_or(0, |(clients, _)| *clients),
+                operations: now.activity.as_ref().map(|(_, stats)| operations(stats, before, interval)).unwrap_or_default(),
             }
         });
         let exports = exports.collect();
