@@ -1,13 +1,13 @@
 //! The system calls of the file driver that no crate here wraps.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Component, Path};
 
 use blockdev::{Extent, ExtentKind};
 
@@ -26,20 +26,35 @@ pub(super) enum Links {
 
 /// Opens `path`. Fails with `ELOOP` at a link that is not to be followed.
 pub(super) fn open(path: &Path, flags: libc::c_int, links: Links) -> io::Result<File> {
-    let path = CString::new(path.as_os_str().as_bytes())?;
-    let (last, resolve) = match links {
-        Links::All => (0, 0),
-        Links::Folders => (libc::O_NOFOLLOW, 0),
-        Links::None => (0, libc::RESOLVE_NO_SYMLINKS),
-    };
-    // SAFETY: all-zero is a valid open_how.
-    let mut how: libc::open_how = unsafe { std::mem::zeroed() };
-    how.flags = (flags | last | libc::O_CLOEXEC) as u64;
-    how.resolve = resolve;
-    let how_ptr = &raw const how;
-    // SAFETY: the path is a C string and `how` is of the size given; both outlive the call.
-    let file = unsafe { libc::syscall(libc::SYS_openat2, libc::AT_FDCWD, path.as_ptr(), how_ptr, size_of_val(&how)) };
-    let file = check(file as libc::c_int)?;
+    match links {
+        Links::All => open_at(libc::AT_FDCWD, path.as_os_str(), flags),
+        Links::Folders => open_at(libc::AT_FDCWD, path.as_os_str(), flags | libc::O_NOFOLLOW),
+        Links::None => open_without_links(path, flags),
+    }
+}
+
+/// From folder to folder. One `openat2` would do, but systemd's `RestrictSUIDSGID` refuses it.
+fn open_without_links(path: &Path, flags: libc::c_int) -> io::Result<File> {
+    let start = if path.is_absolute() { "/" } else { "." };
+    let mut folder = open_at(libc::AT_FDCWD, start.as_ref(), libc::O_PATH)?;
+    let names = path.components().filter(|part| !matches!(part, Component::RootDir | Component::CurDir));
+    let mut names = names.peekable();
+    while let Some(name) = names.next() {
+        let is_last = names.peek().is_none();
+        let flags = if is_last { flags } else { libc::O_PATH };
+        let next = open_at(folder.as_raw_fd(), name.as_os_str(), flags | libc::O_NOFOLLOW)?;
+        if !is_last && next.metadata()?.is_symlink() {
+            return Err(io::Error::from_raw_os_error(libc::ELOOP));
+        }
+        folder = next;
+    }
+    Ok(folder)
+}
+
+fn open_at(folder: RawFd, path: &OsStr, flags: libc::c_int) -> io::Result<File> {
+    let path = CString::new(path.as_bytes())?;
+    // SAFETY: the path is a C string that outlives the call, and no flag asks for a mode.
+    let file = check(unsafe { libc::openat(folder, path.as_ptr(), flags | libc::O_CLOEXEC) })?;
     // SAFETY: the descriptor is new and nobody else's.
     Ok(unsafe { File::from_raw_fd(file) })
 }
