@@ -408,6 +408,24 @@ fn an_adopted_file_that_became_a_link_is_refused() {
 }
 
 #[test]
+fn an_adopted_file_whose_folder_became_a_link_is_refused() {
+    let rig = Rig::new();
+    let (folder, moved) = (rig.folder.path().join("images"), rig.folder.path().join("moved"));
+    fs::create_dir_all(folder.join("deep")).unwrap();
+    let path = folder.join("deep/image.raw");
+    fs::rename(rig.file("image.raw", 4 * MIB), &path).unwrap();
+    let pool = rig.pool();
+    pool.adopt(path.to_str().unwrap(), "vm").unwrap();
+    fs::rename(&folder, &moved).unwrap();
+    std::os::unix::fs::symlink(&moved, &folder).unwrap();
+    let refused = pool.open("vm", false).err().unwrap().to_string();
+    assert!(refused.contains("symbolic link"), "{refused}");
+    fs::remove_file(&folder).unwrap();
+    fs::rename(&moved, &folder).unwrap();
+    pool.open("vm", false).unwrap();
+}
+
+#[test]
 fn an_adopted_block_device_keeps_the_name_it_was_adopted_by() {
     let rig = Rig::new();
     let (first, second) = (LoopDevice::new(rig.folder.path(), 512), LoopDevice::new(rig.folder.path(), 512));
