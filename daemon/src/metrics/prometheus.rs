@@ -136,14 +136,7 @@ fn engines(page: &mut Page, sample: &Sample) {
 }
 
 fn exports(page: &mut Page, sample: &Sample) {
-    let labels = |export: &'_ ExportSample| -> [(&'static str, String); 3] {
-        [("export", export.id.clone()), ("volume", export.volume.clone()), ("protocol", protocol(export.protocol).to_owned())]
-    };
-    let named: Vec<_> = sample.exports.iter().map(|export| (labels(export), &export.activity)).collect();
-    let named: Vec<(Labels<'_>, _)> = named
-        .iter()
-        .map(|(labels, activity)| (labels.iter().map(|(key, value)| (*key, value.as_str())).collect(), *activity))
-        .collect();
+    let named: Vec<_> = sample.exports.iter().map(|export| (export_labels(export), &export.activity)).collect();
     page.family("novastor_export_ready", "gauge", "1 while the export accepts clients.");
     for (labels, activity) in &named {
         page.value("novastor_export_ready", labels, f64::from(activity.is_ok()));
@@ -161,6 +154,10 @@ fn exports(page: &mut Page, sample: &Sample) {
         running.into_iter().map(|(labels, (_, stats))| (labels, vec![stats])).collect();
     page.operations("novastor_export", &of_export);
     page.latencies("novastor_export", &of_export, &[Stage::Total]);
+}
+
+fn export_labels(export: &ExportSample) -> Labels<'_> {
+    vec![("export", &export.id), ("volume", &export.volume), ("protocol", protocol(export.protocol))]
 }
 
 fn protocol(protocol: Protocol) -> &'static str {
