@@ -4,10 +4,14 @@
 //! holds more than `retain` idle bytes. When the budget is spent, [`BufferPool::try_get`] says no: that is backpressure, and
 //! the caller stops reading from its client until a buffer comes back ([`BufferPool::on_free`]).
 
+mod chunks;
+
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::cell::{Cell, RefCell};
 use std::ptr::NonNull;
 use std::rc::Rc;
+
+use chunks::{Chunks, LARGE_MIN};
 
 const SMALLEST_SHIFT: u32 = 12;
 const CLASSES: usize = 15;
@@ -19,6 +23,7 @@ pub const BUFFER_MAX: usize = 1 << (SMALLEST_SHIFT as usize + CLASSES - 1);
 /// A pool of aligned buffers. Not shared between threads.
 pub struct BufferPool {
     idle: RefCell<[Vec<NonNull<u8>>; CLASSES]>,
+    chunks: RefCell<Chunks>,
     idle_bytes: Cell<usize>,
     used_bytes: Cell<usize>,
     budget: usize,
@@ -48,6 +53,7 @@ impl BufferPool {
     pub fn new(budget: usize, retain: usize) -> Rc<BufferPool> {
         Rc::new(BufferPool {
             idle: RefCell::new(std::array::from_fn(|_| Vec::new())),
+            chunks: RefCell::default(),
             idle_bytes: Cell::new(0),
             used_bytes: Cell::new(0),
             budget,
@@ -80,11 +86,7 @@ impl BufferPool {
                 self.idle_bytes.set(self.idle_bytes.get() - size);
                 start
             }
-            None => {
-                // SAFETY: the layout has a non-zero size.
-                let start = unsafe { alloc(layout(class)) };
-                NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout(class)))
-            }
+            None => self.allocate(class).unwrap_or_else(|| handle_alloc_error(layout(class))),
         };
         self.used_bytes.set(self.used_bytes.get() + size);
         Buffer { start, class, pool: self.clone() }
@@ -112,22 +114,43 @@ impl BufferPool {
             self.idle_bytes.set(self.idle_bytes.get() + size);
             self.idle.borrow_mut()[class].push(start);
         } else {
-            // SAFETY: `start` came from `alloc` with this class's layout and its only owner gave it up.
-            unsafe { dealloc(start.as_ptr(), layout(class)) };
+            // SAFETY: `start` came from `allocate` for this class and its only owner gave it up.
+            unsafe { self.free(start, class) };
         }
         let waiters = std::mem::take(&mut *self.waiters.borrow_mut());
         for wake in waiters {
             wake();
         }
     }
+
+    fn allocate(&self, class: usize) -> Option<NonNull<u8>> {
+        let layout = layout(class);
+        if layout.size() >= LARGE_MIN {
+            return self.chunks.borrow_mut().allocate(layout.size()).ok();
+        }
+        // SAFETY: the layout has a non-zero size.
+        NonNull::new(unsafe { alloc(layout) })
+    }
+
+    /// # Safety
+    /// `start` came from `allocate` for this class, and nobody uses that memory any more.
+    unsafe fn free(&self, start: NonNull<u8>, class: usize) {
+        let layout = layout(class);
+        if layout.size() >= LARGE_MIN {
+            // SAFETY: the caller's promise.
+            return unsafe { self.chunks.borrow_mut().free(start, layout.size()) };
+        }
+        // SAFETY: the caller's promise.
+        unsafe { dealloc(start.as_ptr(), layout) };
+    }
 }
 
 impl Drop for BufferPool {
     fn drop(&mut self) {
-        for (class, idle) in self.idle.get_mut().iter_mut().enumerate() {
-            for start in idle.drain(..) {
-                // SAFETY: idle buffers came from `alloc` with this class's layout and have no other owner.
-                unsafe { dealloc(start.as_ptr(), layout(class)) };
+        for (class, idle) in self.idle.take().into_iter().enumerate() {
+            for start in idle {
+                // SAFETY: idle buffers came from `allocate` for this class and have no other owner.
+                unsafe { self.free(start, class) };
             }
         }
     }
