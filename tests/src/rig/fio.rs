@@ -75,8 +75,13 @@ impl Fio {
 
 /// The only job in a report that fio printed with `--output-format=json`, perhaps between other words.
 pub fn job(output: &str) -> Result<Value> {
+    jobs(output)?.into_iter().next().context("a report without a job")
+}
+
+/// The jobs of such a report, in the order of the job file.
+pub fn jobs(output: &str) -> Result<Vec<Value>> {
     let start = output.find("{\n").with_context(|| format!("no report in {output:?}"))?;
     let end = output.rfind('}').with_context(|| format!("an unfinished report: {output:?}"))?;
     let mut report: Value = serde_json::from_str(&output[start..=end]).context("fio's report")?;
-    Ok(report["jobs"][0].take())
+    serde_json::from_value(report["jobs"].take()).context("the jobs of fio's report")
 }
