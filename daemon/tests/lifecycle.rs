@@ -272,6 +272,29 @@ fn reload_follows_the_file_without_touching_open_volumes() {
 }
 
 #[test]
+fn an_end_is_heard_while_a_reload_waits_for_a_pool() {
+    let mut daemon = daemon_with_volume();
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    for key in ["id", "secret"] {
+        std::fs::write(daemon.path(key), "x").unwrap();
+        std::fs::set_permissions(daemon.path(key), std::fs::Permissions::from_mode(0o600)).unwrap();
+    }
+    let pool = format!(
+        "[pool.silent]\ndriver = \"s3\"\nbucket = \"b\"\nendpoint = \"http://{}\"\nallow_http = true\n\
+         access_key_id_file = \"{}\"\nsecret_key_file = \"{}\"\n",
+        silent.local_addr().unwrap(),
+        daemon.path("id").display(),
+        daemon.path("secret").display()
+    );
+    daemon.configure(&format!("{}\n{pool}", daemon.config()));
+    daemon.signal(Signal::HUP);
+    let _asked = silent.accept().unwrap();
+    daemon.stop();
+    let log = daemon.log();
+    assert!(log.contains("stopped") && !log.contains("reloaded"), "{log}");
+}
+
+#[test]
 fn a_reload_with_one_bad_export_changes_nothing() {
     let daemon = daemon_with_volume();
     let declared = "[[export]]\nvolume = \"v\"\nnbd = true\nqueues = 2\n";

@@ -168,7 +168,7 @@ async fn run(daemon: Arc<Daemon>, announce: impl FnOnce(&Arc<Daemon>) -> anyhow:
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
-            _ = hangup.recv() => reload(&daemon).await,
+            () = reload_when_told(&daemon, &mut hangup) => {}
         }
     }
     daemon.listeners.end();
@@ -190,6 +190,12 @@ fn end_on_second_signal(mut terminate: tokio::signal::unix::Signal, mut interrup
         tracing::warn!("ended at once: requests in flight were not waited for");
         std::process::exit(1);
     });
+}
+
+/// Given up when the daemon is told to end meanwhile: no export is started any more then.
+async fn reload_when_told(daemon: &Arc<Daemon>, hangup: &mut tokio::signal::unix::Signal) {
+    hangup.recv().await;
+    reload(daemon).await;
 }
 
 async fn reload(daemon: &Arc<Daemon>) {
