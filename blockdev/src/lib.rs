@@ -40,6 +40,8 @@ pub use buffer::{Buffer, BufferPool};
 pub use device::{BlockDevice, Capabilities, DeviceError, Geometry, IoQueue};
 pub use errno::Errno;
 pub use memory::Memory;
-pub use reactor::{DataPlane, DataPlaneOptions, Handler, HandlerId, Reactor, ReactorHandle};
+pub use reactor::{
+    DataPlane, DataPlaneOptions, Handler, HandlerId, PINNED_AREA_MAX, PinId, PinOwner, Place, Reactor, ReactorHandle,
+};
 pub use request::{Completer, Completion, CompletionQueue, Extent, ExtentKind, Op, Payload, Request};
 pub use volume::{Volume, VolumeOptions, VolumeQueue, WriteHold};

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use blockdev::{Completer, Errno, Extent, Handler, HandlerId, IoQueue, Op, Payload, Reactor, Request};
+use blockdev::{Completer, Errno, Extent, Handler, HandlerId, IoQueue, Op, Payload, Place, Reactor, Request};
 use io_uring::{opcode, squeue, types};
 use parking_lot::Mutex;
 use slab::Slab;
@@ -30,6 +30,8 @@ const ON_THE_SPOT_MAX: u64 = 256 << 10;
 /// Bytes handed to the kernel together. It merges neighbours among them, and one huge request keeps a device less busy than
 /// several large ones.
 const TOGETHER_MAX: u64 = 256 << 10;
+/// In shorter transfers looking pages up takes less than asking whether pinned ones still count.
+const PINNED_MIN: u64 = 32 << 10;
 /// How long a truncation may go unnoticed while there are requests.
 const LOOK: Duration = Duration::from_millis(10);
 /// What a look for extents gives instead of zero when the file ends before them.
@@ -164,7 +166,7 @@ impl Inner {
     fn issue(&self, token: u32) {
         let mut running = self.running.borrow_mut();
         let slot = &mut running[token as usize];
-        let entry = entry(types::Fd(self.file.file.as_raw_fd()), slot);
+        let entry = entry(&self.reactor, types::Fd(self.file.file.as_raw_fd()), slot);
         if self.reactor.queued() == 0 {
             self.queued_bytes.set(0);
         }
@@ -229,9 +231,9 @@ impl Inner {
 }
 
 /// The ring operation for what is left of `slot`.
-fn entry(file: types::Fd, slot: &mut Running) -> squeue::Entry {
+fn entry(reactor: &Reactor, file: types::Fd, slot: &mut Running) -> squeue::Entry {
     match slot.op {
-        Op::Read | Op::Write { .. } => transfer(file, slot),
+        Op::Read | Op::Write { .. } => transfer(reactor, file, slot),
         Op::Flush => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
         Op::Discard | Op::WriteZeroes { unmap: true, .. } => {
             fallocate(file, slot, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
@@ -245,7 +247,7 @@ fn fallocate(file: types::Fd, slot: &Running, mode: libc::c_int) -> squeue::Entr
     opcode::Fallocate::new(file, slot.len).offset(slot.offset).mode(mode).build()
 }
 
-fn transfer(file: types::Fd, slot: &mut Running) -> squeue::Entry {
+fn transfer(reactor: &Reactor, file: types::Fd, slot: &mut Running) -> squeue::Entry {
     let Some(memory) = slot.payload.memory() else { return opcode::Nop::new().build() };
     let durable = if matches!(slot.op, Op::Write { fua: true }) { libc::RWF_DSYNC } else { 0 };
     let offset = slot.offset + slot.done;
@@ -255,6 +257,15 @@ fn transfer(file: types::Fd, slot: &mut Running) -> squeue::Entry {
         slot.rest = memory.slice(slot.done as usize, left as usize);
     }
     let parts = if whole { memory.segments() } else { &slot.rest };
+    let place = Place { file, offset, flags: durable };
+    let pinned = match slot.op {
+        _ if slot.len < PINNED_MIN => None,
+        Op::Read => reactor.read_pinned(parts, place),
+        _ => reactor.write_pinned(parts, place),
+    };
+    if let Some(entry) = pinned {
+        return entry;
+    }
     match (slot.op, parts) {
         (Op::Read, [part]) => opcode::Read::new(file, part.iov_base.cast(), part.iov_len as u32).offset(offset).build(),
         (Op::Read, parts) => opcode::Readv::new(file, parts.as_ptr(), parts.len() as u32).offset(offset).build(),

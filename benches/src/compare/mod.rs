@@ -73,6 +73,9 @@ pub struct Options {
     /// What the buffers of vhost-user front ends lie in.
     #[arg(long, value_enum, default_value = "small")]
     pages: Pages,
+    /// Let novastor pin the memory of vhost-user front ends (`pin_guest_memory`).
+    #[arg(long)]
+    pin_guest_memory: bool,
     /// Ask NBD servers for structured replies, which let them answer with holes instead of data.
     #[arg(long)]
     structured: bool,

@@ -40,6 +40,7 @@ pub fn start(row: &Row, options: &Options, workspace: &Workspace) -> Result<Runn
 pub struct Daemon {
     binary: PathBuf,
     folder: PathBuf,
+    pin_guest_memory: bool,
 }
 
 impl Daemon {
@@ -50,7 +51,11 @@ impl Daemon {
         for folder in [folder.join("data"), folder.join("pool")] {
             std::fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
         }
-        Ok(Self { binary: std::path::absolute(&options.novastor)?, folder: folder.into() })
+        Ok(Self {
+            binary: std::path::absolute(&options.novastor)?,
+            folder: folder.into(),
+            pin_guest_memory: options.pin_guest_memory,
+        })
     }
 
     /// Starts `serve` with one new pool of this driver.
@@ -99,9 +104,10 @@ impl Daemon {
         let path = if driver == "file" { format!("path = \"{folder}/pool\"\n") } else { String::new() };
         format!(
             "[daemon]\ndata_dir = \"{folder}/data\"\nadmin = \"unix:{folder}/admin.sock\"\n\
-             nbd = [\"unix:{}\"]\nthreads = {THREADS}\nlog_size = \"{}GiB\"\n\n[pool.{POOL}]\ndriver = \"{driver}\"\n{path}\n\
+             nbd = [\"unix:{}\"]\nthreads = {THREADS}\npin_guest_memory = {}\nlog_size = \"{}GiB\"\n\n[pool.{POOL}]\ndriver = \"{driver}\"\n{path}\n\
              [policy.{UNREDUCED}]\ncompression = \"none\"\ndedup = \"none\"\n",
             self.nbd_socket().display(),
+            self.pin_guest_memory,
             LOG_BYTES >> 30
         )
     }

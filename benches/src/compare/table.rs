@@ -41,11 +41,12 @@ pub fn print_machine(options: &Options) {
     }
     println!(
         "- {} rounds of {} s, interleaved, after 0.5 s of warming up; vhost-user client spins {} µs before it sleeps, \
-         its buffers in {} pages; NBD {} replies",
+         its buffers in {} pages{}; NBD {} replies",
         options.rounds,
         options.seconds,
         options.spin_us,
         if options.pages == Pages::Huge { "2 MiB" } else { "4 KiB" },
+        if options.pin_guest_memory { ", pinned by novastor" } else { "" },
         if options.structured { "structured" } else { "simple" }
     );
 }

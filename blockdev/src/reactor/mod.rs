@@ -15,6 +15,7 @@
 //! kernel operations; nothing here blocks but the wait in the kernel, and small copies from and to files in memory (decision 6).
 
 mod handle;
+mod pinned;
 mod spin;
 mod thread;
 
@@ -32,9 +33,11 @@ use io_uring::{IoUring, opcode, squeue, types};
 use crate::buffer::BufferPool;
 use crate::clock;
 use handle::{Message, Shared};
+use pinned::Pinned;
 use spin::Spin;
 
 pub use handle::ReactorHandle;
+pub use pinned::{PINNED_AREA_MAX, PinId, PinOwner, Place};
 pub use thread::{DataPlane, DataPlaneOptions};
 
 const SUBMISSION_ENTRIES: u32 = 512;
@@ -107,6 +110,7 @@ pub struct Reactor {
     /// Bytes that may still be copied in this turn.
     copying_left: Cell<u64>,
     stopping: Cell<bool>,
+    pinned: Pinned,
     buffers: Rc<BufferPool>,
     shared: Arc<Shared>,
     wake_value: Box<Cell<u64>>,
@@ -132,6 +136,7 @@ impl Reactor {
             now: Cell::new(clock::monotonic()),
             copying_left: Cell::new(COPIED_MAX),
             stopping: Cell::new(false),
+            pinned: Pinned::default(),
             buffers: BufferPool::new(BUFFER_BUDGET, BUFFER_RETAIN),
             shared: Arc::new(Shared::new()?),
             wake_value: Box::new(Cell::new(0)),
@@ -235,6 +240,32 @@ impl Reactor {
     /// Hands what is queued to the kernel now rather than at the end of this turn.
     pub fn hand_over(&self) {
         hand_over(&self.ring.borrow());
+    }
+
+    /// Has the kernel hold on to the pages of an area of at most [`PINNED_AREA_MAX`] bytes, which transfers within it need not look up.
+    /// Fails where the user may lock no more memory (`RLIMIT_MEMLOCK`).
+    ///
+    /// # Safety
+    /// The area must stay mapped, readable and writable as long as `owner` lives.
+    pub unsafe fn pin(&self, start: *mut u8, len: usize, owner: Rc<dyn PinOwner>) -> io::Result<PinId> {
+        // SAFETY: the caller's promise.
+        unsafe { self.pinned.pin(&self.ring.borrow(), start, len, owner) }
+    }
+
+    /// Lets go of an area, if it is still pinned. Transfers that the kernel was given already use it to their end.
+    pub fn unpin(&self, id: PinId) {
+        self.hand_over();
+        self.pinned.unpin(&self.ring.borrow(), id);
+    }
+
+    /// An operation that reads into pinned memory; `None` if not all of `parts` lies in one area whose pages still count.
+    pub fn read_pinned(&self, parts: &[libc::iovec], from: Place) -> Option<squeue::Entry> {
+        self.pinned.read(&self.ring.borrow(), parts, from)
+    }
+
+    /// An operation that writes from pinned memory; `None` if not all of `parts` lies in one area whose pages still count.
+    pub fn write_pinned(&self, parts: &[libc::iovec], to: Place) -> Option<squeue::Entry> {
+        self.pinned.write(&self.ring.borrow(), parts, to)
     }
 
     /// Asks the kernel to cancel `id`'s operation `token`; it then completes with -ECANCELED, or as it would have.

@@ -60,6 +60,9 @@ pub struct DaemonConfig {
     /// The longest a data-plane thread looks for work before it sleeps, in microseconds.
     #[schemars(range(max = 10000))]
     pub spin_us: u64,
+    /// Large requests of vhost-user guests take less CPU, but a guest's memory is allocated in full when it connects, and is not taken
+    /// back from it. For exports made from now on.
+    pub pin_guest_memory: bool,
     /// Test faults, in builds with the feature `fault-injection` only.
     pub faults: Option<String>,
 }
@@ -81,6 +84,7 @@ impl Default for DaemonConfig {
             node: rustix::system::uname().nodename().to_string_lossy().into_owned(),
             threads: 2,
             spin_us: 100,
+            pin_guest_memory: false,
             faults: None,
         }
     }

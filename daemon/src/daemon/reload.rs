@@ -103,6 +103,7 @@ fn effective(old: &Config, new: Config) -> Config {
     daemon.socket_group = new.daemon.socket_group;
     daemon.socket_dirs = new.daemon.socket_dirs;
     daemon.adopt_dirs = new.daemon.adopt_dirs;
+    daemon.pin_guest_memory = new.daemon.pin_guest_memory;
     let log = LogConfig { format: old.log.format, ..new.log };
     Config { daemon, tls: old.tls.clone(), log, ..new }
 }
@@ -130,11 +131,12 @@ mod tests {
             node: _,
             threads: _,
             spin_us: _,
+            pin_guest_memory: _,
             faults: _,
         } = DaemonConfig::default();
         let old = Config::default();
         type Change = fn(&mut DaemonConfig);
-        let changes: [(&str, Change); 15] = [
+        let changes: [(&str, Change); 16] = [
             ("data_dir", |daemon| daemon.data_dir = "/other".into()),
             ("log_size", |daemon| daemon.log_size = "2GiB".to_owned()),
             ("admin", |daemon| daemon.admin = "unix:/other".to_owned()),
@@ -149,6 +151,7 @@ mod tests {
             ("node", |daemon| daemon.node.push('x')),
             ("threads", |daemon| daemon.threads += 1),
             ("spin_us", |daemon| daemon.spin_us += 1),
+            ("pin_guest_memory", |daemon| daemon.pin_guest_memory = true),
             ("faults", |daemon| daemon.faults = Some(String::new())),
         ];
         for (key, change) in changes {

@@ -30,6 +30,7 @@ pub fn start(daemon: &Daemon, record: &ExportRecord, lease: &Lease) -> Result<Bo
         queues_max: spec.queues.unwrap_or(QUEUES_DEFAULT),
         read_only: spec.read_only,
         serial: daemon.record(lease.id())?.uuid.simple().to_string(),
+        pin_memory: daemon.config().daemon.pin_guest_memory,
     };
     // Not kept while the daemon is down: a VMM that could connect would wait for an answer with all of its guest stopped.
     let (listener, hold) = daemon.listeners().open_private(&path, &rules)?;

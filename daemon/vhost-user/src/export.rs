@@ -36,11 +36,13 @@ pub struct ExportOptions {
     pub read_only: bool,
     /// What the guest sees as the disk's serial number; its first 20 bytes count.
     pub serial: String,
+    /// Have the kernel hold on to the guest's pages, all of which it then takes at once, instead of looking them up for each large request.
+    pub pin_memory: bool,
 }
 
 impl Default for ExportOptions {
     fn default() -> Self {
-        ExportOptions { queues_max: 64, read_only: false, serial: String::new() }
+        ExportOptions { queues_max: 64, read_only: false, serial: String::new(), pin_memory: false }
     }
 }
 

@@ -31,6 +31,7 @@ pub mod inflight;
 pub mod memory;
 #[doc(hidden)]
 pub mod message;
+mod pinned;
 mod queue;
 #[doc(hidden)]
 pub mod ring;

@@ -24,6 +24,7 @@ use crate::sigbus::Guard;
 
 const PAGE: u64 = 4096;
 const HUGETLBFS: i64 = 0x9584_58f6;
+const TMPFS: i64 = 0x0102_1994;
 /// File systems whose pages come from another process or host, which may never send them: FUSE, NFS, SMB, CIFS, SMB2, 9P, Ceph.
 const SERVED_BY_OTHERS: [i64; 7] = [0x6573_5546, 0x6969, 0x517b, 0xff53_4d42, 0xfe53_4d42, 0x0102_1997, 0x00c3_6400];
 
@@ -50,6 +51,8 @@ pub struct Mapping {
     start: NonNull<u8>,
     len: usize,
     mapped: (usize, usize),
+    file: File,
+    is_tmpfs: bool,
     guard: Option<Guard>,
 }
 
@@ -69,7 +72,8 @@ impl Mapping {
         if area.size == 0 || have < need {
             return Err(MemoryError::FileTooShort { have, need });
         }
-        let granule = granule_of(&file).map_err(map_error)?.ok_or(MemoryError::Served)?;
+        let (file_system, block_size) = file_system_of(&file).map_err(map_error)?;
+        let granule = granule_on(file_system, block_size).ok_or(MemoryError::Served)?;
         let before = area.file_offset % granule;
         let len = (before + area.size).next_multiple_of(granule) as usize;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
@@ -84,8 +88,8 @@ impl Mapping {
         unsafe { libc::madvise(base, len, libc::MADV_DONTDUMP) };
         let start = NonNull::new(base.cast::<u8>().wrapping_add(before as usize));
         let start = start.ok_or_else(|| map_error(io::Error::from_raw_os_error(libc::ENOMEM)))?;
-        let mut mapping = Mapping { start, len: area.size as usize, mapped: (base as usize, len), guard: None };
-
+        let (mapped, is_tmpfs) = ((base as usize, len), file_system == TMPFS);
+        let mut mapping = Mapping { start, len: area.size as usize, mapped, file, is_tmpfs, guard: None };
         mapping.guard = Some(Guard::new(base as usize, len, granule as usize, event.clone()).map_err(map_error)?);
         Ok(mapping)
     }
@@ -100,6 +104,15 @@ impl Mapping {
 
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// True if the file lies on tmpfs, as a memfd without huge pages does.
+    pub fn is_tmpfs(&self) -> bool {
+        self.is_tmpfs
     }
 
     /// True once the file behind it was truncated under us.
@@ -117,9 +130,8 @@ impl Drop for Mapping {
     }
 }
 
-/// The page size of a file: huge pages must be mapped whole. `None` if touching its pages could take for ever, which would stop a
-/// data-plane thread and all it serves.
-fn granule_of(file: &File) -> io::Result<Option<u64>> {
+/// The type of the file system that `file` is on, and its block size.
+fn file_system_of(file: &File) -> io::Result<(i64, u64)> {
     let mut info = std::mem::MaybeUninit::<libc::statfs>::zeroed();
     // SAFETY: `info` has room for what the call fills in, and zero is a valid value of it.
     let info = unsafe {
@@ -128,9 +140,11 @@ fn granule_of(file: &File) -> io::Result<Option<u64>> {
         }
         info.assume_init()
     };
-    Ok(granule_on(info.f_type as i64, info.f_bsize as u64))
+    Ok((info.f_type as i64, info.f_bsize as u64))
 }
 
+/// The page size of a file: huge pages must be mapped whole. `None` if touching its pages could take for ever, which would stop a
+/// data-plane thread and all it serves.
 fn granule_on(file_system: i64, block_size: u64) -> Option<u64> {
     let huge = file_system == HUGETLBFS && block_size.is_power_of_two();
     let granule = if huge { block_size.max(PAGE) } else { PAGE };
@@ -192,6 +206,11 @@ impl GuestMemory {
         let at = regions.iter().position(same);
         regions.remove(at.ok_or(MemoryError::Unknown { guest: spec.guest, size: spec.size })?);
         Ok(GuestMemory { regions })
+    }
+
+    /// The parts of files behind it.
+    pub fn mappings(&self) -> impl Iterator<Item = &Arc<Mapping>> {
+        self.regions.iter().map(|region| &region.mapping)
     }
 
     pub fn is_empty(&self) -> bool {

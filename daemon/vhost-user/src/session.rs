@@ -24,6 +24,7 @@ use crate::export::Shared;
 use crate::inflight::{InflightArea, LogError};
 use crate::memory::{GuestMemory, MemoryError, REGIONS_MAX};
 use crate::message::{self, ConfigAccess, Header, InflightSpec, Message, RingValue};
+use crate::pinned::Pages;
 use crate::queue::{QueueSetup, RunningQueue};
 use crate::rings::{Kick, RingState, drain};
 
@@ -85,6 +86,8 @@ pub struct Session {
     protocol: u64,
     status: u64,
     memory: Arc<GuestMemory>,
+    /// What of the memory is to be pinned.
+    pages: Option<Arc<Pages>>,
     log: Option<Arc<DirtyLog>>,
     inflight: Option<Arc<InflightArea>>,
     rings: Vec<RingState>,
@@ -104,6 +107,7 @@ impl Session {
             protocol: 0,
             status: 0,
             memory: Arc::default(),
+            pages: None,
             log: None,
             inflight: None,
             rings: Vec::new(),
@@ -221,15 +225,15 @@ impl Session {
             Message::GetMaxMemSlots => return Ok(Answer::Number(REGIONS_MAX as u64)),
             Message::SetMemTable(table) => {
                 let memory = GuestMemory::from_table(table, &self.wake)?;
-                self.with_rings_drained(|session| session.memory = Arc::new(memory));
+                self.set_memory(memory);
             }
             Message::AddMemRegion(spec, file) => {
                 let memory = self.memory.with_region(spec, file, &self.wake)?;
-                self.with_rings_drained(|session| session.memory = Arc::new(memory));
+                self.set_memory(memory);
             }
             Message::RemoveMemRegion(spec) => {
                 let memory = self.memory.without_region(spec)?;
-                self.with_rings_drained(|session| session.memory = Arc::new(memory));
+                self.set_memory(memory);
             }
             Message::SetLogBase(area, file) => {
                 let log = Arc::new(DirtyLog::new(area, file, &self.wake)?);
@@ -241,6 +245,12 @@ impl Session {
             message => return self.handle_ring(message),
         }
         Ok(Answer::Done)
+    }
+
+    fn set_memory(&mut self, memory: GuestMemory) {
+        let memory = Arc::new(memory);
+        let pages = if self.shared.options.pin_memory { Pages::prepare(&self.shared.name, &memory) } else { None };
+        self.with_rings_drained(|session| (session.memory, session.pages) = (memory, pages));
     }
 
     fn handle_ring(&mut self, message: Message) -> Result<Answer, Refusal> {
@@ -370,6 +380,7 @@ impl Session {
             index,
             volume: self.shared.volume.clone(),
             memory: self.memory.clone(),
+            pages: self.pages.clone(),
             size,
             addresses,
             base: 0,

@@ -18,6 +18,7 @@ use crate::config;
 use crate::dirty_log::DirtyLog;
 use crate::inflight::InflightLog;
 use crate::memory::Translator;
+use crate::pinned::Pinned;
 use crate::ring::{Ring, RingError, UsedLog};
 
 /// The most heads taken at a time: more would keep the thread's other queues waiting.
@@ -29,6 +30,8 @@ pub(super) struct Live {
     memory: Translator,
     /// The same memory, for requests to hold on to.
     owner: Rc<dyn Any>,
+    /// Held while the queue runs.
+    _pinned: Option<Rc<Pinned>>,
     reader: ChainReader,
     limits: Limits,
     volume: Rc<VolumeQueue>,
@@ -95,6 +98,7 @@ impl Live {
             ring,
             memory: Translator::new(setup.memory.clone()),
             owner: Rc::new(setup.memory),
+            _pinned: setup.pages.map(|pages| Pinned::on(reactor, &pages)),
             reader: ChainReader::new(setup.features & config::FEATURE_INDIRECT != 0),
             limits: config::limits(&setup.volume),
             volume,

@@ -32,6 +32,7 @@ use crate::dirty_log::DirtyLog;
 use crate::inflight::InflightArea;
 use crate::memory::GuestMemory;
 use crate::message::RingAddresses;
+use crate::pinned::Pages;
 use crate::ring::RingError;
 use live::Live;
 
@@ -51,6 +52,8 @@ pub struct QueueSetup {
     pub index: usize,
     pub volume: Arc<Volume>,
     pub memory: Arc<GuestMemory>,
+    /// What of it is to be pinned.
+    pub pages: Option<Arc<Pages>>,
     pub size: u32,
     pub addresses: RingAddresses,
     /// Of the available ring, unless the in-flight log knows better.
