@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 
 use common::Daemon;
 use frontend::{Desc, Frontend, GUEST, MEMORY, NEXT, Queue, SharedMemory, T_IN, T_OUT, WRITE, req, u64s};
-use rustix::fs::{FallocateFlags, fallocate, ftruncate};
+use rustix::fs::{FallocateFlags, fallocate, fstat};
 
 const PART: u64 = 16 << 10;
 const PARTS: u64 = 4;
@@ -32,6 +32,14 @@ struct Rig {
 
 impl Rig {
     fn start() -> Rig {
+        let memory = SharedMemory::new(MEMORY);
+        memory.write(0, &vec![0; MEMORY as usize]);
+        let rig = Rig::with(memory);
+        rig.wait_for_log("of guest memory are pinned");
+        rig
+    }
+
+    fn with(memory: SharedMemory) -> Rig {
         let mut daemon = Daemon::new("");
         let config = daemon.config();
         daemon.configure(&config.replace("[pool.local]", "pin_guest_memory = true\n\n[pool.local]"));
@@ -40,14 +48,10 @@ impl Rig {
         daemon.json(&["export", "add", "v", "--nbd"]);
         let socket = daemon.path("v.sock");
         daemon.json(&["export", "add", "v", "--vhost-user", socket.to_str().unwrap()]);
-        let memory = SharedMemory::new(MEMORY);
-        memory.write(0, &vec![0; MEMORY as usize]);
         let guest = Frontend::connect_with(&socket, memory, u64::MAX);
         let queue = Queue::new(0, 64);
         guest.start(&queue, 0);
-        let rig = Rig { daemon, guest, queue };
-        rig.wait_for_log("of guest memory are pinned");
-        rig
+        Rig { daemon, guest, queue }
     }
 
     fn wait_for_log(&self, text: &str) {
@@ -147,14 +151,24 @@ fn memory_that_is_added_is_pinned_and_what_is_removed_is_let_go() {
     const MORE: u64 = 4 << 20;
     let mut rig = Rig::start();
     let file = rustix::fs::memfd_create("more", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&file, MORE).unwrap();
+    fallocate(&file, FallocateFlags::empty(), 0, MORE).unwrap();
     let region = u64s(&[0, GUEST + (1 << 30), MORE, frontend::USER + (1 << 30), 0]);
     rig.guest.must(req::ADD_MEM_REG, &region, &[file.as_fd()]);
     rig.wait_for_log("20 MiB of guest memory are pinned");
-    assert_eq!(rustix::fs::fstat(&file).unwrap().st_blocks as u64 * 512, MORE, "all of it is allocated");
     rig.write(1);
     assert!(rig.on_disk() == all_of(1));
     rig.guest.must(req::REM_MEM_REG, &region, &[]);
     rig.write(2);
     assert!(rig.on_disk() == all_of(2));
+}
+
+#[test]
+fn memory_that_the_vmm_has_not_allocated_is_left_alone() {
+    let mut rig = Rig::with(SharedMemory::new(MEMORY));
+    rig.wait_for_log("has not allocated all of it");
+    rig.write(1);
+    assert!(rig.on_disk() == all_of(1));
+    let allocated = fstat(&rig.guest.memory.file).unwrap().st_blocks as u64 * 512;
+    assert!(allocated < MEMORY / 2, "{allocated} bytes");
+    assert!(!rig.daemon.log().contains("are pinned"));
 }

@@ -60,8 +60,8 @@ pub struct DaemonConfig {
     /// The longest a data-plane thread looks for work before it sleeps, in microseconds.
     #[schemars(range(max = 10000))]
     pub spin_us: u64,
-    /// Large requests of vhost-user guests take less CPU, but a guest's memory is allocated in full when it connects, and is not taken
-    /// back from it. For exports made from now on.
+    /// Have the kernel hold on to the memory of vhost-user guests whose VMM has allocated all of it: large requests take less CPU. For exports
+    /// made from now on.
     pub pin_guest_memory: bool,
     /// Test faults, in builds with the feature `fault-injection` only.
     pub faults: Option<String>,

@@ -36,7 +36,7 @@ pub struct ExportOptions {
     pub read_only: bool,
     /// What the guest sees as the disk's serial number; its first 20 bytes count.
     pub serial: String,
-    /// Have the kernel hold on to the guest's pages, all of which it then takes at once, instead of looking them up for each large request.
+    /// Have the kernel hold on to the pages of guests whose memory is allocated, instead of looking them up for each large request.
     pub pin_memory: bool,
 }
 

@@ -1,7 +1,7 @@
 //! Guest memory that the kernel holds on to, so that it need not look up the pages of each large request.
 //!
 //! ```text
-//!   session: Pages::prepare, all pages allocated ──▶ queue on its thread: Pinned::on ──▶ reactor, one area a turn
+//!   session: Pages::prepare, if the VMM allocated all ──▶ queue on its thread: Pinned::on ──▶ reactor, one area a turn
 //!   large request ──▶ reactor ──▶ Pages::is_current? ── no ──▶ let go of all areas: looked up for each request again
 //! ```
 //!
@@ -30,6 +30,8 @@ use crate::memory::{GuestMemory, Mapping};
 /// Longer than the step of the clock by which files are stamped, 10 ms at most.
 const STAMP_STEP: Duration = Duration::from_millis(20);
 const STAMP_TRIES: u32 = 50;
+/// The unit of `st_blocks`.
+const BLOCK: i64 = 512;
 
 /// Memory of one front end that may be pinned.
 pub struct Pages {
@@ -70,16 +72,16 @@ fn identity_of(status: &Stat) -> (u64, u64) {
 }
 
 impl Pages {
-    /// Allocates all pages of `memory` that can be pinned. `None` if there are none, or they cannot be had.
+    /// What of `memory` can be pinned; `None` if there is nothing. Only what its VMM has allocated: else this process would have to, and
+    /// the pins would not last.
     pub fn prepare(name: &Arc<str>, memory: &Arc<GuestMemory>) -> Option<Arc<Pages>> {
         static NEXT_KEY: AtomicU64 = AtomicU64::new(0);
         let mappings: Vec<&Arc<Mapping>> = memory.mappings().filter(|mapping| mapping.is_tmpfs()).collect();
         if mappings.is_empty() {
             return None;
         }
-        let ready = mappings.iter().try_for_each(|mapping| allocate(mapping)).and_then(|()| areas_of(&mappings));
-        let (files, areas) = ready
-            .inspect_err(|error| tracing::warn!("{name}: guest memory is not pinned: {error}; large requests take more CPU"))
+        let (files, areas) = areas_of(&mappings)
+            .inspect_err(|error| tracing::warn!("{name}: guest memory is not pinned, so large requests take more CPU: {error}"))
             .ok()?;
         let key = NEXT_KEY.fetch_add(1, Ordering::Relaxed);
         Some(Arc::new(Pages { name: name.clone(), key, memory: memory.clone(), files, areas, refused: AtomicBool::new(false) }))
@@ -114,8 +116,9 @@ impl PinOwner for Owner {
     }
 }
 
-fn allocate(mapping: &Mapping) -> io::Result<()> {
-    // SAFETY: the mapping is ours; pages are allocated, and nothing in them changes.
+/// Has this process see the pages already, so that pinning them takes its data-plane threads less time.
+fn look_up(mapping: &Mapping) -> io::Result<()> {
+    // SAFETY: the mapping is ours, and nothing in its pages changes.
     match unsafe { libc::madvise(mapping.start().cast(), mapping.len(), libc::MADV_POPULATE_WRITE) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
@@ -127,6 +130,12 @@ fn areas_of(mappings: &[&Arc<Mapping>]) -> io::Result<(Vec<SharedFile>, Vec<Area
     let (mut files, mut areas) = (Vec::<SharedFile>::new(), Vec::new());
     for mapping in mappings {
         let status = fstat(mapping.file())?;
+        if status.st_blocks.saturating_mul(BLOCK) < status.st_size {
+            return Err(io::Error::other(
+                "its VMM has not allocated all of it (QEMU: prealloc=on, Cloud Hypervisor: prefault=on)",
+            ));
+        }
+        look_up(mapping)?;
         let identity = identity_of(&status);
         let file = files.iter().position(|file| file.identity == identity).unwrap_or(files.len());
         if file == files.len() {
