@@ -33,7 +33,7 @@ echo 'root:x:0:0:root:/tmp:/bin/sh' >etc/passwd
 echo 'root:x:0:' >etc/group
 
 for module in virtio_pci virtio_blk virtio_net nbd ext4 xfs crc32c_generic dm_mod dm_log_writes dm_flakey dm_crypt \
-    dm_integrity loop brd null_blk fuse tls aes_generic xts sha256_generic; do
+    dm_integrity loop brd null_blk fuse tls aes_generic xts sha256_generic virtio_balloon; do
     # A module may be built in, or renamed by a newer kernel: what a job lacks, its own modprobe reports.
     modprobe -d "$tree" -S "$version" --show-depends "$module" 2>/dev/null || true
 done | sed -n 's/^insmod \([^ ]*\).*/\1/p' | sort -u | while read -r file; do
