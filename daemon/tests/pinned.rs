@@ -7,7 +7,7 @@ mod frontend;
 
 use std::os::fd::AsFd;
 
-use common::Daemon;
+use common::{Daemon, eventually};
 use frontend::{Desc, Frontend, GUEST, MEMORY, NEXT, Queue, SharedMemory, T_IN, T_OUT, WRITE, req, u64s};
 use rustix::fs::{FallocateFlags, fallocate, fstat};
 
@@ -55,11 +55,7 @@ impl Rig {
     }
 
     fn wait_for_log(&self, text: &str) {
-        let deadline = blockdev::clock::monotonic() + frontend::PATIENCE;
-        while !self.daemon.log().contains(text) {
-            assert!(blockdev::clock::monotonic() < deadline, "{text:?} is not in the log:\n{}", self.daemon.log());
-            std::thread::sleep(std::time::Duration::from_millis(10));
-        }
+        eventually(&format!("{text:?} in the log"), || self.daemon.log().contains(text));
     }
 
     /// A request of four scattered parts at the start of the disk; it must succeed.

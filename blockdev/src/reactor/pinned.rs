@@ -104,7 +104,7 @@ impl Pinned {
 
     /// The buffer that holds all of `parts`. Areas whose owner says that they no longer count are gone after this.
     fn buffer_of(&self, ring: &IoUring, parts: &[libc::iovec]) -> Option<u16> {
-        let (buffer, owner) = {
+        let owner = {
             let areas = self.areas.borrow();
             let first = parts.first()?.iov_base as usize;
             let area = areas.get(areas.partition_point(|area| area.start <= first).checked_sub(1)?)?;
@@ -118,9 +118,8 @@ impl Pinned {
             if area.owner.is_current() {
                 return Some(area.buffer);
             }
-            (area.buffer, area.owner.clone())
+            area.owner.clone()
         };
-        tracing::debug!("buffer {buffer} of the ring is no longer what its owner sees");
         super::hand_over(ring);
         self.unpin_all(ring, |area| Rc::ptr_eq(&area.owner, &owner));
         None
